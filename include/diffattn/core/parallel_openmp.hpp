@@ -1,0 +1,25 @@
+#pragma once
+
+// The OpenMP executor; compile with -fopenmp. See parallel.hpp for what an executor promises.
+// Called from inside a parallel region it runs on the thread that called it, rather than oversubscribe the machine.
+
+#include <omp.h>
+
+#include "diffattn/core/parallel.hpp"
+
+namespace diffattn::inline v0_1 {
+
+struct OpenMP {
+  int num_threads = omp_get_max_threads();
+
+  Index concurrency() const { return omp_in_parallel() ? 1 : std::max(1, num_threads); }
+
+  template <typename Task>
+  void run(Index count, Task&& task) const {
+    if (omp_in_parallel() || count <= 1) return Serial::run(count, task);
+#pragma omp parallel for schedule(dynamic) num_threads(std::max(1, num_threads))
+    for (Index index = 0; index < count; ++index) task(index, static_cast<Index>(omp_get_thread_num()));
+  }
+};
+
+}  // namespace diffattn::inline v0_1

@@ -1,0 +1,112 @@
+#pragma once
+
+// Workspace: scratch memory that is asked for once and used again.
+//
+// A call opens a frame, takes what it needs from it, and gives everything back when the frame goes out of scope. Frames
+// nest like calls. Memory is kept between frames, so once a workspace has seen its largest call it never touches the
+// heap again. Pointers are aligned to 64 bytes and stay valid for the life of their frame. Not for two threads at once:
+// a call that runs on several threads takes their shares before it starts them.
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "diffattn/core/matrix.hpp"
+
+namespace diffattn::inline v0_1 {
+
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(Workspace&&) = default;
+  Workspace& operator=(Workspace&&) = default;
+  // Scratch is not a value: a copy of its owner starts with none of its own.
+  Workspace(const Workspace&) noexcept {}
+  Workspace& operator=(const Workspace&) noexcept { return *this; }
+
+  /// Returns what was taken since it was opened when it goes out of scope.
+  class Frame {
+   public:
+    explicit Frame(Workspace& workspace)
+        : workspace_(workspace), block_(workspace.block_), used_(workspace.used_) {}
+    ~Frame() { workspace_.release(block_, used_); }
+    Frame(const Frame&) = delete;
+    Frame& operator=(const Frame&) = delete;
+
+   private:
+    Workspace& workspace_;
+    std::size_t block_;
+    std::size_t used_;
+  };
+
+  [[nodiscard]] Frame frame() { return Frame(*this); }
+
+  /// `count` uninitialised values, valid until the innermost open frame closes. O(1); heap only when growing.
+  template <typename T>
+  [[nodiscard]] T* take(Index count) {
+    static_assert(std::is_trivially_destructible_v<T>);
+    return reinterpret_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
+  }
+
+  /// Bytes held, whether in use or not.
+  [[nodiscard]] std::size_t capacity() const {
+    std::size_t total = 0;
+    for (const Block& block : blocks_) total += block.size;
+    return total;
+  }
+
+ private:
+  static constexpr std::size_t kAlignment = 64;
+  static constexpr std::size_t kSmallestBlock = 16 * 1024;
+
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
+  };
+  struct Block {
+    std::unique_ptr<std::byte, Free> memory;
+    std::size_t size;
+  };
+
+  std::byte* take_bytes(std::size_t bytes) {
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (block_ == 0 && used_ == 0 && blocks_.size() > 1) merge_blocks();
+    while (block_ < blocks_.size() && blocks_[block_].size - used_ < bytes) next_block();
+    // What is taken first is seldom all: small requests share a block.
+    if (block_ == blocks_.size()) add_block(std::max(bytes, kSmallestBlock));
+    std::byte* const result = blocks_[block_].memory.get() + used_;
+    used_ += bytes;
+    return result;
+  }
+
+  void next_block() {
+    ++block_;
+    used_ = 0;
+  }
+
+  void add_block(std::size_t bytes) {
+    auto* memory = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment}));
+    blocks_.push_back({std::unique_ptr<std::byte, Free>(memory), bytes});
+  }
+
+  // Several blocks mean that the last call outgrew what there was: the next one finds a single block of their size.
+  void merge_blocks() {
+    const std::size_t total = capacity();
+    blocks_.clear();
+    add_block(total);
+  }
+
+  void release(std::size_t block, std::size_t used) noexcept {
+    block_ = block;
+    used_ = used;
+  }
+
+  std::vector<Block> blocks_;
+  std::size_t block_ = 0;  // the block in use
+  std::size_t used_ = 0;   // bytes taken from it
+};
+
+}  // namespace diffattn::inline v0_1

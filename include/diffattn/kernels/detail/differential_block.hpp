@@ -1,0 +1,153 @@
+#pragma once
+
+// Differential attention for a block of query rows, eq. (1): (softmax(s·Q1 K1ᵀ) − λ·softmax(s·Q2 K2ᵀ)) V.
+//
+// One pass as in standard attention cannot do it with one set of sums: O1/l1 − λ·O2/l2 needs both normalisers before the
+// product with V. So the weights of the whole block, for all keys and both maps, are kept in a panel; once l1 and l2 are
+// known they are combined, chunk by chunk, into A = P1/l1 − λ·P2/l2, and a single product A·V follows. The multiply-adds
+// are those of two standard heads, and the panel (2 · rows · n_k) is all the memory it takes.
+
+#include <array>
+
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/row_block.hpp"
+#include "diffattn/kernels/options.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+template <typename Scalar>
+class DifferentialBlock {
+  static constexpr Index kRows = Tile<Scalar>::kRows;
+  static constexpr Index kCols = Tile<Scalar>::kCols;
+  static constexpr Index kPaddedRows = RowSoftmax<Scalar>::kPaddedRows;
+  static constexpr Index kTile = kRows * kChunk;
+
+ public:
+  static constexpr Index kMaps = 2;
+  static constexpr Index kBlockRows = 48;
+  static constexpr Index kGroups = kBlockRows / kRows;
+
+  /// Takes the scratch of one worker; no block will see more than `max_keys` keys.
+  DifferentialBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index max_keys)
+      : group_sums_(kRows * round_up(shape.dv, kCols)),
+        weights_(workspace.take<Scalar>(kTile)),
+        sums_(workspace.take<Scalar>(kGroups * group_sums_)) {
+    // A range of max_keys keys touches one chunk more than it fills when it starts inside one.
+    const Index chunks = divide_up(max_keys, kChunk) + 1;
+    panel_ = workspace.take<Scalar>(chunks * 2 * kGroups * kTile);
+    chunk_max_ = workspace.take<Scalar>(chunks * 2 * kGroups * kPaddedRows);
+    for (Index map = 0; map < 2; ++map) {
+      q_[map] = workspace.take<Scalar>(packed_rows_size<Scalar>(kBlockRows, shape.d));
+      softmax_[map] = workspace.take<RowSoftmax<Scalar>>(kGroups);
+    }
+    factors_ = workspace.take<Scalar>(2 * kGroups * kPaddedRows);
+  }
+
+  /// q, out: the block's rows. scale: s·log2(e).
+  template <typename Mask>
+  void run(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[2], const PackedHead<Scalar>& head,
+           const RowRange<Mask>& rows, Scalar scale, const LambdaView<Scalar>& lambda, Index head_index) {
+    const Index groups = divide_up(rows.count, kRows);
+    for (Index map = 0; map < 2; ++map) {
+      pack_rows(q_[map], q[map], scale);
+      for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
+    }
+    std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
+
+    const KeyRange keys = rows.keys_of_any();
+    const Index begin = keys.begin / kChunk * kChunk;
+    for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
+      for (Index map = 0; map < 2; ++map) {
+        for (Index g = 0; g < groups; ++g) score(head, rows.rows(g * kRows, kRows), map, g, first_key, chunk);
+      }
+    }
+    for (Index g = 0; g < groups; ++g) set_factors(rows.rows(g * kRows, kRows), g, lambda, head_index);
+    for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
+      for (Index g = 0; g < groups; ++g) add_values(head, rows.rows(g * kRows, kRows), g, first_key, chunk);
+    }
+
+    constexpr auto ones = [] {
+      std::array<Scalar, kRows> values{};
+      values.fill(Scalar(1));
+      return values;
+    }();
+    for (Index g = 0; g < groups; ++g) {
+      const Index present = std::min(kRows, rows.count - g * kRows);
+      write_rows(out.middle_rows(g * kRows, present), sums_ + g * group_sums_, ones.data());
+    }
+  }
+
+ private:
+  Index slot(Index chunk, Index map, Index g) const { return (chunk * 2 + map) * kGroups + g; }
+
+  /// Scores of one group, map and chunk, turned into weights relative to the maximum so far.
+  template <typename Mask>
+  void score(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index map, Index g, Index first_key,
+             Index chunk) {
+    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
+    if (columns.begin >= columns.end) return;
+    Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
+    score_chunk(weights, q_[map] + g * kRows * head.d, head.keys[map], head.d, rows, first_key, columns);
+    softmax_[map][g].add_chunk(weights, kChunk, columns.begin, columns.end);
+    std::copy(softmax_[map][g].max, softmax_[map][g].max + kPaddedRows,
+              chunk_max_ + slot(chunk, map, g) * kPaddedRows);
+  }
+
+  /// 1/l1 and −λ/l2 for the rows of a group; 0 for a row that saw no key.
+  template <typename Mask>
+  void set_factors(const RowRange<Mask>& rows, Index g, const LambdaView<Scalar>& lambda, Index head_index) {
+    for (Index r = 0; r < rows.count; ++r) {
+      const Scalar sum1 = softmax_[0][g].sum(r), sum2 = softmax_[1][g].sum(r);
+      factors(0, g)[r] = sum1 == Scalar(0) ? Scalar(0) : Scalar(1) / sum1;
+      factors(1, g)[r] = sum2 == Scalar(0) ? Scalar(0) : -lambda(rows.first + r, head_index) / sum2;
+    }
+    for (Index map = 0; map < 2; ++map) std::fill(factors(map, g) + rows.count, factors(map, g) + kPaddedRows, Scalar(0));
+  }
+
+  Scalar* factors(Index map, Index g) { return factors_ + (map * kGroups + g) * kPaddedRows; }
+
+  /// Combines both maps of one group and chunk, and multiplies by V.
+  template <typename Mask>
+  void add_values(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index first_key, Index chunk) {
+    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
+    if (columns.begin >= columns.end) return;
+    alignas(64) Scalar factor[2][kPaddedRows];
+    for (Index map = 0; map < 2; ++map) chunk_factors(factor[map], map, g, chunk);
+
+    const Scalar* const p1 = panel_ + slot(chunk, 0, g) * kTile;
+    const Scalar* const p2 = panel_ + slot(chunk, 1, g) * kTile;
+    for (Index r = 0; r < kRows; ++r) {
+      const auto f1 = simd::broadcast(factor[0][r]), f2 = simd::broadcast(factor[1][r]);
+      for (Index c = columns.begin; c < columns.end; c += simd::kLanes<Scalar>) {
+        const Index at = r * kChunk + c;
+        simd::store(weights_ + at, simd::fma(simd::load(p1 + at), f1, simd::mul(simd::load(p2 + at), f2)));
+      }
+    }
+    add_weighted_values(sums_ + g * group_sums_, weights_, head, rows, first_key, columns);
+  }
+
+  /// What turns the weights of a chunk into probabilities: exp2(m_chunk − m)/l, with −λ for the second map.
+  void chunk_factors(Scalar* to, Index map, Index g, Index chunk) {
+    const Scalar* const chunk_max = chunk_max_ + slot(chunk, map, g) * kPaddedRows;
+    const Scalar* const max = softmax_[map][g].max;
+    for (Index r = 0; r < kPaddedRows; ++r) {
+      // Without a key so far the weights are all 0, and 0 is a factor that keeps them so.
+      to[r] = chunk_max[r] == kMinusInfinity<Scalar> ? kMinusInfinity<Scalar> : chunk_max[r] - max[r];
+    }
+    for (Index r = 0; r < kPaddedRows; r += simd::kLanes<Scalar>) {
+      const auto relative = exp2_nonpositive<Scalar>(simd::load(to + r));
+      simd::store(to + r, simd::mul(relative, simd::load(factors(map, g) + r)));
+    }
+  }
+
+  Index group_sums_;                // values in the sums of one group
+  Scalar* weights_;                 // [kRows][kChunk]
+  Scalar* sums_;                    // [group][strip of dv][kRows][kCols]
+  Scalar* panel_;                   // [chunk][map][group][kRows][kChunk]
+  Scalar* chunk_max_;               // [chunk][map][group][kPaddedRows]: the maximum that a chunk's weights are relative to
+  Scalar* q_[2];                    // [group][d][kRows]
+  RowSoftmax<Scalar>* softmax_[2];  // [group]
+  Scalar* factors_;                 // [map][group][kPaddedRows]
+};
+
+}  // namespace diffattn::inline v0_1::detail

@@ -1,0 +1,53 @@
+#pragma once
+
+// 2^x for x <= 0, the only exponential a softmax needs once log2(e) is folded into the scores.
+//
+// x = n + f with n the nearest integer and |f| <= 1/2; 2^x = 2^n · p(f). Adding a large constant leaves n in the low bits
+// of a float's significand, and shifting them into the exponent gives 2^n: no conversion, no table. Below the smallest
+// normal number 2^n is 0 exactly, so -inf gives 0 and a masked key has no weight at all. NaN stays NaN.
+// p is the minimax polynomial for the relative error, with p(0) = 1 so that 2^0 is exact.
+
+#include <array>
+
+#include "diffattn/core/simd.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+template <typename Scalar>
+struct Exp2Constants;
+
+template <>
+struct Exp2Constants<float> {
+  static constexpr int kSignificandBits = 23;
+  static constexpr float kShifter = 12582912.0f + 127.0f;  // 1.5 · 2^23 + exponent bias
+  static constexpr float kLowest = -127.0f;
+  static constexpr std::array<float, 5> kPolynomial = {1.3276472e-3f, 9.6755413e-3f, 5.5507133e-2f,
+                                                       2.4022120e-1f, 6.9314697e-1f};  // f^5 … f^1
+};
+
+template <>
+struct Exp2Constants<double> {
+  static constexpr int kSignificandBits = 52;
+  static constexpr double kShifter = 6755399441055744.0 + 1023.0;  // 1.5 · 2^52 + exponent bias
+  static constexpr double kLowest = -1023.0;
+  static constexpr std::array<double, 11> kPolynomial = {
+      4.4352807904564280237e-10, 7.0741056308633289716e-9, 1.0178198034320938919e-7, 1.3215433089567187614e-6,
+      1.5252733489958517546e-5,  1.5403530462514668492e-4, 1.3333558146789952573e-3, 9.6181291075883350392e-3,
+      5.5504108664819921475e-2,  2.4022650695910156205e-1, 6.9314718055994533046e-1};  // f^11 … f^1
+};
+
+/// 2^x in every lane, x <= 0 or NaN. 11 instructions for float with fused multiply-add.
+template <typename Scalar>
+EIGEN_ALWAYS_INLINE simd::Packet<Scalar> exp2_nonpositive(const simd::Packet<Scalar>& x) {
+  using C = Exp2Constants<Scalar>;
+  const auto clamped = simd::max(x, simd::broadcast(C::kLowest));
+  const auto shifted = simd::add(clamped, simd::broadcast(C::kShifter));
+  const auto f = simd::sub(clamped, simd::sub(shifted, simd::broadcast(C::kShifter)));
+  auto p = simd::broadcast(C::kPolynomial[0]);
+#pragma GCC unroll 16
+  for (std::size_t i = 1; i < C::kPolynomial.size(); ++i) p = simd::fma(p, f, simd::broadcast(C::kPolynomial[i]));
+  p = simd::fma(p, f, simd::broadcast(Scalar(1)));
+  return simd::mul(p, simd::shift_bits_left<C::kSignificandBits, Scalar>(shifted));
+}
+
+}  // namespace diffattn::inline v0_1::detail

@@ -1,0 +1,109 @@
+#pragma once
+
+// The layouts that the register tile reads, and the packing that makes them. Packing happens once per head and takes in
+// whatever the caller has: any strides, either storage order, a narrower storage type.
+//
+//   rows      [group][depth][kRows]    the left operand (queries): kRows rows at a time, a step of depth contiguous
+//   strips    [strip][depth][kCols]    the right operand: kCols columns of b at a time, b(k, c) = strip[k·kCols + c]
+//
+// Keys are packed as strips of kCols keys over depth d (K transposed), values as strips of kCols value columns over
+// depth n_k. What a last group or strip lacks is filled with zeros.
+
+#include <algorithm>
+
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/simd.hpp"
+#include "diffattn/kernels/detail/register_tile.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+template <typename Scalar>
+constexpr Index packed_rows_size(Index rows, Index depth) {
+  return round_up(rows, Tile<Scalar>::kRows) * depth;
+}
+template <typename Scalar>
+constexpr Index packed_strips_size(Index cols, Index depth) {
+  return round_up(cols, Tile<Scalar>::kCols) * depth;
+}
+
+/// rows · factor → [group][depth][kRows].
+template <typename Scalar, typename T>
+void pack_rows(Scalar* to, const StridedView<const T>& rows, Scalar factor) {
+  constexpr Index kRows = Tile<Scalar>::kRows;
+  for (Index group = 0; group < rows.rows; group += kRows) {
+    const Index present = std::min(kRows, rows.rows - group);
+    for (Index r = 0; r < kRows; ++r) {
+      if (r >= present) {
+        for (Index k = 0; k < rows.cols; ++k) to[k * kRows + r] = Scalar(0);
+      } else {
+        const T* from = rows.data + (group + r) * rows.row_stride;
+        for (Index k = 0; k < rows.cols; ++k) {
+          to[k * kRows + r] = static_cast<Scalar>(from[k * rows.col_stride]) * factor;
+        }
+      }
+    }
+    to += rows.cols * kRows;
+  }
+}
+
+/// One strip of b(k, c) = source(c, k), c in [0, present): keys to strips. Whole packets of contiguous rows are transposed
+/// in registers.
+template <typename Scalar, typename T>
+void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index first, Index present) {
+  constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
+  const Index depth = source.cols;
+  Index k = 0;
+  if constexpr (std::is_same_v<Scalar, T>) {
+    if (present == kCols && source.col_stride == 1) {
+      for (; k + kLanes <= depth; k += kLanes) {
+        for (Index c = 0; c < kCols; c += kLanes) {
+          simd::Packet<Scalar> block[kLanes];
+          for (Index r = 0; r < kLanes; ++r) block[r] = simd::loadu(&source(first + c + r, k));
+          simd::transpose<Scalar>(block);
+          for (Index r = 0; r < kLanes; ++r) simd::store(to + (k + r) * kCols + c, block[r]);
+        }
+      }
+    }
+  }
+  for (; k < depth; ++k) {
+    for (Index c = 0; c < present; ++c) to[k * kCols + c] = static_cast<Scalar>(source(first + c, k));
+    std::fill(to + k * kCols + present, to + (k + 1) * kCols, Scalar(0));
+  }
+}
+
+/// Rows [first, first + count) of `source` → strips of kCols rows; `first` is a multiple of kCols.
+template <typename Scalar, typename T>
+void pack_transposed(Scalar* to, const StridedView<const T>& source, Index first, Index count) {
+  constexpr Index kCols = Tile<Scalar>::kCols;
+  for (Index row = first; row < first + count; row += kCols) {
+    pack_transposed_strip(to + row * source.cols, source, row, std::min(kCols, first + count - row));
+  }
+}
+
+/// Rows [first, first + count) of `source`, which is depth x cols, into its strips of kCols columns. Returns whether
+/// everything packed is finite.
+template <typename Scalar, typename T>
+bool pack_columns(Scalar* to, const StridedView<const T>& source, Index first, Index count) {
+  constexpr Index kCols = Tile<Scalar>::kCols;
+  Scalar not_finite = 0;  // x · 0 is 0, or NaN
+  for (Index col = 0; col < source.cols; col += kCols) {
+    const Index present = std::min(kCols, source.cols - col);
+    Scalar* strip = to + col * source.rows;
+    for (Index k = first; k < first + count; ++k) {
+      const T* from = &source(k, col);
+      Scalar* row = strip + k * kCols;
+      if (present == kCols && source.col_stride == 1) {
+        for (Index c = 0; c < kCols; ++c) row[c] = static_cast<Scalar>(from[c]);
+      } else {
+        for (Index c = 0; c < present; ++c) row[c] = static_cast<Scalar>(from[c * source.col_stride]);
+        std::fill(row + present, row + kCols, Scalar(0));
+      }
+      Scalar sum = 0;
+      for (Index c = 0; c < kCols; ++c) sum += row[c] * Scalar(0);
+      not_finite += sum;
+    }
+  }
+  return not_finite == Scalar(0);
+}
+
+}  // namespace diffattn::inline v0_1::detail

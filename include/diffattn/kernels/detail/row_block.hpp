@@ -1,0 +1,140 @@
+#pragma once
+
+// What the two kernels share: a block of query rows of one head, taken group by group (kRows rows) against chunk by chunk
+// of the packed keys. Scores of a group and a chunk are a kRows x kChunk tile that stays in the L1 cache.
+
+#include <algorithm>
+#include <numbers>
+
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/kernels/detail/packed.hpp"
+#include "diffattn/kernels/detail/register_tile.hpp"
+#include "diffattn/kernels/detail/row_softmax.hpp"
+#include "diffattn/kernels/mask.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+/// Keys in a chunk: a multiple of every kCols.
+inline constexpr Index kChunk = 128;
+
+/// Keys and values of one head, packed once and read by every block of its query rows.
+template <typename Scalar>
+struct PackedHead {
+  const Scalar* keys[2] = {nullptr, nullptr};  // one for each map; the same twice when the maps share their keys
+  const Scalar* values = nullptr;
+  Index n_k = 0;
+  Index d = 0;
+  Index dv = 0;
+  bool finite_values = true;
+};
+
+/// Query rows [first, first + count) out of n_q, with what they may see.
+template <typename Mask>
+struct RowRange {
+  const Mask& mask;
+  Index first;
+  Index count;
+  Index n_q;
+  Index n_k;
+
+  KeyRange keys_of(Index row) const { return mask.visible_keys(row, n_q, n_k); }
+  /// Keys that some row sees; neither end of a mask's ranges decreases from row to row.
+  KeyRange keys_of_any() const { return {keys_of(first).begin, keys_of(first + count - 1).end}; }
+  KeyRange keys_of_all() const { return {keys_of(first + count - 1).begin, keys_of(first).end}; }
+
+  RowRange rows(Index begin, Index num) const { return {mask, first + begin, std::min(num, count - begin), n_q, n_k}; }
+};
+
+/// The columns of a chunk, in whole strips, that hold every key which some row of a group sees.
+template <typename Scalar>
+KeyRange chunk_columns(const KeyRange& keys, Index first_key) {
+  constexpr Index kCols = Tile<Scalar>::kCols;
+  const Index begin = std::max<Index>(keys.begin - first_key, 0) / kCols * kCols;
+  const Index end = std::min(round_up(std::max<Index>(keys.end - first_key, 0), kCols), kChunk);
+  return {begin, end};
+}
+
+/// -inf for what a row does not see, and the bias for what it does. scores: rows kChunk apart, in the log2 domain.
+template <typename Scalar, typename Mask>
+void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
+  for (Index r = 0; r < rows.count; ++r) {
+    const KeyRange keys = rows.keys_of(rows.first + r);
+    const Index begin = std::clamp(keys.begin - first_key, columns.begin, columns.end);
+    const Index end = std::clamp(keys.end - first_key, begin, columns.end);
+    Scalar* const row = scores + r * kChunk;
+    std::fill(row + columns.begin, row + begin, kMinusInfinity<Scalar>);
+    std::fill(row + end, row + columns.end, kMinusInfinity<Scalar>);
+    if constexpr (HasBias<Mask>) {
+      for (Index c = begin; c < end; ++c) {
+        const auto bias = static_cast<Scalar>(rows.mask.bias(rows.first + r, first_key + c, rows.n_q, rows.n_k));
+        row[c] = bias == kMinusInfinity<Scalar> ? bias : row[c] + bias * std::numbers::log2e_v<Scalar>;
+      }
+    }
+  }
+}
+
+/// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one packed group, scaled by s·log2(e).
+template <typename Scalar, typename Mask>
+void score_chunk(Scalar* scores, const Scalar* q, const Scalar* keys, Index d, const RowRange<Mask>& rows,
+                 Index first_key, const KeyRange& columns) {
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
+  for (Index c = columns.begin; c < columns.end; c += kCols) {
+    TileSums<Scalar> tile;
+    tile.set_zero();
+    tile.template add_product<1, kRows>(q, keys + (first_key + c) * d, d);
+    tile.store(scores + c, kChunk);
+  }
+  const KeyRange all = rows.keys_of_all();
+  const bool edge = first_key + columns.begin < all.begin || first_key + columns.end > all.end;
+  if (edge || HasBias<Mask>) mask_scores(scores, rows, first_key, columns);
+}
+
+/// out += weights · V over the given columns. out: [strip of dv][kRows][kCols]; weights: rows kChunk apart.
+template <typename Scalar, typename Mask>
+void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Scalar>& head,
+                         const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
+  const Index end = std::min(columns.end, head.n_k - first_key);
+  for (Index col = 0; col < head.dv; col += kCols, out += kRows * kCols) {
+    const Scalar* const values = head.values + col * head.n_k + first_key * kCols;
+    if (head.finite_values) {
+      TileSums<Scalar> tile;
+      tile.load(out, kCols);
+      tile.template add_product<kChunk, 1>(weights + columns.begin, values + columns.begin * kCols, end - columns.begin);
+      tile.store(out, kCols);
+      continue;
+    }
+    // A weight of 0 does not keep a NaN or Inf out: only what a row sees may be touched.
+    for (Index r = 0; r < rows.count; ++r) {
+      const Index row = rows.first + r;
+      const KeyRange keys = rows.keys_of(row);
+      for (Index k = columns.begin; k < end; ++k) {
+        const Index key = first_key + k;
+        if (key < keys.begin || key >= keys.end || !bias_shows(rows.mask, row, key, rows.n_q, rows.n_k)) continue;
+        for (Index c = 0; c < kCols; ++c) out[r * kCols + c] += weights[r * kChunk + k] * values[k * kCols + c];
+      }
+    }
+  }
+}
+
+/// out(r, c) = sums(r, c) · factors[r]. sums: [strip of dv][kRows][kCols].
+template <typename Scalar>
+void write_rows(const StridedView<Scalar>& out, const Scalar* sums, const Scalar* factors) {
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
+  for (Index col = 0; col < out.cols; col += kCols, sums += kRows * kCols) {
+    const Index present = std::min(kCols, out.cols - col);
+    for (Index r = 0; r < out.rows; ++r) {
+      Scalar* const to = &out(r, col);
+      for (Index c = 0; c < present; ++c) to[c * out.col_stride] = sums[r * kCols + c] * factors[r];
+    }
+  }
+}
+
+template <typename Scalar>
+void write_zeros(const StridedView<Scalar>& out) {
+  for (Index r = 0; r < out.rows; ++r) {
+    for (Index c = 0; c < out.cols; ++c) out(r, c) = Scalar(0);
+  }
+}
+
+}  // namespace diffattn::inline v0_1::detail

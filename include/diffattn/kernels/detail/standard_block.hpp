@@ -1,0 +1,87 @@
+#pragma once
+
+// Standard attention for a block of query rows: softmax(s·Q Kᵀ) V in one pass over the keys. Scores of a chunk become
+// weights and meet V while they are in the L1 cache; when a row's maximum grows, the sums it has so far are rescaled
+// (online softmax, Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135).
+
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/row_block.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+template <typename Scalar>
+class StandardBlock {
+  static constexpr Index kRows = Tile<Scalar>::kRows;
+  static constexpr Index kCols = Tile<Scalar>::kCols;
+
+ public:
+  static constexpr Index kMaps = 1;
+  static constexpr Index kBlockRows = 48;
+
+  /// Takes the scratch of one worker.
+  StandardBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index /*max_keys*/)
+      : group_sums_(kRows * round_up(shape.dv, kCols)),
+        q_(workspace.take<Scalar>(packed_rows_size<Scalar>(kBlockRows, shape.d))),
+        weights_(workspace.take<Scalar>(kRows * kChunk)),
+        sums_(workspace.take<Scalar>(kBlockRows / kRows * group_sums_)),
+        softmax_(workspace.take<RowSoftmax<Scalar>>(kBlockRows / kRows)) {}
+
+  /// q, out: the block's rows. scale: s·log2(e).
+  template <typename Mask>
+  void run(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[1], const PackedHead<Scalar>& head,
+           const RowRange<Mask>& rows, Scalar scale, const LambdaView<Scalar>& /*lambda*/, Index /*head_index*/) {
+    const Index groups = divide_up(rows.count, kRows);
+    pack_rows(q_, q[0], scale);
+    std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
+    for (Index g = 0; g < groups; ++g) softmax_[g].reset();
+
+    const KeyRange keys = rows.keys_of_any();
+    for (Index first_key = keys.begin / kChunk * kChunk; first_key < keys.end; first_key += kChunk) {
+      for (Index g = 0; g < groups; ++g) add_chunk(head, rows.rows(g * kRows, kRows), g, first_key);
+    }
+    for (Index g = 0; g < groups; ++g) {
+      Scalar factors[kRows];
+      for (Index r = 0; r < kRows; ++r) {
+        const Scalar sum = softmax_[g].sum(r);
+        factors[r] = sum == Scalar(0) ? Scalar(0) : Scalar(1) / sum;
+      }
+      const Index present = std::min(kRows, rows.count - g * kRows);
+      write_rows(out.middle_rows(g * kRows, present), sums_ + g * group_sums_, factors);
+    }
+  }
+
+ private:
+  template <typename Mask>
+  void add_chunk(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index first_key) {
+    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
+    if (columns.begin >= columns.end) return;
+    score_chunk(weights_, q_ + g * kRows * head.d, head.keys[0], head.d, rows, first_key, columns);
+
+    Scalar old_max[kRows];
+    std::copy(softmax_[g].max, softmax_[g].max + kRows, old_max);
+    Scalar* const sums = sums_ + g * group_sums_;
+    if (softmax_[g].add_chunk(weights_, kChunk, columns.begin, columns.end)) rescale(sums, old_max, softmax_[g].max);
+    add_weighted_values(sums, weights_, head, rows, first_key, columns);
+  }
+
+  void rescale(Scalar* sums, const Scalar* old_max, const Scalar* max) const {
+    for (Index r = 0; r < kRows; ++r) {
+      if (old_max[r] == max[r] || old_max[r] == kMinusInfinity<Scalar>) continue;
+      const auto factor = exp2_nonpositive<Scalar>(simd::broadcast(old_max[r] - max[r]));
+      for (Index strip = 0; strip < group_sums_; strip += kRows * kCols) {
+        for (Index c = 0; c < kCols; c += simd::kLanes<Scalar>) {
+          Scalar* const at = sums + strip + r * kCols + c;
+          simd::store(at, simd::mul(simd::load(at), factor));
+        }
+      }
+    }
+  }
+
+  Index group_sums_;             // values in the sums of one group
+  Scalar* q_;                    // [group][d][kRows]
+  Scalar* weights_;              // [kRows][kChunk]
+  Scalar* sums_;                 // [group][strip of dv][kRows][kCols]
+  RowSoftmax<Scalar>* softmax_;  // [group]
+};
+
+}  // namespace diffattn::inline v0_1::detail

@@ -1,0 +1,105 @@
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <type_traits>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+
+namespace diffattn::inline v0_1 {
+
+/// What every attention function can be told besides its operands and its mask.
+struct AttentionOptions {
+  /// What q·k is multiplied by; 1/sqrt(d) if left out.
+  std::optional<double> scale = std::nullopt;
+};
+
+/// Heads that lie side by side in the columns. Query head h reads key and value head h / (num_heads / num_kv_heads), the
+/// grouping of the official flash variants (grouped-query attention); num_kv_heads = 0 means num_heads.
+struct Heads {
+  Index num_heads = 1;
+  Index num_kv_heads = 0;
+};
+
+namespace detail {
+
+/// Fills in num_kv_heads. Throws std::invalid_argument unless it divides num_heads.
+inline Heads checked_heads(const char* where, Heads heads) {
+  if (heads.num_kv_heads == 0) heads.num_kv_heads = heads.num_heads;
+  if (heads.num_heads < 1 || heads.num_kv_heads < 1 || heads.num_heads % heads.num_kv_heads != 0) {
+    throw_invalid(std::string(where) + ": num_kv_heads must divide num_heads, got " +
+                  std::to_string(heads.num_kv_heads) + " and " + std::to_string(heads.num_heads));
+  }
+  return heads;
+}
+
+/// `count` columns split evenly over `parts`. Throws ShapeError unless they can be.
+inline Index checked_width(const char* where, const char* tensor, Index count, Index parts) {
+  if (count == 0 || count % parts != 0) {
+    throw_shape(std::string(where) + ": the columns of " + tensor + " must be a positive multiple of " +
+                std::to_string(parts) + ", got " + std::to_string(count));
+  }
+  return count / parts;
+}
+
+/// One scalar type for all operands, and one that the production kernels know.
+template <typename Scalar, typename... Matrices>
+constexpr void check_scalars() {
+  static_assert(std::is_same_v<Scalar, float> || std::is_same_v<Scalar, double>,
+                "diffattn: the kernels take float or double (diffattn::reference takes long double too)");
+  static_assert((std::is_same_v<Scalar, typename Matrices::Scalar> && ...),
+                "diffattn: all operands must have the scalar type of the queries; convert with .template cast<>()");
+}
+
+template <typename Scalar>
+Scalar scale_of(const AttentionOptions& options, Index d) {
+  if (options.scale) return static_cast<Scalar>(*options.scale);
+  return Scalar(1) / std::sqrt(static_cast<Scalar>(d));
+}
+
+/// λ for every query row and head: one value for all, or a matrix of them read in place.
+template <typename Scalar>
+struct LambdaView {
+  Scalar constant = 0;
+  StridedView<const Scalar> values{};  // rows x heads; no data when λ is constant
+
+  Scalar operator()(Index row, Index head) const {
+    return values.data == nullptr ? constant : values(row, head);
+  }
+  LambdaView middle_rows(Index row, Index num_rows) const {
+    return values.data == nullptr ? *this : LambdaView{constant, values.middle_rows(row, num_rows)};
+  }
+};
+
+template <typename Lambda>
+inline constexpr bool is_scalar_lambda = std::is_arithmetic_v<Lambda>;
+
+template <typename Lambda>
+struct ReadableLambdaOf {
+  using Type = Readable<Lambda>;
+};
+template <typename Lambda>
+  requires is_scalar_lambda<Lambda>
+struct ReadableLambdaOf<Lambda> {
+  using Type = const Lambda;
+};
+/// Readable, for a λ that may be a plain number.
+template <typename Lambda>
+using ReadableLambda = typename ReadableLambdaOf<Lambda>::Type;
+
+template <typename Scalar, typename Lambda>
+LambdaView<Scalar> lambda_view(const char* where, const Lambda& lambda, Index rows, Index heads) {
+  if constexpr (is_scalar_lambda<Lambda>) {
+    return {static_cast<Scalar>(lambda), {}};
+  } else {
+    static_assert(std::is_same_v<typename Lambda::Scalar, Scalar>,
+                  "diffattn: lambda must be a number or a matrix of the scalar type of the queries");
+    check_shape(where, "lambda", lambda, rows, heads);
+    return {Scalar(0), view_of(lambda)};
+  }
+}
+
+}  // namespace detail
+}  // namespace diffattn::inline v0_1

@@ -1,0 +1,111 @@
+#pragma once
+
+// The specification: differential and standard attention as the paper writes them, for float, double and long double.
+// Plain loops, one whole n_q x n_k map at a time, no cleverness. Everything fast is tested against it.
+//
+//   attention_map      softmax(s·Q Kᵀ + bias)                                                   n_q x n_k
+//   attention          softmax(s·Q Kᵀ + bias) V                                                 n_q x dv
+//   diff_attention     (softmax(s·Q1 K1ᵀ + bias) − λ·softmax(s·Q2 K2ᵀ + bias)) V                n_q x dv   eq. (1)
+//
+// "Differential Transformer", Ye et al., arXiv 2410.05258; s is 1/sqrt(d) unless the options say otherwise. The softmax
+// runs over the keys that the mask shows, and a row that sees none is 0. The difference is not renormalised: its rows
+// sum to 1 − λ. λ is any number, or an n_q x 1 column with one for every query (DIFF V2).
+//
+// Shapes: q, q1, q2 (n_q x d) · k, k1, k2 (n_k x d) · v (n_k x dv). Any mismatch throws ShapeError.
+// Cost: O(n_q·n_k·(d + dv)) time, O(n_q·n_k) memory.
+
+#include <cmath>
+#include <limits>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/kernels/mask.hpp"
+#include "diffattn/kernels/options.hpp"
+
+namespace diffattn::inline v0_1::reference {
+
+/// P = softmax(s·Q Kᵀ + bias), row by row. A masked key has weight 0, and so has every key of a row that sees none.
+template <typename Q, typename K, typename Mask = FullMask>
+Matrix<typename Q::Scalar> attention_map(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
+                                         const Mask& mask = {}, const AttentionOptions& options = {}) {
+  using Scalar = typename Q::Scalar;
+  const Index n_q = q.rows(), n_k = k.rows();
+  detail::check_shape("attention_map", "k", k, n_k, q.cols());
+  detail::check_mask("attention_map", mask, n_q, n_k);
+  const Scalar scale = detail::scale_of<Scalar>(options, q.cols());
+
+  Matrix<Scalar> p = Matrix<Scalar>::Zero(n_q, n_k);
+  for (Index i = 0; i < n_q; ++i) {
+    const auto [begin, end] = mask.visible_keys(i, n_q, n_k);
+    const auto visible = [&](Index j) { return detail::bias_shows(mask, i, j, n_q, n_k); };
+
+    Scalar max = -std::numeric_limits<Scalar>::infinity();
+    for (Index j = begin; j < end; ++j) {
+      if (!visible(j)) continue;
+      Scalar dot = 0;
+      for (Index c = 0; c < q.cols(); ++c) dot += q(i, c) * k(j, c);
+      p(i, j) = dot * scale;
+      if constexpr (detail::HasBias<Mask>) p(i, j) += static_cast<Scalar>(mask.bias(i, j, n_q, n_k));
+      if (p(i, j) > max) max = p(i, j);
+    }
+    if (max == -std::numeric_limits<Scalar>::infinity()) max = 0;  // no weight anywhere: exp gives zeros, or NaN
+
+    Scalar sum = 0;
+    for (Index j = begin; j < end; ++j) {
+      if (!visible(j)) continue;
+      p(i, j) = std::exp(p(i, j) - max);
+      sum += p(i, j);
+    }
+    if (sum != 0) p.row(i) /= sum;
+  }
+  return p;
+}
+
+/// A V, leaving out the keys that the mask hides: 0 · NaN would not be 0.
+template <typename Scalar, typename V, typename Mask>
+Matrix<Scalar> apply_map(const Matrix<Scalar>& a, const Eigen::MatrixBase<V>& v, const Mask& mask) {
+  const Index n_q = a.rows(), n_k = a.cols();
+  Matrix<Scalar> out = Matrix<Scalar>::Zero(n_q, v.cols());
+  for (Index i = 0; i < n_q; ++i) {
+    const auto [begin, end] = mask.visible_keys(i, n_q, n_k);
+    for (Index j = begin; j < end; ++j) {
+      if (detail::bias_shows(mask, i, j, n_q, n_k)) out.row(i) += a(i, j) * v.row(j);
+    }
+  }
+  return out;
+}
+
+template <typename Q, typename K, typename V, typename Mask = FullMask>
+Matrix<typename Q::Scalar> attention(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
+                                     const Eigen::MatrixBase<V>& v, const Mask& mask = {},
+                                     const AttentionOptions& options = {}) {
+  detail::check_shape("attention", "k", k, k.rows(), q.cols());
+  detail::check_shape("attention", "v", v, k.rows(), v.cols());
+  return apply_map(attention_map(q, k, mask, options), v, mask);
+}
+
+template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename Mask = FullMask>
+Matrix<typename Q1::Scalar> diff_attention(const Eigen::MatrixBase<Q1>& q1, const Eigen::MatrixBase<K1>& k1,
+                                           const Eigen::MatrixBase<Q2>& q2, const Eigen::MatrixBase<K2>& k2,
+                                           const Eigen::MatrixBase<V>& v, const Lambda& lambda, const Mask& mask = {},
+                                           const AttentionOptions& options = {}) {
+  using Scalar = typename Q1::Scalar;
+  const Index n_q = q1.rows(), n_k = k1.rows(), d = q1.cols();
+  detail::check_shape("diff_attention", "k1", k1, n_k, d);
+  detail::check_shape("diff_attention", "q2", q2, n_q, d);
+  detail::check_shape("diff_attention", "k2", k2, n_k, d);
+  detail::check_shape("diff_attention", "v", v, n_k, v.cols());
+
+  const Matrix<Scalar> p1 = attention_map(q1, k1, mask, options);
+  const Matrix<Scalar> p2 = attention_map(q2, k2, mask, options);
+  Matrix<Scalar> difference(n_q, n_k);
+  if constexpr (detail::is_scalar_lambda<Lambda>) {
+    difference = p1 - static_cast<Scalar>(lambda) * p2;
+  } else {
+    detail::check_shape("diff_attention", "lambda", lambda, n_q, 1);
+    difference = p1 - lambda.asDiagonal() * p2;
+  }
+  return apply_map(difference, v, mask);
+}
+
+}  // namespace diffattn::inline v0_1::reference
