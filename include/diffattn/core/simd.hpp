@@ -79,6 +79,9 @@ EIGEN_ALWAYS_INLINE auto reduce_add(const P& a) {
   return Eigen::internal::predux(a);
 }
 
+// GCC notes that a template argument loses the vector attribute; PacketBlock is Eigen's own and means the same without.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
 /// Transposes the kLanes x kLanes matrix whose row r is rows[r].
 template <typename Scalar>
 EIGEN_ALWAYS_INLINE void transpose(Packet<Scalar> (&rows)[kLanes<Scalar>]) {
@@ -89,6 +92,7 @@ EIGEN_ALWAYS_INLINE void transpose(Packet<Scalar> (&rows)[kLanes<Scalar>]) {
     for (int r = 0; r < kLanes<Scalar>; ++r) rows[r] = block.packet[r];
   }
 }
+#pragma GCC diagnostic pop
 
 /// Shifts the bit pattern of every lane left by N: how an integer in the low bits becomes an exponent.
 template <int N, typename Scalar>
