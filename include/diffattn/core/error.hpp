@@ -38,11 +38,10 @@ namespace detail {
 }
 
 [[noreturn, gnu::cold, gnu::noinline]] inline void throw_shape(const char* where, const char* tensor,
-                                                               Index expected_rows, Index expected_cols,
-                                                               Index rows, Index cols) {
+                                                               Index expected_rows, Index expected_cols, Index rows,
+                                                               Index cols) {
   throw ShapeError(std::string(where) + ": " + tensor + " must be " + std::to_string(expected_rows) + " x " +
-                   std::to_string(expected_cols) + ", got " + std::to_string(rows) + " x " +
-                   std::to_string(cols));
+                   std::to_string(expected_cols) + ", got " + std::to_string(rows) + " x " + std::to_string(cols));
 }
 
 /// Throws ShapeError unless `matrix` is rows x cols; `where` and `tensor` are the names a caller knows them by.

@@ -45,8 +45,7 @@ inline constexpr bool has_direct_access = (int(Derived::Flags) & int(Eigen::Dire
 
 /// Holds a reference to an expression with memory of its own, or the evaluated value of one without.
 template <typename Derived>
-using Readable =
-    std::conditional_t<has_direct_access<Derived>, const Derived&, const Matrix<typename Derived::Scalar>>;
+using Readable = std::conditional_t<has_direct_access<Derived>, const Derived&, const Matrix<typename Derived::Scalar>>;
 
 template <typename Derived>
 StridedView<const typename Derived::Scalar> view_of(const Eigen::DenseBase<Derived>& matrix) {

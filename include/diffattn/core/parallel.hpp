@@ -1,15 +1,16 @@
 #pragma once
 
-// Executors: how a call spreads its work over threads. Threads are the caller's business, so every function that can use
-// them takes an executor, and the default is Serial.
+// Executors: how a call spreads its work over threads. Threads are the caller's business, so every function that can
+// use them takes an executor, and the default is Serial.
 //
 //   executor.concurrency()        how many workers run at once, at least 1
 //   executor.run(count, task)     calls task(index, worker) once for every index in [0, count), returns when all are
 //                                 done; 0 <= worker < concurrency(), and no two tasks run on one worker at a time
 //
 // A type of your own with these two members is an executor too. Tasks of this library never throw, never wait for each
-// other, and each output value is computed by exactly one of them in a fixed order: results are bitwise the same for any
-// executor and any number of threads. OpenMP's executor is in parallel_openmp.hpp, for programs compiled with OpenMP.
+// other, and each output value is computed by exactly one of them in a fixed order: results are bitwise the same for
+// any executor and any number of threads. OpenMP's executor is in parallel_openmp.hpp, for programs compiled with
+// OpenMP.
 
 #include <algorithm>
 #include <atomic>

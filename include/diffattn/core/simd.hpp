@@ -85,7 +85,7 @@ EIGEN_ALWAYS_INLINE auto reduce_add(const P& a) {
 /// Transposes the kLanes x kLanes matrix whose row r is rows[r].
 template <typename Scalar>
 EIGEN_ALWAYS_INLINE void transpose(Packet<Scalar> (&rows)[kLanes<Scalar>]) {
-  if constexpr (kLanes<Scalar> > 1) {
+  if constexpr (kLanes < Scalar >> 1) {
     Eigen::internal::PacketBlock<Packet<Scalar>, kLanes<Scalar>> block;
     for (int r = 0; r < kLanes<Scalar>; ++r) block.packet[r] = rows[r];
     Eigen::internal::ptranspose(block);

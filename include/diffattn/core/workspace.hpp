@@ -31,8 +31,7 @@ class Workspace {
   /// Returns what was taken since it was opened when it goes out of scope.
   class Frame {
    public:
-    explicit Frame(Workspace& workspace)
-        : workspace_(workspace), block_(workspace.block_), used_(workspace.used_) {}
+    explicit Frame(Workspace& workspace) : workspace_(workspace), block_(workspace.block_), used_(workspace.used_) {}
     ~Frame() { workspace_.release(block_, used_); }
     Frame(const Frame&) = delete;
     Frame& operator=(const Frame&) = delete;
@@ -64,7 +63,7 @@ class Workspace {
   static constexpr std::size_t kSmallestBlock = 16 * 1024;
 
   struct Free {
-    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
+    void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kAlignment}); }
   };
   struct Block {
     std::unique_ptr<std::byte, Free> memory;
@@ -88,7 +87,7 @@ class Workspace {
   }
 
   void add_block(std::size_t bytes) {
-    auto* memory = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment}));
+    auto* memory = static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kAlignment}));
     blocks_.push_back({std::unique_ptr<std::byte, Free>(memory), bytes});
   }
 

@@ -14,7 +14,7 @@
 //            the layout of the official multihead_flashdiff_*.py and, shared, of multihead_flashdiffv2.py.
 // λ          any number, negative and above 1 included; or one for every query, n_q x 1 (n_q x H for several heads).
 //            The difference is not renormalised: the rows of P1 − λ·P2 sum to 1 − λ.
-// Operands, masks, errors, memory, threads: as attention.hpp says, and a panel of 2 · 48 · n_k scores a worker besides.
+// Operands, masks, errors, memory, threads: as attention.hpp says, and a panel of 2 · 24 · n_k scores a worker besides.
 // Cost       4·n_q·n_k·d + 2·n_q·n_k·dv FLOP a head over visible keys: with dv = 2d, that of two standard heads.
 
 #include "diffattn/core/error.hpp"
@@ -89,8 +89,8 @@ Matrix<typename Q1::Scalar> diff_attention(const Eigen::MatrixBase<Q1>& q1, cons
 template <typename Out, typename Q, typename K, typename V, typename Lambda, AttentionMask Mask, Executor E = Serial>
 void multihead_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
                                    const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
-                                   Heads heads, const Mask& mask, const AttentionOptions& options,
-                                   Workspace& workspace, E&& executor = {}) {
+                                   Heads heads, const Mask& mask, const AttentionOptions& options, Workspace& workspace,
+                                   E&& executor = {}) {
   using Scalar = typename Q::Scalar;
   detail::check_scalars<Scalar, Out, K, V>();
   constexpr const char* where = "multihead_diff_attention";

@@ -99,7 +99,9 @@ MatrixBias(const Eigen::DenseBase<Derived>&) -> MatrixBias<typename Derived::Sca
 namespace detail {
 
 template <typename Mask>
-concept HasBias = requires(const Mask& mask, Index i) { mask.bias(i, i, i, i); };
+concept HasBias = requires(const Mask& mask, Index i) {
+  mask.bias(i, i, i, i);
+};
 
 /// Refuses a mask that could not be meant, before any work.
 template <typename Mask>

@@ -16,8 +16,8 @@ struct AttentionOptions {
   std::optional<double> scale = std::nullopt;
 };
 
-/// Heads that lie side by side in the columns. Query head h reads key and value head h / (num_heads / num_kv_heads), the
-/// grouping of the official flash variants (grouped-query attention); num_kv_heads = 0 means num_heads.
+/// Heads that lie side by side in the columns. Query head h reads key and value head h / (num_heads / num_kv_heads),
+/// the grouping of the official flash variants (grouped-query attention); num_kv_heads = 0 means num_heads.
 struct Heads {
   Index num_heads = 1;
   Index num_kv_heads = 0;
@@ -65,9 +65,7 @@ struct LambdaView {
   Scalar constant = 0;
   StridedView<const Scalar> values{};  // rows x heads; no data when λ is constant
 
-  Scalar operator()(Index row, Index head) const {
-    return values.data == nullptr ? constant : values(row, head);
-  }
+  Scalar operator()(Index row, Index head) const { return values.data == nullptr ? constant : values(row, head); }
   LambdaView middle_rows(Index row, Index num_rows) const {
     return values.data == nullptr ? *this : LambdaView{constant, values.middle_rows(row, num_rows)};
   }
@@ -81,7 +79,7 @@ struct ReadableLambdaOf {
   using Type = Readable<Lambda>;
 };
 template <typename Lambda>
-  requires is_scalar_lambda<Lambda>
+requires is_scalar_lambda<Lambda>
 struct ReadableLambdaOf<Lambda> {
   using Type = const Lambda;
 };

@@ -2,10 +2,10 @@
 
 // Differential attention for a block of query rows, eq. (1): (softmax(s·Q1 K1ᵀ) − λ·softmax(s·Q2 K2ᵀ)) V.
 //
-// One pass as in standard attention cannot do it with one set of sums: O1/l1 − λ·O2/l2 needs both normalisers before the
-// product with V. So the weights of the whole block, for all keys and both maps, are kept in a panel; once l1 and l2 are
-// known they are combined, chunk by chunk, into A = P1/l1 − λ·P2/l2, and a single product A·V follows. The multiply-adds
-// are those of two standard heads, and the panel (2 · rows · n_k) is all the memory it takes.
+// One pass as in standard attention cannot do it with one set of sums: O1/l1 − λ·O2/l2 needs both normalisers before
+// the product with V. So the weights of the whole block, for all keys and both maps, are kept in a panel; once l1 and
+// l2 are known they are combined, chunk by chunk, into A = P1/l1 − λ·P2/l2, and a single product A·V follows. The
+// multiply-adds are those of two standard heads, and the panel (2 · rows · n_k) is all the memory it takes.
 
 #include <array>
 
@@ -24,7 +24,7 @@ class DifferentialBlock {
 
  public:
   static constexpr Index kMaps = 2;
-  static constexpr Index kBlockRows = 48;
+  static constexpr Index kBlockRows = 24;
   static constexpr Index kGroups = kBlockRows / kRows;
 
   /// Takes the scratch of one worker; no block will see more than `max_keys` keys.
@@ -89,8 +89,7 @@ class DifferentialBlock {
     Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
     score_chunk(weights, q_[map] + g * kRows * head.d, head.keys[map], head.d, rows, first_key, columns);
     softmax_[map][g].add_chunk(weights, kChunk, columns.begin, columns.end);
-    std::copy(softmax_[map][g].max, softmax_[map][g].max + kPaddedRows,
-              chunk_max_ + slot(chunk, map, g) * kPaddedRows);
+    std::copy(softmax_[map][g].max, softmax_[map][g].max + kPaddedRows, chunk_max_ + slot(chunk, map, g) * kPaddedRows);
   }
 
   /// 1/l1 and −λ/l2 for the rows of a group; 0 for a row that saw no key.
@@ -101,7 +100,8 @@ class DifferentialBlock {
       factors(0, g)[r] = sum1 == Scalar(0) ? Scalar(0) : Scalar(1) / sum1;
       factors(1, g)[r] = sum2 == Scalar(0) ? Scalar(0) : -lambda(rows.first + r, head_index) / sum2;
     }
-    for (Index map = 0; map < 2; ++map) std::fill(factors(map, g) + rows.count, factors(map, g) + kPaddedRows, Scalar(0));
+    for (Index map = 0; map < 2; ++map)
+      std::fill(factors(map, g) + rows.count, factors(map, g) + kPaddedRows, Scalar(0));
   }
 
   Scalar* factors(Index map, Index g) { return factors_ + (map * kGroups + g) * kPaddedRows; }
@@ -140,12 +140,12 @@ class DifferentialBlock {
     }
   }
 
-  Index group_sums_;                // values in the sums of one group
-  Scalar* weights_;                 // [kRows][kChunk]
-  Scalar* sums_;                    // [group][strip of dv][kRows][kCols]
-  Scalar* panel_;                   // [chunk][map][group][kRows][kChunk]
-  Scalar* chunk_max_;               // [chunk][map][group][kPaddedRows]: the maximum that a chunk's weights are relative to
-  Scalar* q_[2];                    // [group][d][kRows]
+  Index group_sums_;   // values in the sums of one group
+  Scalar* weights_;    // [kRows][kChunk]
+  Scalar* sums_;       // [group][strip of dv][kRows][kCols]
+  Scalar* panel_;      // [chunk][map][group][kRows][kChunk]
+  Scalar* chunk_max_;  // [chunk][map][group][kPaddedRows]: the maximum that a chunk's weights are relative to
+  Scalar* q_[2];       // [group][d][kRows]
   RowSoftmax<Scalar>* softmax_[2];  // [group]
   Scalar* factors_;                 // [map][group][kPaddedRows]
 };

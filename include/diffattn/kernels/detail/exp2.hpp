@@ -2,10 +2,10 @@
 
 // 2^x for x <= 0, the only exponential a softmax needs once log2(e) is folded into the scores.
 //
-// x = n + f with n the nearest integer and |f| <= 1/2; 2^x = 2^n · p(f). Adding a large constant leaves n in the low bits
-// of a float's significand, and shifting them into the exponent gives 2^n: no conversion, no table. Below the smallest
-// normal number 2^n is 0 exactly, so -inf gives 0 and a masked key has no weight at all. NaN stays NaN.
-// p is the minimax polynomial for the relative error, with p(0) = 1 so that 2^0 is exact.
+// x = n + f with n the nearest integer and |f| <= 1/2; 2^x = 2^n · p(f). Adding a large constant leaves n in the low
+// bits of a float's significand, and shifting them into the exponent gives 2^n: no conversion, no table. Below the
+// smallest normal number 2^n is 0 exactly, so -inf gives 0 and a masked key has no weight at all. NaN stays NaN. p is
+// the minimax polynomial for the relative error, with p(0) = 1 so that 2^0 is exact.
 
 #include <array>
 
@@ -21,8 +21,8 @@ struct Exp2Constants<float> {
   static constexpr int kSignificandBits = 23;
   static constexpr float kShifter = 12582912.0f + 127.0f;  // 1.5 · 2^23 + exponent bias
   static constexpr float kLowest = -127.0f;
-  static constexpr std::array<float, 5> kPolynomial = {1.3276472e-3f, 9.6755413e-3f, 5.5507133e-2f,
-                                                       2.4022120e-1f, 6.9314697e-1f};  // f^5 … f^1
+  static constexpr std::array<float, 5> kPolynomial = {1.3276472e-3f, 9.6755413e-3f, 5.5507133e-2f, 2.4022120e-1f,
+                                                       6.9314697e-1f};  // f^5 … f^1
 };
 
 template <>

@@ -19,11 +19,11 @@ namespace diffattn::inline v0_1::detail {
 /// [h·step, h·step + width) of its view. Query head h reads key and value head h / (num_heads / num_kv_heads).
 template <typename Scalar, Index kMaps>
 struct HeadOperands {
-  StridedView<Scalar> out;              // n_q rows, step and width dv
-  StridedView<const Scalar> q[kMaps];   // n_q rows, step q_step, width d
-  StridedView<const Scalar> k[kMaps];   // n_k rows, step k_step, width d
-  StridedView<const Scalar> v;          // n_k rows, step and width dv
-  LambdaView<Scalar> lambda;            // n_q x num_heads
+  StridedView<Scalar> out;             // n_q rows, step and width dv
+  StridedView<const Scalar> q[kMaps];  // n_q rows, step q_step, width d
+  StridedView<const Scalar> k[kMaps];  // n_k rows, step k_step, width d
+  StridedView<const Scalar> v;         // n_k rows, step and width dv
+  LambdaView<Scalar> lambda;           // n_q x num_heads
   Heads heads{1, 1};
   Index d = 0;
   Index dv = 0;
@@ -91,8 +91,8 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
       const Index i = task / pieces, head = first_head + i, row = task % pieces * kPackRows;
       const Index count = std::min(kPackRows, n_k - row);
       for (Index map = 0; map < key_maps; ++map) {
-        pack_transposed(keys + (i * key_maps + map) * keys_size, in.k[map].middle_cols(head * in.k_step, in.d),
-                        row, count);
+        pack_transposed(keys + (i * key_maps + map) * keys_size, in.k[map].middle_cols(head * in.k_step, in.d), row,
+                        count);
       }
       if (!pack_columns(values + i * values_size, in.v.middle_cols(head * in.dv, in.dv), row, count)) finite[i] = false;
     });

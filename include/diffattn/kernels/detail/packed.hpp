@@ -46,8 +46,8 @@ void pack_rows(Scalar* to, const StridedView<const T>& rows, Scalar factor) {
   }
 }
 
-/// One strip of b(k, c) = source(c, k), c in [0, present): keys to strips. Whole packets of contiguous rows are transposed
-/// in registers.
+/// One strip of b(k, c) = source(c, k), c in [0, present): keys to strips. Whole packets of contiguous rows are
+/// transposed in registers.
 template <typename Scalar, typename T>
 void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index first, Index present) {
   constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;

@@ -3,8 +3,8 @@
 // The register tile: kRows x kCols sums that live in vector registers while `depth` products are added to each. Every
 // product of the library (Q Kᵀ, A V, a linear layer) is made of these.
 //
-// Per step of depth it loads two packets of b, broadcasts kRows scalars of a, and does 2·kRows fused multiply-adds: with
-// 16 registers 12 FMAs for 8 loads, which keeps both FMA pipes of a core with two load ports busy.
+// Per step of depth it loads two packets of b, broadcasts kRows scalars of a, and does 2·kRows fused multiply-adds:
+// with 16 registers 12 FMAs for 8 loads, which keeps both FMA pipes of a core with two load ports busy.
 
 #include "diffattn/core/simd.hpp"
 

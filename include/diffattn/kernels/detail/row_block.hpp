@@ -1,7 +1,7 @@
 #pragma once
 
-// What the two kernels share: a block of query rows of one head, taken group by group (kRows rows) against chunk by chunk
-// of the packed keys. Scores of a group and a chunk are a kRows x kChunk tile that stays in the L1 cache.
+// What the two kernels share: a block of query rows of one head, taken group by group (kRows rows) against chunk by
+// chunk of the packed keys. Scores of a group and a chunk are a kRows x kChunk tile that stays in the L1 cache.
 
 #include <algorithm>
 #include <numbers>
@@ -15,7 +15,7 @@
 namespace diffattn::inline v0_1::detail {
 
 /// Keys in a chunk: a multiple of every kCols.
-inline constexpr Index kChunk = 128;
+inline constexpr Index kChunk = 256;
 
 /// Keys and values of one head, packed once and read by every block of its query rows.
 template <typename Scalar>
@@ -91,8 +91,8 @@ void score_chunk(Scalar* scores, const Scalar* q, const Scalar* keys, Index d, c
 
 /// out += weights · V over the given columns. out: [strip of dv][kRows][kCols]; weights: rows kChunk apart.
 template <typename Scalar, typename Mask>
-void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Scalar>& head,
-                         const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
+void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
+                         Index first_key, const KeyRange& columns) {
   constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
   const Index end = std::min(columns.end, head.n_k - first_key);
   for (Index col = 0; col < head.dv; col += kCols, out += kRows * kCols) {
@@ -100,7 +100,8 @@ void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Sc
     if (head.finite_values) {
       TileSums<Scalar> tile;
       tile.load(out, kCols);
-      tile.template add_product<kChunk, 1>(weights + columns.begin, values + columns.begin * kCols, end - columns.begin);
+      tile.template add_product<kChunk, 1>(weights + columns.begin, values + columns.begin * kCols,
+                                           end - columns.begin);
       tile.store(out, kCols);
       continue;
     }

@@ -2,9 +2,9 @@
 
 // The softmax of a group of rows, one chunk of keys at a time, in the log2 domain.
 //
-// Each chunk of scores becomes exp2(score − m) in place, with m the largest score that its row has shown so far. A chunk
-// keeps the m it used; whoever reads it later multiplies by exp2(m − final m). Sums are kept per lane, so that a row is
-// reduced across lanes once for its maximum in each chunk, and once for its sum at the end.
+// Each chunk of scores becomes exp2(score − m) in place, with m the largest score that its row has shown so far. A
+// chunk keeps the m it used; whoever reads it later multiplies by exp2(m − final m). Sums are kept per lane, so that a
+// row is reduced across lanes once for its maximum in each chunk, and once for its sum at the end.
 
 #include <algorithm>
 #include <limits>
