@@ -1,0 +1,135 @@
+#pragma once
+
+// y = x Wᵀ + b: the product of every linear layer, on the register tile of the attention kernels.
+//
+// x is packed like queries and W, (out x in) as PyTorch stores it, like keys. Depth is taken kDepth steps at a time, so
+// that a strip of W and a group of x stay in the nearest caches. A few rows (decoding) are bound by reading W once:
+// they read it where it is. Blocks do not depend on the number of threads, so neither does the result.
+
+#include <algorithm>
+
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/packed.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+/// y = x Wᵀ for a few rows of x: dot products over rows of W, which must be contiguous, as must x and y.
+template <typename Scalar>
+class RowByRowProduct {
+  static constexpr Index kLanes = simd::kLanes<Scalar>;
+  static constexpr Index kOutputs = 4;  // rows of W read side by side, to have that many sums in flight
+
+ public:
+  static constexpr Index kMostRows = 4;
+
+  /// Outputs [first, first + count) of every row.
+  static void run(const StridedView<Scalar>& y, const StridedView<const Scalar>& x, const StridedView<const Scalar>& w,
+                  const Scalar* bias, Index first, Index count) {
+    for (Index out = first; out < first + count; out += kOutputs) {
+      const Index present = std::min(kOutputs, first + count - out);
+      const Scalar* rows[kOutputs];
+      for (Index o = 0; o < kOutputs; ++o) rows[o] = &w(out + std::min(o, present - 1), 0);
+      for (Index i = 0; i < x.rows; ++i) {
+        Scalar dots[kOutputs];
+        dot(dots, rows, &x(i, 0), x.cols);
+        for (Index o = 0; o < present; ++o) y(i, out + o) = dots[o] + (bias == nullptr ? Scalar(0) : bias[out + o]);
+      }
+    }
+  }
+
+ private:
+  static void dot(Scalar (&dots)[kOutputs], const Scalar* const (&rows)[kOutputs], const Scalar* x, Index depth) {
+    simd::Packet<Scalar> sums[kOutputs][2];
+    for (auto& sum : sums) sum[0] = sum[1] = simd::broadcast(Scalar(0));
+    Index k = 0;
+    for (; k + 2 * kLanes <= depth; k += 2 * kLanes) {
+#pragma GCC unroll 2
+      for (Index p = 0; p < 2; ++p) {
+        const auto right = simd::loadu(x + k + p * kLanes);
+#pragma GCC unroll 4
+        for (Index o = 0; o < kOutputs; ++o) {
+          sums[o][p] = simd::fma(simd::loadu(rows[o] + k + p * kLanes), right, sums[o][p]);
+        }
+      }
+    }
+    for (Index o = 0; o < kOutputs; ++o) {
+      dots[o] = simd::reduce_add(simd::add(sums[o][0], sums[o][1]));
+      for (Index tail = k; tail < depth; ++tail) dots[o] += rows[o][tail] * x[tail];
+    }
+  }
+};
+
+/// y (n x out) = x (n x in) · w (out x in)ᵀ + bias (out values, or null).
+template <typename Scalar, Executor E>
+void matmul_transposed(const StridedView<Scalar>& y, const StridedView<const Scalar>& x,
+                       const StridedView<const Scalar>& w, const Scalar* bias, Workspace& workspace, E& executor) {
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
+  constexpr Index kDepth = 256;            // depth of one pass over a tile
+  constexpr Index kBlockRows = 8 * kRows;  // rows of x that share a strip of W
+  constexpr Index kBlockCols = 8 * kCols;  // columns of y in one task
+  const Index n = x.rows, depth = x.cols, outputs = w.rows;
+  if (n == 0 || outputs == 0) return;
+
+  const bool contiguous = x.col_stride == 1 && w.col_stride == 1 && y.col_stride == 1;
+  if (n <= RowByRowProduct<Scalar>::kMostRows && contiguous) {
+    constexpr Index kPiece = 64;
+    executor.run(divide_up(outputs, kPiece), [&](Index task, Index /*worker*/) {
+      RowByRowProduct<Scalar>::run(y, x, w, bias, task * kPiece, std::min(kPiece, outputs - task * kPiece));
+    });
+    return;
+  }
+
+  const auto frame = workspace.frame();
+  auto* const rows = workspace.take<Scalar>(packed_rows_size<Scalar>(n, depth));
+  auto* const strips = workspace.take<Scalar>(packed_strips_size<Scalar>(outputs, depth));
+  auto* const sums = workspace.take<Scalar>(executor.concurrency() * kBlockRows * kBlockCols);
+  const Index row_blocks = divide_up(n, kBlockRows), col_blocks = divide_up(outputs, kBlockCols);
+  executor.run(row_blocks + col_blocks, [&](Index task, Index /*worker*/) {
+    if (task < row_blocks) {
+      const Index row = task * kBlockRows;
+      pack_rows(rows + row * depth, x.middle_rows(row, std::min(kBlockRows, n - row)), Scalar(1));
+    } else {
+      const Index col = (task - row_blocks) * kBlockCols;
+      pack_transposed(strips, w, col, std::min(kBlockCols, outputs - col));
+    }
+  });
+
+  executor.run(row_blocks * col_blocks, [&](Index task, Index worker) {
+    const Index row = task / col_blocks * kBlockRows, col = task % col_blocks * kBlockCols;
+    const Index row_end = std::min(row + kBlockRows, n), col_end = std::min(col + kBlockCols, outputs);
+    Scalar* const block = sums + worker * kBlockRows * kBlockCols;  // [strip][group][kRows][kCols]
+    for (Index k = 0; k == 0 || k < depth; k += kDepth) {
+      Scalar* at = block;
+      for (Index c = col; c < col_end; c += kCols) {
+        for (Index r = row; r < row_end; r += kRows, at += kRows * kCols) {
+          TileSums<Scalar> tile;
+          if (k == 0) {
+            tile.set_zero();
+          } else {
+            tile.load(at, kCols);
+          }
+          tile.template add_product<1, kRows>(rows + r * depth + k * kRows, strips + c * depth + k * kCols,
+                                              std::min(kDepth, depth - k));
+          tile.store(at, kCols);
+        }
+      }
+    }
+    const Scalar* at = block;
+    for (Index c = col; c < col_end; c += kCols) {
+      const Index present = std::min(kCols, col_end - c);
+      for (Index r = row; r < row_end; ++r, at += kCols) {
+        Scalar* const to = &y(r, c);
+        if (bias == nullptr) {
+          for (Index i = 0; i < present; ++i) to[i * y.col_stride] = at[i];
+        } else {
+          for (Index i = 0; i < present; ++i) to[i * y.col_stride] = at[i] + bias[c + i];
+        }
+      }
+      at += (round_up(row_end - row, kRows) - (row_end - row)) * kCols;
+    }
+  });
+}
+
+}  // namespace diffattn::inline v0_1::detail

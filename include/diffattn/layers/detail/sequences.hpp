@@ -1,0 +1,75 @@
+#pragma once
+
+// What the attention layers share: several sequences stacked in the rows of one matrix, and the checks at a layer's
+// door.
+
+#include <optional>
+#include <span>
+#include <string>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/layers/rotary.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+/// Throws std::invalid_argument unless the lengths are 0 or more and add up to `rows`.
+inline void check_lengths(const char* where, std::span<const Index> lengths, Index rows) {
+  Index sum = 0;
+  for (const Index length : lengths) {
+    if (length < 0)
+      throw_invalid(std::string(where) + ": a sequence cannot have " + std::to_string(length) + " tokens");
+    sum += length;
+  }
+  if (sum != rows) {
+    throw_shape(std::string(where) + ": the lengths of the sequences must add up to the " + std::to_string(rows) +
+                " rows of x, got " + std::to_string(sum));
+  }
+}
+
+/// Calls f(first row, tokens) for each sequence.
+template <typename F>
+void for_each_sequence(std::span<const Index> lengths, F&& f) {
+  Index first = 0;
+  for (const Index length : lengths) {
+    f(first, length);
+    first += length;
+  }
+}
+
+/// Calls f(first, count) for pieces of `rows` rows, spread over the executor.
+template <Executor E, typename F>
+void for_each_row_block(Index rows, E& executor, F&& f) {
+  constexpr Index kRows = 64;
+  executor.run((rows + kRows - 1) / kRows,
+               [&](Index task, Index /*worker*/) { f(task * kRows, std::min(kRows, rows - task * kRows)); });
+}
+
+/// Throws std::invalid_argument naming the field unless it is at least 1.
+inline void check_positive(const char* where, const char* field, Index value) {
+  if (value < 1) {
+    throw_invalid(std::string(where) + ": " + field + " must be at least 1, got " + std::to_string(value));
+  }
+}
+
+/// embed_dim / parts. Throws std::invalid_argument unless it divides.
+inline Index checked_head_dim(const char* where, Index embed_dim, const char* parts_name, Index parts) {
+  check_positive(where, "embed_dim", embed_dim);
+  if (embed_dim % parts != 0) {
+    throw_invalid(std::string(where) + ": " + parts_name + " = " + std::to_string(parts) +
+                  " must divide embed_dim = " + std::to_string(embed_dim));
+  }
+  return embed_dim / parts;
+}
+
+template <typename Scalar>
+std::optional<Rotary<Scalar>> make_rotary(const std::optional<RotaryConfig>& config, Index head_dim) {
+  if (!config) return std::nullopt;
+  return Rotary<Scalar>(*config, head_dim);
+}
+
+template <typename Scalar>
+using MatrixMap = Eigen::Map<Matrix<Scalar>>;
+
+}  // namespace diffattn::inline v0_1::detail

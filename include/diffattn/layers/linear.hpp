@@ -1,0 +1,56 @@
+#pragma once
+
+// Linear: y = x Wᵀ + b, with W (out x in) and b (out) as PyTorch's nn.Linear stores them.
+//
+// Shapes   x (n x in) → y (n x out), n >= 0. Any strides; contiguous rows are fastest.
+// Errors   ShapeError before any work.
+// Memory   packed copies of x and W from the workspace; none for a few rows, which read W once where it is.
+
+#include <cmath>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/matmul.hpp"
+#include "diffattn/layers/initialization.hpp"
+#include "diffattn/layers/parameters.hpp"
+
+namespace diffattn::inline v0_1 {
+
+template <typename Scalar>
+class Linear {
+ public:
+  Linear(Index in, Index out, bool with_bias = false) : weight(out, in), bias(with_bias ? out : 0) {
+    weight.setZero();
+    bias.setZero();
+  }
+
+  /// The default of nn.Linear: weight and bias from U(-1/sqrt(in), 1/sqrt(in)).
+  void initialize(Initializer& random) {
+    const double bound = 1 / std::sqrt(static_cast<double>(weight.cols()));
+    random.uniform(weight, bound);
+    random.uniform(bias, bound);
+  }
+
+  template <typename Y, typename X, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Workspace& workspace,
+                    E&& executor = {}) const {
+    detail::check_shape("Linear", "x", x, x.rows(), weight.cols());
+    detail::check_shape("Linear", "y", y, x.rows(), weight.rows());
+    const detail::Readable<X> x_read(x.derived());
+    detail::matmul_transposed<Scalar>(detail::writable_view_of(y), detail::view_of(x_read), detail::view_of(weight),
+                                      bias.size() == 0 ? nullptr : bias.data(), workspace, executor);
+  }
+
+  template <typename Self, typename Visitor>
+  static void visit(Self& self, Visitor& visitor) {
+    visitor("weight", self.weight);
+    if (self.bias.size() != 0) visitor("bias", self.bias);
+  }
+
+  Matrix<Scalar> weight;  ///< out x in
+  Vector<Scalar> bias;    ///< out, or empty
+};
+
+}  // namespace diffattn::inline v0_1

@@ -1,0 +1,146 @@
+#pragma once
+
+// Multi-head attention, the baseline that differential attention is compared with: the layer of the official
+// multihead_attention.py, on the same parts and of the same quality. y = Concat(softmax(s·Q_h K_gᵀ) V_g) W_Oᵀ.
+//
+// d = embed_dim / num_heads. Query head h reads key and value head g = h / (num_heads / num_kv_heads).
+// A layer with twice the heads of a MultiheadDiffAttention has the same d and, but for λ and the norm, the same
+// parameters.
+//
+// Parameters (visit_parameters): q_proj, k_proj, v_proj, out_proj.
+// Shapes, errors, threads: as multihead_diff_attention.hpp says.
+
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/attention.hpp"
+#include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/detail/sequences.hpp"
+#include "diffattn/layers/initialization.hpp"
+#include "diffattn/layers/linear.hpp"
+#include "diffattn/layers/parameters.hpp"
+#include "diffattn/layers/rotary.hpp"
+
+namespace diffattn::inline v0_1 {
+
+struct MultiheadAttentionConfig {
+  Index embed_dim = 0;
+  Index num_heads = 0;
+  Index num_kv_heads = 0;                             ///< divides num_heads; 0 = num_heads
+  std::optional<RotaryConfig> rotary = std::nullopt;  ///< no position embedding if left out
+  bool bias = false;                                  ///< biases on the four projections
+  std::uint64_t seed = 0;                             ///< of the initial parameters
+};
+
+template <typename Scalar>
+class MultiheadAttention {
+ public:
+  using Config = MultiheadAttentionConfig;
+
+  /// Initial parameters are those of nn.Linear.
+  explicit MultiheadAttention(const Config& config)
+      : config_(checked(config)),
+        head_dim_(config_.embed_dim / config_.num_heads),
+        q_proj(config_.embed_dim, config_.embed_dim, config_.bias),
+        k_proj(config_.embed_dim, config_.num_kv_heads * head_dim_, config_.bias),
+        v_proj(config_.embed_dim, config_.num_kv_heads * head_dim_, config_.bias),
+        out_proj(config_.embed_dim, config_.embed_dim, config_.bias),
+        rotary_(detail::make_rotary<Scalar>(config_.rotary, head_dim_)) {
+    Initializer random(config.seed);
+    for (Linear<Scalar>* projection : {&q_proj, &k_proj, &v_proj, &out_proj}) projection->initialize(random);
+  }
+
+  const Config& config() const { return config_; }
+
+  /// y (n x embed_dim) for x (n x embed_dim), one sequence.
+  template <AttentionMask Mask = CausalMask>
+  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask = {}) const {
+    const Index whole[] = {x.rows()};
+    return forward(x, mask, whole);
+  }
+
+  /// Several sequences stacked in the rows of x: `lengths` says how many rows each has. None sees another.
+  template <AttentionMask Mask>
+  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask, std::span<const Index> lengths) const {
+    Workspace workspace;
+    Matrix<Scalar> y(x.rows(), config_.embed_dim);
+    forward_into(y, x, mask, lengths, workspace);
+    return y;
+  }
+
+  /// The same into a matrix of yours, with scratch from `workspace` and work spread over `executor`.
+  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                    Workspace& workspace, E&& executor = {}) const {
+    const Index whole[] = {x.rows()};
+    forward_into(y, x, mask, whole, workspace, executor);
+  }
+
+  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                    std::span<const Index> lengths, Workspace& workspace, E&& executor = {}) const {
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
+    detail::check_shape(kName, "x", x, n, config_.embed_dim);
+    detail::check_shape(kName, "y", y, n, config_.embed_dim);
+    detail::check_lengths(kName, lengths, n);
+
+    const auto frame = workspace.frame();
+    const auto scratch = [&](Index cols) {
+      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
+    };
+    auto q = scratch(heads * d), k = scratch(kv_heads * d), v = scratch(kv_heads * d), attended = scratch(heads * d);
+    q_proj.forward_into(q, x, workspace, executor);
+    k_proj.forward_into(k, x, workspace, executor);
+    v_proj.forward_into(v, x, workspace, executor);
+
+    detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
+      if (rotary_) {
+        detail::for_each_row_block(tokens, executor, [&](Index row, Index count) {
+          rotary_->apply(detail::writable_view_of(q).middle_rows(first + row, count), heads, row);
+          rotary_->apply(detail::writable_view_of(k).middle_rows(first + row, count), kv_heads, row);
+        });
+      }
+      multihead_attention_into(attended.middleRows(first, tokens), q.middleRows(first, tokens),
+                               k.middleRows(first, tokens), v.middleRows(first, tokens), Heads{heads, kv_heads}, mask,
+                               AttentionOptions{}, workspace, executor);
+    });
+    out_proj.forward_into(y, attended, workspace, executor);
+  }
+
+  template <typename Self, typename Visitor>
+  static void visit(Self& self, Visitor& visitor) {
+    detail::visit_part("q_proj", self.q_proj, visitor);
+    detail::visit_part("k_proj", self.k_proj, visitor);
+    detail::visit_part("v_proj", self.v_proj, visitor);
+    detail::visit_part("out_proj", self.out_proj, visitor);
+  }
+
+ private:
+  static constexpr const char* kName = "MultiheadAttention";
+
+  static Config checked(Config config) {
+    detail::check_positive(kName, "num_heads", config.num_heads);
+    detail::checked_head_dim(kName, config.embed_dim, "num_heads", config.num_heads);
+    config.num_kv_heads = detail::checked_heads(kName, {config.num_heads, config.num_kv_heads}).num_kv_heads;
+    return config;
+  }
+
+  Config config_;
+  Index head_dim_;  // d
+
+ public:
+  Linear<Scalar> q_proj;    ///< num_heads·d x embed_dim
+  Linear<Scalar> k_proj;    ///< num_kv_heads·d x embed_dim
+  Linear<Scalar> v_proj;    ///< num_kv_heads·d x embed_dim
+  Linear<Scalar> out_proj;  ///< embed_dim x num_heads·d
+
+ private:
+  std::optional<Rotary<Scalar>> rotary_;
+};
+
+}  // namespace diffattn::inline v0_1

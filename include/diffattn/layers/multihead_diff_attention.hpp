@@ -1,0 +1,176 @@
+#pragma once
+
+// Multi-head differential attention, the layer of the paper and of the official multihead_flashdiff_1.py:
+//
+//   λ      = exp(λq1·λk1) − exp(λq2·λk2) + λ_init                                             eq. (2)
+//   head_h = (1 − λ_init) · RMSNorm((P1_h − λ·P2_h) V_g)                                      eq. (1), (3)
+//   y      = Concat(head_1 … head_H) W_Oᵀ                                                     eq. (3)
+//
+// num_heads (H) counts differential heads, half a Transformer's. d = embed_dim / (2H). Packed query head 2h is Q1_h and
+// 2h + 1 is Q2_h, each d wide; keys likewise for num_kv_heads (G); V_g is one slab of 2d columns. Head h reads key and
+// value head g = h / (H/G): the pairing of the flash variants, to which every other implementation keeps (the official
+// naive file differs when G < H). Rotary turns each packed head. The norm weight and λ are shared by all heads.
+//
+// Parameters (visit_parameters): q_proj, k_proj, v_proj, out_proj, lambda_q1, lambda_k1, lambda_q2, lambda_k2, subln.
+// Shapes     x, y (tokens x embed_dim). Zero rows give an empty result.
+// Errors     std::invalid_argument for a configuration that cannot be, ShapeError for an x that does not fit; before
+// any
+//            work. Const functions may be called from several threads, each with a workspace of its own.
+
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/diff_attention.hpp"
+#include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/detail/sequences.hpp"
+#include "diffattn/layers/initialization.hpp"
+#include "diffattn/layers/lambda.hpp"
+#include "diffattn/layers/linear.hpp"
+#include "diffattn/layers/parameters.hpp"
+#include "diffattn/layers/rms_norm.hpp"
+#include "diffattn/layers/rotary.hpp"
+
+namespace diffattn::inline v0_1 {
+
+struct MultiheadDiffAttentionConfig {
+  Index embed_dim = 0;
+  Index num_heads = 0;                                ///< differential heads
+  Index num_kv_heads = 0;                             ///< divides num_heads; 0 = num_heads
+  Index depth = 0;                                    ///< 0-based index of the layer, which sets λ_init
+  std::optional<double> lambda_init = std::nullopt;   ///< overrides what depth gives
+  std::optional<RotaryConfig> rotary = std::nullopt;  ///< no position embedding if left out
+  double norm_eps = 1e-5;
+  bool bias = false;        ///< biases on the four projections
+  bool norm_weight = true;  ///< whether the head norm has a learned weight
+  std::uint64_t seed = 0;   ///< of the initial parameters
+};
+
+template <typename Scalar>
+class MultiheadDiffAttention {
+ public:
+  using Config = MultiheadDiffAttentionConfig;
+
+  /// Initial parameters are those of the official code: projections as nn.Linear, λ vectors N(0, 0.1²), norm weight 1.
+  explicit MultiheadDiffAttention(const Config& config)
+      : config_(checked(config)),
+        head_dim_(config_.embed_dim / config_.num_heads / 2),
+        q_proj(config_.embed_dim, config_.embed_dim, config_.bias),
+        k_proj(config_.embed_dim, config_.num_kv_heads * 2 * head_dim_, config_.bias),
+        v_proj(config_.embed_dim, config_.num_kv_heads * 2 * head_dim_, config_.bias),
+        out_proj(config_.embed_dim, config_.embed_dim, config_.bias),
+        lambda(head_dim_, config_.lambda_init.value_or(diffattn::lambda_init(static_cast<double>(config_.depth)))),
+        subln(2 * head_dim_, config_.norm_eps, config_.norm_weight),
+        rotary_(detail::make_rotary<Scalar>(config_.rotary, head_dim_)) {
+    Initializer random(config.seed);
+    for (Linear<Scalar>* projection : {&q_proj, &k_proj, &v_proj, &out_proj}) projection->initialize(random);
+    lambda.initialize(random);
+  }
+
+  const Config& config() const { return config_; }
+  /// λ as the forward pass uses it.
+  Scalar lambda_value() const { return lambda.value(); }
+
+  /// y (n x embed_dim) for x (n x embed_dim), one sequence.
+  template <AttentionMask Mask = CausalMask>
+  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask = {}) const {
+    const Index whole[] = {x.rows()};
+    return forward(x, mask, whole);
+  }
+
+  /// Several sequences stacked in the rows of x: `lengths` says how many rows each has. None sees another.
+  template <AttentionMask Mask>
+  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask, std::span<const Index> lengths) const {
+    Workspace workspace;
+    Matrix<Scalar> y(x.rows(), config_.embed_dim);
+    forward_into(y, x, mask, lengths, workspace);
+    return y;
+  }
+
+  /// The same into a matrix of yours, with scratch from `workspace` and work spread over `executor`.
+  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                    Workspace& workspace, E&& executor = {}) const {
+    const Index whole[] = {x.rows()};
+    forward_into(y, x, mask, whole, workspace, executor);
+  }
+
+  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                    std::span<const Index> lengths, Workspace& workspace, E&& executor = {}) const {
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
+    detail::check_shape(kName, "x", x, n, config_.embed_dim);
+    detail::check_shape(kName, "y", y, n, config_.embed_dim);
+    detail::check_lengths(kName, lengths, n);
+
+    const auto frame = workspace.frame();
+    const auto scratch = [&](Index cols) {
+      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
+    };
+    auto q = scratch(heads * 2 * d), k = scratch(kv_heads * 2 * d), v = scratch(kv_heads * 2 * d);
+    auto attended = scratch(heads * 2 * d);
+    q_proj.forward_into(q, x, workspace, executor);
+    k_proj.forward_into(k, x, workspace, executor);
+    v_proj.forward_into(v, x, workspace, executor);
+
+    const Scalar lambda_value = lambda.value();
+    detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
+      if (rotary_) {
+        detail::for_each_row_block(tokens, executor, [&](Index row, Index count) {
+          rotary_->apply(detail::writable_view_of(q).middle_rows(first + row, count), 2 * heads, row);
+          rotary_->apply(detail::writable_view_of(k).middle_rows(first + row, count), 2 * kv_heads, row);
+        });
+      }
+      multihead_diff_attention_into(attended.middleRows(first, tokens), q.middleRows(first, tokens),
+                                    k.middleRows(first, tokens), v.middleRows(first, tokens), lambda_value,
+                                    Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace, executor);
+    });
+    const Scalar head_scale = static_cast<Scalar>(1 - lambda.init);
+    detail::for_each_row_block(n, executor, [&](Index row, Index count) {
+      for (Index i = row; i < row + count; ++i) {
+        for (Index h = 0; h < heads; ++h) subln.apply(attended.row(i).data() + h * 2 * d, head_scale);
+      }
+    });
+    out_proj.forward_into(y, attended, workspace, executor);
+  }
+
+  template <typename Self, typename Visitor>
+  static void visit(Self& self, Visitor& visitor) {
+    detail::visit_part("q_proj", self.q_proj, visitor);
+    detail::visit_part("k_proj", self.k_proj, visitor);
+    detail::visit_part("v_proj", self.v_proj, visitor);
+    detail::visit_part("out_proj", self.out_proj, visitor);
+    visit_parameters(self.lambda, visitor);
+    detail::visit_part("subln", self.subln, visitor);
+  }
+
+ private:
+  static constexpr const char* kName = "MultiheadDiffAttention";
+
+  static Config checked(Config config) {
+    detail::check_positive(kName, "num_heads", config.num_heads);
+    detail::checked_head_dim(kName, config.embed_dim, "2·num_heads", 2 * config.num_heads);
+    config.num_kv_heads = detail::checked_heads(kName, {config.num_heads, config.num_kv_heads}).num_kv_heads;
+    return config;
+  }
+
+  Config config_;
+  Index head_dim_;  // d
+
+ public:
+  Linear<Scalar> q_proj;      ///< 2·num_heads·d x embed_dim
+  Linear<Scalar> k_proj;      ///< 2·num_kv_heads·d x embed_dim
+  Linear<Scalar> v_proj;      ///< num_kv_heads·2d x embed_dim
+  Linear<Scalar> out_proj;    ///< embed_dim x num_heads·2d
+  DiffLambda<Scalar> lambda;  ///< vectors of width d
+  RmsNorm<Scalar> subln;      ///< width 2d
+
+ private:
+  std::optional<Rotary<Scalar>> rotary_;
+};
+
+}  // namespace diffattn::inline v0_1

@@ -1,0 +1,159 @@
+#pragma once
+
+// Multi-head differential attention, second version (Microsoft, January 2026, multihead_flashdiffv2.py): λ is learned
+// per token and head, both maps of a head share keys and values, and there is neither norm nor λ_init.
+//
+//   O_i = (P_{2i} − σ(λ_i) P_{2i+1}) V_g,   λ = x W_λᵀ,   y = Concat(O_1 … O_h) W_Oᵀ
+//
+// num_heads (h) counts differential heads: q has 2h heads of width head_dim, the pair (2i, 2i+1) reads key and value
+// head i / (num_heads / num_kv_heads). head_dim is free.
+//
+// Parameters (visit_parameters): q_proj, k_proj, v_proj, lambda_proj, o_proj.
+// Shapes, errors, threads: as multihead_diff_attention.hpp says.
+
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/diff_attention.hpp"
+#include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/detail/sequences.hpp"
+#include "diffattn/layers/initialization.hpp"
+#include "diffattn/layers/linear.hpp"
+#include "diffattn/layers/parameters.hpp"
+#include "diffattn/layers/rotary.hpp"
+
+namespace diffattn::inline v0_1 {
+
+struct MultiheadDiffAttentionV2Config {
+  Index embed_dim = 0;
+  Index num_heads = 0;                                ///< differential heads
+  Index num_kv_heads = 0;                             ///< divides num_heads; 0 = num_heads
+  Index head_dim = 0;                                 ///< 0 = embed_dim / (2·num_heads)
+  std::optional<RotaryConfig> rotary = std::nullopt;  ///< no position embedding if left out
+  bool bias = false;                                  ///< biases on the five projections
+  std::uint64_t seed = 0;                             ///< of the initial parameters
+};
+
+template <typename Scalar>
+class MultiheadDiffAttentionV2 {
+ public:
+  using Config = MultiheadDiffAttentionV2Config;
+
+  /// Initial parameters are those of nn.Linear.
+  explicit MultiheadDiffAttentionV2(const Config& config)
+      : config_(checked(config)),
+        q_proj(config_.embed_dim, 2 * config_.num_heads * config_.head_dim, config_.bias),
+        k_proj(config_.embed_dim, config_.num_kv_heads * config_.head_dim, config_.bias),
+        v_proj(config_.embed_dim, config_.num_kv_heads * config_.head_dim, config_.bias),
+        lambda_proj(config_.embed_dim, config_.num_heads, config_.bias),
+        o_proj(config_.num_heads * config_.head_dim, config_.embed_dim, config_.bias),
+        rotary_(detail::make_rotary<Scalar>(config_.rotary, config_.head_dim)) {
+    Initializer random(config.seed);
+    for (Linear<Scalar>* projection : {&q_proj, &k_proj, &v_proj, &lambda_proj, &o_proj}) {
+      projection->initialize(random);
+    }
+  }
+
+  const Config& config() const { return config_; }
+
+  /// y (n x embed_dim) for x (n x embed_dim), one sequence.
+  template <AttentionMask Mask = CausalMask>
+  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask = {}) const {
+    const Index whole[] = {x.rows()};
+    return forward(x, mask, whole);
+  }
+
+  /// Several sequences stacked in the rows of x: `lengths` says how many rows each has. None sees another.
+  template <AttentionMask Mask>
+  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask, std::span<const Index> lengths) const {
+    Workspace workspace;
+    Matrix<Scalar> y(x.rows(), config_.embed_dim);
+    forward_into(y, x, mask, lengths, workspace);
+    return y;
+  }
+
+  /// The same into a matrix of yours, with scratch from `workspace` and work spread over `executor`.
+  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                    Workspace& workspace, E&& executor = {}) const {
+    const Index whole[] = {x.rows()};
+    forward_into(y, x, mask, whole, workspace, executor);
+  }
+
+  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                    std::span<const Index> lengths, Workspace& workspace, E&& executor = {}) const {
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = config_.head_dim;
+    detail::check_shape(kName, "x", x, n, config_.embed_dim);
+    detail::check_shape(kName, "y", y, n, config_.embed_dim);
+    detail::check_lengths(kName, lengths, n);
+
+    const auto frame = workspace.frame();
+    const auto scratch = [&](Index cols) {
+      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
+    };
+    auto q = scratch(2 * heads * d), k = scratch(kv_heads * d), v = scratch(kv_heads * d);
+    auto lambda = scratch(heads), attended = scratch(heads * d);
+    q_proj.forward_into(q, x, workspace, executor);
+    k_proj.forward_into(k, x, workspace, executor);
+    v_proj.forward_into(v, x, workspace, executor);
+    lambda_proj.forward_into(lambda, x, workspace, executor);
+    lambda = (Scalar(1) + (-lambda.array()).exp()).inverse();
+
+    detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
+      if (rotary_) {
+        detail::for_each_row_block(tokens, executor, [&](Index row, Index count) {
+          rotary_->apply(detail::writable_view_of(q).middle_rows(first + row, count), 2 * heads, row);
+          rotary_->apply(detail::writable_view_of(k).middle_rows(first + row, count), kv_heads, row);
+        });
+      }
+      multihead_diff_attention_into(attended.middleRows(first, tokens), q.middleRows(first, tokens),
+                                    k.middleRows(first, tokens), v.middleRows(first, tokens),
+                                    lambda.middleRows(first, tokens), Heads{heads, kv_heads}, mask, AttentionOptions{},
+                                    workspace, executor);
+    });
+    o_proj.forward_into(y, attended, workspace, executor);
+  }
+
+  template <typename Self, typename Visitor>
+  static void visit(Self& self, Visitor& visitor) {
+    detail::visit_part("q_proj", self.q_proj, visitor);
+    detail::visit_part("k_proj", self.k_proj, visitor);
+    detail::visit_part("v_proj", self.v_proj, visitor);
+    detail::visit_part("lambda_proj", self.lambda_proj, visitor);
+    detail::visit_part("o_proj", self.o_proj, visitor);
+  }
+
+ private:
+  static constexpr const char* kName = "MultiheadDiffAttentionV2";
+
+  static Config checked(Config config) {
+    detail::check_positive(kName, "embed_dim", config.embed_dim);
+    detail::check_positive(kName, "num_heads", config.num_heads);
+    config.num_kv_heads = detail::checked_heads(kName, {config.num_heads, config.num_kv_heads}).num_kv_heads;
+    if (config.head_dim == 0) {
+      config.head_dim = detail::checked_head_dim(kName, config.embed_dim, "2·num_heads", 2 * config.num_heads);
+    }
+    detail::check_positive(kName, "head_dim", config.head_dim);
+    return config;
+  }
+
+  Config config_;
+
+ public:
+  Linear<Scalar> q_proj;       ///< 2·num_heads·head_dim x embed_dim
+  Linear<Scalar> k_proj;       ///< num_kv_heads·head_dim x embed_dim
+  Linear<Scalar> v_proj;       ///< num_kv_heads·head_dim x embed_dim
+  Linear<Scalar> lambda_proj;  ///< num_heads x embed_dim
+  Linear<Scalar> o_proj;       ///< embed_dim x num_heads·head_dim
+
+ private:
+  std::optional<Rotary<Scalar>> rotary_;
+};
+
+}  // namespace diffattn::inline v0_1
