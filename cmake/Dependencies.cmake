@@ -1,0 +1,34 @@
+# What is installed is used; what is not is fetched. GLOBAL lets a project that adds this one see the same targets.
+include(FetchContent)
+
+if(NOT TARGET Eigen3::Eigen)
+  # Eigen's version file calls 5 incompatible with a request for 3.4, so it is found without one and checked below.
+  # SOURCE_SUBDIR names a folder without a CMakeLists.txt: of a fetched Eigen only the headers are wanted.
+  FetchContent_Declare(
+    Eigen3
+    GIT_REPOSITORY https://gitlab.com/libeigen/eigen.git
+    GIT_TAG 3147391d946bb4b6c68edd901f2add6ac1f31f8c # 3.4.0
+    SOURCE_SUBDIR Eigen
+    FIND_PACKAGE_ARGS CONFIG GLOBAL)
+  FetchContent_MakeAvailable(Eigen3)
+  if(NOT Eigen3_FOUND)
+    add_library(Eigen3::Eigen INTERFACE IMPORTED GLOBAL)
+    target_include_directories(Eigen3::Eigen INTERFACE ${eigen3_SOURCE_DIR})
+  elseif(Eigen3_VERSION VERSION_LESS 3.4)
+    message(FATAL_ERROR "diffattn needs Eigen 3.4 or newer, found ${Eigen3_VERSION} in ${Eigen3_DIR}")
+  endif()
+endif()
+
+if(NOT TARGET nlohmann_json::nlohmann_json)
+  if(DIFFATTN_IO)
+    set(JSON_Install ${DIFFATTN_INSTALL} CACHE BOOL "Install a fetched nlohmann_json with diffattn")
+    FetchContent_Declare(
+      nlohmann_json
+      URL https://github.com/nlohmann/json/releases/download/v3.11.3/json.tar.xz
+      URL_HASH SHA256=d6c65aca6b1ed68e7a182f4757257b107ae403032760ed6ef121c9d55e81757d
+      FIND_PACKAGE_ARGS 3.9 CONFIG GLOBAL)
+    FetchContent_MakeAvailable(nlohmann_json)
+  else()
+    find_package(nlohmann_json 3.9 CONFIG QUIET GLOBAL)
+  endif()
+endif()

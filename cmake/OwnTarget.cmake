@@ -1,0 +1,20 @@
+# diffattn_own_target(target): the flags of our own tests, examples and benchmarks. Users of the library see none of it.
+
+add_library(diffattn_own_flags INTERFACE)
+target_compile_options(
+  diffattn_own_flags
+  INTERFACE
+    -Wall -Wextra -Wpedantic -Wconversion -Wshadow
+    # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for a mistake of ours.
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>
+    $<$<BOOL:${DIFFATTN_NATIVE}>:-march=native>)
+if(DIFFATTN_SANITIZE)
+  target_compile_options(diffattn_own_flags INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=all)
+  target_link_options(diffattn_own_flags INTERFACE -fsanitize=address,undefined)
+endif()
+
+function(diffattn_own_target target)
+  target_link_libraries(${target} PRIVATE diffattn::diffattn diffattn_own_flags)
+  # The property, not -Werror: `cmake --compile-no-warning-as-error` then gets past the warnings of a future compiler.
+  set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF COMPILE_WARNING_AS_ERROR ON)
+endfunction()
