@@ -6,6 +6,7 @@
 
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/row_block.hpp"
+#include "diffattn/kernels/options.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
