@@ -1,0 +1,7 @@
+#include <diffattn/diffattn.hpp>
+
+int main() {
+  const diffattn::Matrix<float> x = diffattn::Matrix<float>::Ones(3, 4);
+  const diffattn::Matrix<float> y = diffattn::diff_attention(x, x, x, x, x, 0.25f, diffattn::CausalMask{});
+  return (y.array() - 0.75f).abs().maxCoeff() < 1e-5f ? 0 : 1;  // constant values come out as (1 - lambda) times them
+}
