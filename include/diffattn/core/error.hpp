@@ -10,6 +10,7 @@
 
 #include <Eigen/Core>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -29,19 +30,33 @@ class FormatError : public std::runtime_error {
 
 namespace detail {
 
-[[noreturn, gnu::cold, gnu::noinline]] inline void throw_invalid(const std::string& message) {
-  throw std::invalid_argument(message);
+/// A piece of a message: text or a number. Messages are put together where they are thrown, out of line, so that a
+/// check costs its caller a comparison and no string code.
+struct MessagePart {
+  MessagePart(const char* t) : text(t) {}  // NOLINT(google-explicit-constructor)
+  MessagePart(Index n) : number(n) {}      // NOLINT(google-explicit-constructor)
+  const char* text = nullptr;
+  Index number = 0;
+};
+
+[[gnu::cold, gnu::noinline]] inline std::string join(std::initializer_list<MessagePart> parts) {
+  std::string message;
+  for (const MessagePart& part : parts) message += part.text != nullptr ? part.text : std::to_string(part.number);
+  return message;
 }
 
-[[noreturn, gnu::cold, gnu::noinline]] inline void throw_shape(const std::string& message) {
-  throw ShapeError(message);
+[[noreturn, gnu::cold, gnu::noinline]] inline void throw_invalid(std::initializer_list<MessagePart> parts) {
+  throw std::invalid_argument(join(parts));
+}
+
+[[noreturn, gnu::cold, gnu::noinline]] inline void throw_shape(std::initializer_list<MessagePart> parts) {
+  throw ShapeError(join(parts));
 }
 
 [[noreturn, gnu::cold, gnu::noinline]] inline void throw_shape(const char* where, const char* tensor,
                                                                Index expected_rows, Index expected_cols, Index rows,
                                                                Index cols) {
-  throw ShapeError(std::string(where) + ": " + tensor + " must be " + std::to_string(expected_rows) + " x " +
-                   std::to_string(expected_cols) + ", got " + std::to_string(rows) + " x " + std::to_string(cols));
+  throw_shape({where, ": ", tensor, " must be ", expected_rows, " x ", expected_cols, ", got ", rows, " x ", cols});
 }
 
 /// Throws ShapeError unless `matrix` is rows x cols; `where` and `tensor` are the names a caller knows them by.

@@ -5,6 +5,8 @@
 
 #include <omp.h>
 
+#include <algorithm>
+
 #include "diffattn/core/parallel.hpp"
 
 namespace diffattn::inline v0_1 {

@@ -145,14 +145,15 @@ class SafetensorsWriter {
     using T = typename Derived::Scalar;
     Index count = 1;
     for (const Index extent : shape) count *= extent;
-    if (count != matrix.size()) detail::throw_shape("SafetensorsWriter: the shape of " + name + " has another size");
+    if (count != matrix.size())
+      detail::throw_shape({"SafetensorsWriter: the shape of ", name.c_str(), " has another size"});
     const Matrix<T> values = matrix.derived();
     Tensor tensor{detail::dtype_of<T>(), std::move(shape), {}};
     tensor.bytes.resize(static_cast<std::size_t>(values.size()) * sizeof(T));
     if (!tensor.bytes.empty()) std::memcpy(tensor.bytes.data(), values.data(), tensor.bytes.size());
     if (name == "__metadata__" || !tensors_.emplace(name, std::move(tensor)).second) {
-      detail::throw_invalid("SafetensorsWriter: a tensor cannot be named " + name +
-                            (tensors_.count(name) ? " twice" : ""));
+      detail::throw_invalid(
+          {"SafetensorsWriter: a tensor cannot be named ", name.c_str(), tensors_.count(name) != 0 ? " twice" : ""});
     }
   }
 

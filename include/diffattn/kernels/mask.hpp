@@ -16,8 +16,6 @@
 #include <algorithm>
 #include <concepts>
 #include <limits>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "diffattn/core/error.hpp"
@@ -111,8 +109,7 @@ void check_mask(const char* where, const Mask& mask, Index n_q, Index n_k) {
 
 inline void check_mask(const char* where, const SlidingWindowMask& mask, Index /*n_q*/, Index /*n_k*/) {
   if (mask.window < 0) {
-    throw_invalid(std::string(where) + ": the window of SlidingWindowMask must be 0 or more, got " +
-                  std::to_string(mask.window));
+    throw_invalid({where, ": the window of SlidingWindowMask must be 0 or more, got ", mask.window});
   }
 }
 

@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <optional>
-#include <string>
 #include <type_traits>
 
 #include "diffattn/core/error.hpp"
@@ -29,8 +28,7 @@ namespace detail {
 inline Heads checked_heads(const char* where, Heads heads) {
   if (heads.num_kv_heads == 0) heads.num_kv_heads = heads.num_heads;
   if (heads.num_heads < 1 || heads.num_kv_heads < 1 || heads.num_heads % heads.num_kv_heads != 0) {
-    throw_invalid(std::string(where) + ": num_kv_heads must divide num_heads, got " +
-                  std::to_string(heads.num_kv_heads) + " and " + std::to_string(heads.num_heads));
+    throw_invalid({where, ": num_kv_heads must divide num_heads, got ", heads.num_kv_heads, " and ", heads.num_heads});
   }
   return heads;
 }
@@ -38,8 +36,7 @@ inline Heads checked_heads(const char* where, Heads heads) {
 /// `count` columns split evenly over `parts`. Throws ShapeError unless they can be.
 inline Index checked_width(const char* where, const char* tensor, Index count, Index parts) {
   if (count == 0 || count % parts != 0) {
-    throw_shape(std::string(where) + ": the columns of " + tensor + " must be a positive multiple of " +
-                std::to_string(parts) + ", got " + std::to_string(count));
+    throw_shape({where, ": the columns of ", tensor, " must be a positive multiple of ", parts, ", got ", count});
   }
   return count / parts;
 }

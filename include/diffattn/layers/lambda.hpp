@@ -26,7 +26,7 @@ class DiffLambda {
   }
 
   /// Any real number: nothing bounds it to [0, 1].
-  Scalar value() const { return std::exp(q1.dot(k1)) - std::exp(q2.dot(k2)) + static_cast<Scalar>(init); }
+  Scalar value() const { return std::exp(dot(q1, k1)) - std::exp(dot(q2, k2)) + static_cast<Scalar>(init); }
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
@@ -38,6 +38,13 @@ class DiffLambda {
 
   double init;
   Vector<Scalar> q1, k1, q2, k2;
+
+ private:
+  static Scalar dot(const Vector<Scalar>& a, const Vector<Scalar>& b) {
+    Scalar sum = 0;
+    for (Index i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+    return sum;
+  }
 };
 
 }  // namespace diffattn::inline v0_1

@@ -7,6 +7,7 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/simd.hpp"
 #include "diffattn/layers/parameters.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -21,13 +22,22 @@ class RmsNorm {
 
   /// Normalises one row of `width()` contiguous values in place and multiplies it by `factor`.
   void apply(Scalar* row, Scalar factor = Scalar(1)) const {
-    Eigen::Map<Eigen::Array<Scalar, Eigen::Dynamic, 1>> x(row, width_);
-    const Scalar mean_square = x.square().sum() / static_cast<Scalar>(width_);
-    const Scalar scale = factor / std::sqrt(mean_square + static_cast<Scalar>(eps));
+    constexpr Index kLanes = simd::kLanes<Scalar>;
+    auto packet_sum = simd::broadcast(Scalar(0));
+    Index c = 0;
+    for (; c + kLanes <= width_; c += kLanes) {
+      const auto x = simd::loadu(row + c);
+      packet_sum = simd::fma(x, x, packet_sum);
+    }
+    Scalar sum = simd::reduce_add(packet_sum);
+    for (; c < width_; ++c) sum += row[c] * row[c];
+
+    const Scalar scale = factor / std::sqrt(sum / static_cast<Scalar>(width_) + static_cast<Scalar>(eps));
     if (weight.size() == 0) {
-      x *= scale;
+      for (Index i = 0; i < width_; ++i) row[i] *= scale;
     } else {
-      x *= scale * weight.array();
+      const Scalar* const w = weight.data();
+      for (Index i = 0; i < width_; ++i) row[i] *= scale * w[i];
     }
   }
 

@@ -35,10 +35,10 @@ class Rotary {
       : pairing_(config.pairing), head_dim_(head_dim), pairs_((config.dim == 0 ? head_dim : config.dim) / 2) {
     const Index dim = config.dim == 0 ? head_dim : config.dim;
     if (dim < 2 || dim % 2 != 0 || dim > head_dim) {
-      detail::throw_invalid("Rotary: dim must be even and between 2 and the head_dim " + std::to_string(head_dim) +
-                            ", got " + std::to_string(dim));
+      detail::throw_invalid({"Rotary: dim must be even and between 2 and the head_dim ", head_dim, ", got ", dim});
     }
-    if (!(config.base > 0)) detail::throw_invalid("Rotary: base must be positive, got " + std::to_string(config.base));
+    if (!(config.base > 0))
+      detail::throw_invalid({"Rotary: base must be positive, got ", std::to_string(config.base).c_str()});
     for (Index i = 0; i < pairs_; ++i) {
       frequencies_.push_back(std::pow(config.base, -2.0 * static_cast<double>(i) / static_cast<double>(dim)));
     }

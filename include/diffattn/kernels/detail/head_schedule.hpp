@@ -5,7 +5,6 @@
 // so the result does not depend on who runs them.
 
 #include <algorithm>
-#include <atomic>
 #include <numbers>
 
 #include "diffattn/core/parallel.hpp"
@@ -65,7 +64,8 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
 
   const Index keys_size = packed_strips_size<Scalar>(n_k, in.d), values_size = packed_strips_size<Scalar>(in.dv, n_k);
   auto* const heads = workspace.take<PackedHead<Scalar>>(wave);
-  auto* const finite = workspace.take<std::atomic<bool>>(wave);
+  const Index pieces = divide_up(n_k, kPackRows);
+  auto* const finite = workspace.take<bool>(wave * pieces);
   auto* const keys = workspace.take<Scalar>(wave * key_maps * keys_size);
   auto* const values = workspace.take<Scalar>(wave * values_size);
   PackedHead<Scalar> shape;
@@ -83,10 +83,8 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
         heads[i].keys[map] = keys + (i * key_maps + std::min(map, key_maps - 1)) * keys_size;
       }
       heads[i].values = values + i * values_size;
-      new (finite + i) std::atomic<bool>(true);
     }
 
-    const Index pieces = divide_up(n_k, kPackRows);
     executor.run(present * pieces, [&](Index task, Index /*worker*/) {
       const Index i = task / pieces, head = first_head + i, row = task % pieces * kPackRows;
       const Index count = std::min(kPackRows, n_k - row);
@@ -94,9 +92,12 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
         pack_transposed(keys + (i * key_maps + map) * keys_size, in.k[map].middle_cols(head * in.k_step, in.d), row,
                         count);
       }
-      if (!pack_columns(values + i * values_size, in.v.middle_cols(head * in.dv, in.dv), row, count)) finite[i] = false;
+      finite[task] = pack_columns(values + i * values_size, in.v.middle_cols(head * in.dv, in.dv), row, count);
     });
-    for (Index i = 0; i < present; ++i) heads[i].finite_values = finite[i];
+    for (Index i = 0; i < present; ++i) {
+      heads[i].finite_values =
+          std::all_of(finite + i * pieces, finite + (i + 1) * pieces, [](bool yes) { return yes; });
+    }
 
     executor.run(present * group * blocks, [&](Index task, Index worker) {
       // Head by head, so that packed keys stay in cache; within one, the last rows, which see most under a causal mask,

@@ -5,7 +5,6 @@
 
 #include <optional>
 #include <span>
-#include <string>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
@@ -18,13 +17,11 @@ namespace diffattn::inline v0_1::detail {
 inline void check_lengths(const char* where, std::span<const Index> lengths, Index rows) {
   Index sum = 0;
   for (const Index length : lengths) {
-    if (length < 0)
-      throw_invalid(std::string(where) + ": a sequence cannot have " + std::to_string(length) + " tokens");
+    if (length < 0) throw_invalid({where, ": a sequence cannot have ", length, " tokens"});
     sum += length;
   }
   if (sum != rows) {
-    throw_shape(std::string(where) + ": the lengths of the sequences must add up to the " + std::to_string(rows) +
-                " rows of x, got " + std::to_string(sum));
+    throw_shape({where, ": the lengths of the sequences must add up to the ", rows, " rows of x, got ", sum});
   }
 }
 
@@ -49,7 +46,7 @@ void for_each_row_block(Index rows, E& executor, F&& f) {
 /// Throws std::invalid_argument naming the field unless it is at least 1.
 inline void check_positive(const char* where, const char* field, Index value) {
   if (value < 1) {
-    throw_invalid(std::string(where) + ": " + field + " must be at least 1, got " + std::to_string(value));
+    throw_invalid({where, ": ", field, " must be at least 1, got ", value});
   }
 }
 
@@ -57,8 +54,7 @@ inline void check_positive(const char* where, const char* field, Index value) {
 inline Index checked_head_dim(const char* where, Index embed_dim, const char* parts_name, Index parts) {
   check_positive(where, "embed_dim", embed_dim);
   if (embed_dim % parts != 0) {
-    throw_invalid(std::string(where) + ": " + parts_name + " = " + std::to_string(parts) +
-                  " must divide embed_dim = " + std::to_string(embed_dim));
+    throw_invalid({where, ": ", parts_name, " = ", parts, " must divide embed_dim = ", embed_dim});
   }
   return embed_dim / parts;
 }
