@@ -9,33 +9,11 @@
 
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/few_rows.hpp"
+#include "diffattn/kernels/detail/head_operands.hpp"
 #include "diffattn/kernels/detail/row_block.hpp"
-#include "diffattn/kernels/options.hpp"
 
 namespace diffattn::inline v0_1::detail {
-
-/// The operands of all heads and maps, shapes already checked. Map m of head h stands in columns
-/// [h·step, h·step + width) of its view. Query head h reads key and value head h / (num_heads / num_kv_heads).
-template <typename Scalar, Index kMaps>
-struct HeadOperands {
-  StridedView<Scalar> out;             // n_q rows, step and width dv
-  StridedView<const Scalar> q[kMaps];  // n_q rows, step q_step, width d
-  StridedView<const Scalar> k[kMaps];  // n_k rows, step k_step, width d
-  StridedView<const Scalar> v;         // n_k rows, step and width dv
-  LambdaView<Scalar> lambda;           // n_q x num_heads
-  Heads heads{1, 1};
-  Index d = 0;
-  Index dv = 0;
-  Index q_step = 0;
-  Index k_step = 0;
-  Scalar scale = 1;
-
-  /// Whether all maps read the same keys, which are then packed and streamed once.
-  bool shared_keys() const {
-    const auto &a = k[0], &b = k[kMaps - 1];
-    return a.data == b.data && a.row_stride == b.row_stride && a.col_stride == b.col_stride;
-  }
-};
 
 template <typename Block, typename Scalar, typename Mask, Executor E>
 void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, Workspace& workspace, E& executor) {
@@ -43,6 +21,8 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
   const Index n_q = in.q[0].rows, n_k = in.k[0].rows;
   if (n_q == 0) return;
   if (n_k == 0) return write_zeros(in.out);
+  using Few = FewRows<Scalar, Block::kMaps, Mask>;
+  if (Few::suits(in)) return Few::run(in, mask, workspace, executor);
 
   const auto frame = workspace.frame();
   const Index key_maps = in.shared_keys() ? 1 : Block::kMaps;

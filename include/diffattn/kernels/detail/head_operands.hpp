@@ -1,0 +1,33 @@
+#pragma once
+
+// The operands of one call, as the drivers read them: views, and how heads and maps lie in their columns.
+
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/kernels/options.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+/// The operands of all heads and maps, shapes already checked. Map m of head h stands in columns
+/// [h·step, h·step + width) of its view. Query head h reads key and value head h / (num_heads / num_kv_heads).
+template <typename Scalar, Index kMaps>
+struct HeadOperands {
+  StridedView<Scalar> out;             // n_q rows, step and width dv
+  StridedView<const Scalar> q[kMaps];  // n_q rows, step q_step, width d
+  StridedView<const Scalar> k[kMaps];  // n_k rows, step k_step, width d
+  StridedView<const Scalar> v;         // n_k rows, step and width dv
+  LambdaView<Scalar> lambda;           // n_q x num_heads
+  Heads heads{1, 1};
+  Index d = 0;
+  Index dv = 0;
+  Index q_step = 0;
+  Index k_step = 0;
+  Scalar scale = 1;
+
+  /// Whether all maps read the same keys, which are then packed and streamed once.
+  bool shared_keys() const {
+    const auto &a = k[0], &b = k[kMaps - 1];
+    return a.data == b.data && a.row_stride == b.row_stride && a.col_stride == b.col_stride;
+  }
+};
+
+}  // namespace diffattn::inline v0_1::detail
