@@ -41,9 +41,10 @@ inline Index checked_width(const char* where, const char* tensor, Index count, I
   return count / parts;
 }
 
-/// One scalar type for all operands, and one that the production kernels know.
+/// One scalar type for all operands, and one that the production kernels know. consteval, so that it is instantiated
+/// where it is called: GCC 16 drops what is pending once a later line has failed, and this message with it.
 template <typename Scalar, typename... Matrices>
-constexpr void check_scalars() {
+consteval void check_scalars() {
   static_assert(std::is_same_v<Scalar, float> || std::is_same_v<Scalar, double>,
                 "diffattn: the kernels take float or double (diffattn::reference takes long double too)");
   static_assert((std::is_same_v<Scalar, typename Matrices::Scalar> && ...),
