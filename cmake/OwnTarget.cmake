@@ -6,7 +6,7 @@ target_compile_options(
   INTERFACE
     -Wall -Wextra -Wpedantic -Wconversion -Wshadow
     # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for a mistake of ours.
-    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized;-Wno-maybe-uninitialized>
     $<$<BOOL:${DIFFATTN_NATIVE}>:-march=native>)
 if(DIFFATTN_SANITIZE)
   target_compile_options(diffattn_own_flags INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=all)

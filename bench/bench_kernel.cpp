@@ -1,0 +1,120 @@
+// One differential head (d, V 2d) against two standard heads (d, d), which hold the same parameters, and against plain
+// Eigen; the pair of DIFF V2 (shared K and V) against two standard query heads on one KV head. Work is counted as 8d
+// FLOP per visible pair for all of them, 6d for the V2 pair.
+
+#include <benchmark/benchmark.h>
+
+#include <string>
+
+#include "diffattn/kernels/attention.hpp"
+#include "diffattn/kernels/diff_attention.hpp"
+#include "support/peak.hpp"
+#include "support/plain_eigen.hpp"
+
+namespace {
+
+using namespace diffattn;
+
+template <typename Scalar>
+struct Head {
+  Head(Index n, Index d) {
+    std::srand(1);
+    for (Matrix<Scalar>* m : {&q1, &q2, &k1, &k2}) *m = Matrix<Scalar>::Random(n, d) * Scalar(3);
+    v = Matrix<Scalar>::Random(n, 2 * d);
+    v1 = v.leftCols(d);
+    v2 = v.rightCols(d);
+    out.resize(n, 2 * d);
+    out1.resize(n, d);
+    out2.resize(n, d);
+  }
+  Matrix<Scalar> q1, q2, k1, k2, v, v1, v2, out, out1, out2;
+};
+
+void count(benchmark::State& state, Index n, bool causal, double flop_per_pair, const Workspace& workspace) {
+  const auto keys = static_cast<double>(n);
+  const double pairs = causal ? keys * (keys + 1) / 2 : keys * keys;
+  state.counters["FLOP/s"] = benchmark::Counter(flop_per_pair * pairs, benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["scratch_MB"] = static_cast<double>(workspace.capacity()) / 1e6;
+}
+
+template <typename Scalar, typename Mask>
+void differential(benchmark::State& state, Index d, Index n) {
+  Head<Scalar> h(n, d);
+  Workspace workspace;
+  for (auto _ : state) {
+    diff_attention_into(h.out, h.q1, h.k1, h.q2, h.k2, h.v, Scalar(0.7), Mask{}, {}, workspace);
+  }
+  count(state, n, std::is_same_v<Mask, CausalMask>, 8.0 * static_cast<double>(d), workspace);
+}
+
+template <typename Scalar, typename Mask>
+void standard(benchmark::State& state, Index d, Index n) {
+  Head<Scalar> h(n, d);
+  Workspace workspace;
+  for (auto _ : state) {
+    attention_into(h.out1, h.q1, h.k1, h.v1, Mask{}, {}, workspace);
+    attention_into(h.out2, h.q2, h.k2, h.v2, Mask{}, {}, workspace);
+  }
+  count(state, n, std::is_same_v<Mask, CausalMask>, 8.0 * static_cast<double>(d), workspace);
+}
+
+template <typename Scalar, typename Mask>
+void plain_eigen(benchmark::State& state, Index d, Index n) {
+  Head<Scalar> h(n, d);
+  constexpr bool kCausal = std::is_same_v<Mask, CausalMask>;
+  for (auto _ : state) h.out = bench::plain_diff_attention(h.q1, h.k1, h.q2, h.k2, h.v, Scalar(0.7), kCausal);
+  count(state, n, kCausal, 8.0 * static_cast<double>(d), Workspace{});
+}
+
+template <typename Scalar, typename Mask>
+void v2_pair(benchmark::State& state, Index d, Index n) {
+  Head<Scalar> h(n, d);
+  Workspace workspace;
+  for (auto _ : state) {
+    diff_attention_into(h.out1, h.q1, h.k1, h.q2, h.k1, h.v1, Scalar(0.7), Mask{}, {}, workspace);
+  }
+  count(state, n, std::is_same_v<Mask, CausalMask>, 6.0 * static_cast<double>(d), workspace);
+}
+
+template <typename Scalar, typename Mask>
+void v2_baseline(benchmark::State& state, Index d, Index n) {
+  Head<Scalar> h(n, d);
+  Matrix<Scalar> q(n, 2 * d);
+  q << h.q1, h.q2;
+  Workspace workspace;
+  for (auto _ : state) multihead_attention_into(h.out, q, h.k1, h.v1, Heads{2, 1}, Mask{}, {}, workspace);
+  count(state, n, std::is_same_v<Mask, CausalMask>, 8.0 * static_cast<double>(d), workspace);
+}
+
+template <typename Scalar, typename Mask>
+void add_shape(const std::string& type, const std::string& mask, Index d, Index n) {
+  const std::string shape = "/" + type + "/" + mask + "/d" + std::to_string(d) + "/n" + std::to_string(n);
+  const auto add = [&](const std::string& name, void (*run)(benchmark::State&, Index, Index)) {
+    benchmark::RegisterBenchmark(("kernel/" + name + shape).c_str(), run, d, n)->Unit(benchmark::kMillisecond);
+  };
+  add("differential", differential<Scalar, Mask>);
+  add("standard", standard<Scalar, Mask>);
+  if (n <= 1920) add("plain_eigen", plain_eigen<Scalar, Mask>);
+  add("v2_pair", v2_pair<Scalar, Mask>);
+  add("v2_baseline", v2_baseline<Scalar, Mask>);
+}
+
+const bool registered = [] {
+  benchmark::RegisterBenchmark("peak/fma/float", bench::fma_peak<float>);
+  benchmark::RegisterBenchmark("peak/fma/double", bench::fma_peak<double>);
+  for (const Index d : {64, 128}) {
+    for (const Index n : {384, 1920, 7680}) add_shape<float, FullMask>("float", "full", d, n);
+    for (const Index n : {1920, 7680}) add_shape<float, CausalMask>("float", "causal", d, n);
+  }
+  for (const Index n : {384, 1920}) add_shape<double, FullMask>("double", "full", 64, n);
+  add_shape<double, CausalMask>("double", "causal", 64, 1920);
+  // What one call at 65,536 keys takes beside its operands; once is enough.
+  benchmark::RegisterBenchmark("memory/differential/float/causal/d64/n65536", differential<float, CausalMask>, 64,
+                               65536)
+      ->Iterations(1)
+      ->Repetitions(1)
+      ->Unit(benchmark::kMillisecond);
+  return true;
+}();
+
+}  // namespace

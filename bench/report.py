@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Turns the JSON of a benchmark run into the tables of README.md and bench/README.md.
+
+usage: report.py results.json
+
+Kernels and layers run on one thread and are compared by CPU time, which a busy machine disturbs least; decoding, which
+may use two threads, by wall clock.
+"""
+import json
+import re
+import sys
+
+
+def medians(path):
+    with open(path) as file:
+        runs = json.load(file)["benchmarks"]
+    repeated = {run["run_name"] for run in runs if run.get("aggregate_name") == "median"}
+    return {run["run_name"]: run for run in runs
+            if run.get("aggregate_name") == "median" or run["run_name"] not in repeated}
+
+
+def kernel_table(runs):
+    rows = {}
+    for name, run in runs.items():
+        match = re.fullmatch(r"kernel/(\w+)/(\w+)/(\w+)/d(\d+)/n(\d+)", name)
+        if match:
+            kind, scalar, mask, d, n = match.groups()
+            rows.setdefault((scalar, int(d), mask != "full", int(n)), {})[kind] = run
+    print("| | n | differential | two standard heads | differential / standard | plain Eigen / differential "
+          "| V2 pair / two heads, shared K V |")
+    print("|---|---|---|---|---|---|---|")
+    for (scalar, d, causal, n), kinds in sorted(rows.items(), key=lambda row: (row[0][0] != "float", row[0])):
+        peak = runs[f"peak/fma/{scalar}"]["FLOP/s"]
+        percent = {kind: f"{run['FLOP/s'] / 1e9:.0f} GFLOP/s, {100 * run['FLOP/s'] / peak:.0f} %"
+                   for kind, run in kinds.items()}
+        time = {kind: run["cpu_time"] for kind, run in kinds.items()}
+        eigen = f"{time['plain_eigen'] / time['differential']:.1f}" if "plain_eigen" in time else "–"
+        print(f"| {scalar}, d = {d}, {'causal' if causal else 'full'} | {n:,} | {percent['differential']} "
+              f"| {percent['standard']} | {time['differential'] / time['standard']:.2f} | {eigen} "
+              f"| {time['v2_pair'] / time['v2_baseline']:.2f} |")
+
+
+def layer_table(runs):
+    print("\n| layer, embed_dim 1,024, causal | differential | standard | differential / standard |\n|---|---|---|---|")
+    peak = runs["peak/fma/float"]["FLOP/s"]
+    for name, run in runs.items():
+        match = re.fullmatch(r"layer/differential/(.*)/n:(\d+)", name)
+        if match:
+            other = runs[f"layer/standard/{match[1]}/n:{match[2]}"]
+            print(f"| {int(match[2]):,} tokens | {run['cpu_time']:.1f} ms, {100 * run['FLOP/s'] / peak:.0f} % "
+                  f"| {other['cpu_time']:.1f} ms, {100 * other['FLOP/s'] / peak:.0f} % "
+                  f"| {run['cpu_time'] / other['cpu_time']:.2f} |")
+
+
+def decode_table(runs):
+    print("\n| decode, 16 heads (64, 128), one query | differential | standard | differential / standard |"
+          "\n|---|---|---|---|")
+    for name, run in runs.items():
+        match = re.fullmatch(r"decode/differential/n:(\d+)/threads:(\d+)/real_time", name)
+        if match:
+            other = runs[name.replace("differential", "standard")]
+            read = runs[f"peak/read/n:{match[1]}/threads:1/real_time"]["bytes/s"]
+            print(f"| {int(match[1]):,} keys, {match[2]} thread{'s' if match[2] != '1' else ''} "
+                  f"| {run['bytes/s'] / 1e9:.1f} GB/s, {100 * run['bytes/s'] / read:.0f} % of one core's read "
+                  f"| {other['bytes/s'] / 1e9:.1f} GB/s, {100 * other['bytes/s'] / read:.0f} % "
+                  f"| {run['real_time'] / other['real_time']:.2f} |")
+
+
+def main():
+    runs = medians(sys.argv[1])
+    for scalar in ("float", "double"):
+        print(f"FMA peak of one core, {scalar}: {runs[f'peak/fma/{scalar}']['FLOP/s'] / 1e9:.0f} GFLOP/s")
+    print()
+    kernel_table(runs)
+    layer_table(runs)
+    decode_table(runs)
+    for name, run in runs.items():
+        if name.startswith("memory/"):
+            print(f"\nScratch of one call at 65,536 keys, d = 64: {run['scratch_MB']:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+#pragma once
+
+// Attention as a good Eigen user writes it: whole score matrices, Eigen's own products and exponential.
+
+#include <cmath>
+#include <limits>
+
+#include "diffattn/core/matrix.hpp"
+
+namespace bench {
+
+using diffattn::Index;
+using diffattn::Matrix;
+
+template <typename Scalar>
+Matrix<Scalar> plain_softmax(const Matrix<Scalar>& q, const Matrix<Scalar>& k, bool causal) {
+  Matrix<Scalar> p = q * k.transpose();
+  p *= 1 / std::sqrt(static_cast<Scalar>(q.cols()));
+  for (Index i = 0; i < p.rows(); ++i) {
+    const Index seen = causal ? i + 1 + k.rows() - q.rows() : k.rows();
+    auto row = p.row(i).head(seen).array();
+    row = (row - row.maxCoeff()).exp();
+    row /= row.sum();
+    p.row(i).tail(k.rows() - seen).setZero();
+  }
+  return p;
+}
+
+template <typename Scalar>
+Matrix<Scalar> plain_diff_attention(const Matrix<Scalar>& q1, const Matrix<Scalar>& k1, const Matrix<Scalar>& q2,
+                                    const Matrix<Scalar>& k2, const Matrix<Scalar>& v, Scalar lambda, bool causal) {
+  Matrix<Scalar> map = plain_softmax(q1, k1, causal);
+  map -= lambda * plain_softmax(q2, k2, causal);
+  return map * v;
+}
+
+}  // namespace bench
