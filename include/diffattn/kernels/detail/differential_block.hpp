@@ -88,7 +88,7 @@ class DifferentialBlock {
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
     score_chunk(weights, q_[map] + g * kRows * head.d, head.keys[map], head.d, rows, first_key, columns);
-    softmax_[map][g].add_chunk(weights, kChunk, columns.begin, columns.end);
+    softmax_[map][g].add_chunk(weights, kChunk, rows.count, columns.begin, columns.end);
     std::copy(softmax_[map][g].max, softmax_[map][g].max + kPaddedRows, chunk_max_ + slot(chunk, map, g) * kPaddedRows);
   }
 
@@ -116,7 +116,7 @@ class DifferentialBlock {
 
     const Scalar* const p1 = panel_ + slot(chunk, 0, g) * kTile;
     const Scalar* const p2 = panel_ + slot(chunk, 1, g) * kTile;
-    for (Index r = 0; r < kRows; ++r) {
+    for (Index r = 0; r < rows.count; ++r) {
       const auto f1 = simd::broadcast(factor[0][r]), f2 = simd::broadcast(factor[1][r]);
       for (Index c = columns.begin; c < columns.end; c += simd::kLanes<Scalar>) {
         const Index at = r * kChunk + c;

@@ -87,7 +87,11 @@ class FewRows {
       const Index step = in_.q[map].col_stride;
       const Scalar* const from = &in_.q[map](query(row), query_head(row) * in_.q_step);
       Scalar* const to = q(map, row);
-      for (Index c = 0; c < in_.d; ++c) to[c] = from[c * step] * factor;
+      if (step == 1) {
+        for (Index c = 0; c < in_.d; ++c) to[c] = from[c] * factor;
+      } else {
+        for (Index c = 0; c < in_.d; ++c) to[c] = from[c * step] * factor;
+      }
     }
   }
 

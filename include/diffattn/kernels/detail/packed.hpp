@@ -7,7 +7,7 @@
 //   strips    [strip][depth][kCols]    the right operand: kCols columns of b at a time, b(k, c) = strip[k·kCols + c]
 //
 // Keys are packed as strips of kCols keys over depth d (K transposed), values as strips of kCols value columns over
-// depth n_k. What a last group or strip lacks is filled with zeros.
+// depth n_k. What a last group or strip lacks is filled up with values that do not matter.
 
 #include <algorithm>
 
@@ -46,19 +46,20 @@ void pack_rows(Scalar* to, const StridedView<const T>& rows, Scalar factor) {
   }
 }
 
-/// One strip of b(k, c) = source(c, k), c in [0, present): keys to strips. Whole packets of contiguous rows are
-/// transposed in registers.
+/// One strip of b(k, c) = source(first + c, k): keys to strips. Contiguous rows are transposed in registers, whole
+/// packets at a time. Past the `present` rows the strip repeats the last of them, finite wherever that is: nobody reads
+/// it.
 template <typename Scalar, typename T>
 void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index first, Index present) {
   constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
-  const Index depth = source.cols;
+  const Index depth = source.cols, last = first + present - 1;
   Index k = 0;
   if constexpr (std::is_same_v<Scalar, T>) {
-    if (present == kCols && source.col_stride == 1) {
+    if (source.col_stride == 1) {
       for (; k + kLanes <= depth; k += kLanes) {
         for (Index c = 0; c < kCols; c += kLanes) {
           simd::Packet<Scalar> block[kLanes];
-          for (Index r = 0; r < kLanes; ++r) block[r] = simd::loadu(&source(first + c + r, k));
+          for (Index r = 0; r < kLanes; ++r) block[r] = simd::loadu(&source(std::min(first + c + r, last), k));
           simd::transpose<Scalar>(block);
           for (Index r = 0; r < kLanes; ++r) simd::store(to + (k + r) * kCols + c, block[r]);
         }
@@ -66,8 +67,7 @@ void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index
     }
   }
   for (; k < depth; ++k) {
-    for (Index c = 0; c < present; ++c) to[k * kCols + c] = static_cast<Scalar>(source(first + c, k));
-    std::fill(to + k * kCols + present, to + (k + 1) * kCols, Scalar(0));
+    for (Index c = 0; c < kCols; ++c) to[k * kCols + c] = static_cast<Scalar>(source(std::min(first + c, last), k));
   }
 }
 

@@ -6,6 +6,8 @@
 // Per step of depth it loads two packets of b, broadcasts kRows scalars of a, and does 2·kRows fused multiply-adds:
 // with 16 registers 12 FMAs for 8 loads, which keeps both FMA pipes of a core with two load ports busy.
 
+#include <type_traits>
+
 #include "diffattn/core/simd.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -22,14 +24,14 @@ struct Tile {
 constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr Index divide_up(Index n, Index divisor) { return (n + divisor - 1) / divisor; }
 
-/// The sums of one tile: row r, columns p·kLanes ….
-template <typename Scalar>
+/// The sums of one tile of kHeight <= kRows rows: row r, columns p·kLanes ….
+template <typename Scalar, Index kHeight = Tile<Scalar>::kRows>
 struct TileSums {
-  simd::Packet<Scalar> sums[Tile<Scalar>::kRows][Tile<Scalar>::kPackets];
+  simd::Packet<Scalar> sums[kHeight][Tile<Scalar>::kPackets];
 
   EIGEN_ALWAYS_INLINE void set_zero() {
 #pragma GCC unroll 16
-    for (Index r = 0; r < Tile<Scalar>::kRows; ++r) {
+    for (Index r = 0; r < kHeight; ++r) {
 #pragma GCC unroll 2
       for (Index p = 0; p < Tile<Scalar>::kPackets; ++p) sums[r][p] = simd::broadcast(Scalar(0));
     }
@@ -38,7 +40,7 @@ struct TileSums {
   /// from, to: rows `stride` apart, each kCols values aligned to a packet.
   EIGEN_ALWAYS_INLINE void load(const Scalar* from, Index stride) {
 #pragma GCC unroll 16
-    for (Index r = 0; r < Tile<Scalar>::kRows; ++r) {
+    for (Index r = 0; r < kHeight; ++r) {
 #pragma GCC unroll 2
       for (Index p = 0; p < Tile<Scalar>::kPackets; ++p) {
         sums[r][p] = simd::load(from + r * stride + p * Tile<Scalar>::kLanes);
@@ -47,7 +49,7 @@ struct TileSums {
   }
   EIGEN_ALWAYS_INLINE void store(Scalar* to, Index stride) const {
 #pragma GCC unroll 16
-    for (Index r = 0; r < Tile<Scalar>::kRows; ++r) {
+    for (Index r = 0; r < kHeight; ++r) {
 #pragma GCC unroll 2
       for (Index p = 0; p < Tile<Scalar>::kPackets; ++p) {
         simd::store(to + r * stride + p * Tile<Scalar>::kLanes, sums[r][p]);
@@ -63,7 +65,7 @@ struct TileSums {
 #pragma GCC unroll 2
       for (Index p = 0; p < Tile<Scalar>::kPackets; ++p) right[p] = simd::load(b + p * Tile<Scalar>::kLanes);
 #pragma GCC unroll 16
-      for (Index r = 0; r < Tile<Scalar>::kRows; ++r) {
+      for (Index r = 0; r < kHeight; ++r) {
         const simd::Packet<Scalar> left = simd::broadcast(a[r * kRowStep]);
 #pragma GCC unroll 2
         for (Index p = 0; p < Tile<Scalar>::kPackets; ++p) sums[r][p] = simd::fma(left, right[p], sums[r][p]);
@@ -73,5 +75,14 @@ struct TileSums {
     }
   }
 };
+
+/// Calls f with the height of the lowest tile that holds `rows` rows, as a constant: a few rows need not pay for all.
+template <typename Scalar, typename F>
+void with_tile_height(Index rows, F&& f) {
+  constexpr Index kThird = Tile<Scalar>::kRows / 3;
+  if (rows > 2 * kThird) return f(std::integral_constant<Index, Tile<Scalar>::kRows>{});
+  if (rows > kThird) return f(std::integral_constant<Index, 2 * kThird>{});
+  return f(std::integral_constant<Index, kThird>{});
+}
 
 }  // namespace diffattn::inline v0_1::detail

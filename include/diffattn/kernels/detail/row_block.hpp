@@ -78,15 +78,38 @@ template <typename Scalar, typename Mask>
 void score_chunk(Scalar* scores, const Scalar* q, const Scalar* keys, Index d, const RowRange<Mask>& rows,
                  Index first_key, const KeyRange& columns) {
   constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
-  for (Index c = columns.begin; c < columns.end; c += kCols) {
-    TileSums<Scalar> tile;
-    tile.set_zero();
-    tile.template add_product<1, kRows>(q, keys + (first_key + c) * d, d);
-    tile.store(scores + c, kChunk);
-  }
+  with_tile_height<Scalar>(rows.count, [&](auto height) {
+    for (Index c = columns.begin; c < columns.end; c += kCols) {
+      TileSums<Scalar, height> tile;
+      tile.set_zero();
+      tile.template add_product<1, kRows>(q, keys + (first_key + c) * d, d);
+      tile.store(scores + c, kChunk);
+    }
+  });
   const KeyRange all = rows.keys_of_all();
   const bool edge = first_key + columns.begin < all.begin || first_key + columns.end > all.end;
   if (edge || HasBias<Mask>) mask_scores(scores, rows, first_key, columns);
+}
+
+/// The same as add_weighted_values for values that are not all finite. A weight of 0 does not keep a NaN or Inf out, so
+/// only what a row sees is touched.
+template <typename Scalar, typename Mask>
+void add_visible_values(Scalar* out, const Scalar* weights, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
+                        Index first_key, const KeyRange& columns) {
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
+  for (Index r = 0; r < rows.count; ++r) {
+    const Index row = rows.first + r;
+    const KeyRange keys = rows.keys_of(row);
+    const Index begin = std::max(keys.begin - first_key, columns.begin),
+                end = std::min(keys.end - first_key, columns.end);
+    for (Index k = begin; k < end; ++k) {
+      if (!bias_shows(rows.mask, row, first_key + k, rows.n_q, rows.n_k)) continue;
+      for (Index col = 0; col < head.dv; col += kCols) {
+        const Scalar* const values = head.values + col * head.n_k + (first_key + k) * kCols;
+        for (Index c = 0; c < kCols; ++c) out[col * kRows + r * kCols + c] += weights[r * kChunk + k] * values[c];
+      }
+    }
+  }
 }
 
 /// out += weights · V over the given columns. out: [strip of dv][kRows][kCols]; weights: rows kChunk apart.
@@ -95,27 +118,18 @@ void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Sc
                          Index first_key, const KeyRange& columns) {
   constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
   const Index end = std::min(columns.end, head.n_k - first_key);
-  for (Index col = 0; col < head.dv; col += kCols, out += kRows * kCols) {
-    const Scalar* const values = head.values + col * head.n_k + first_key * kCols;
-    if (head.finite_values) {
-      TileSums<Scalar> tile;
-      tile.load(out, kCols);
+  if (!head.finite_values) return add_visible_values(out, weights, head, rows, first_key, {columns.begin, end});
+  with_tile_height<Scalar>(rows.count, [&](auto height) {
+    Scalar* sums = out;
+    for (Index col = 0; col < head.dv; col += kCols, sums += kRows * kCols) {
+      const Scalar* const values = head.values + col * head.n_k + first_key * kCols;
+      TileSums<Scalar, height> tile;
+      tile.load(sums, kCols);
       tile.template add_product<kChunk, 1>(weights + columns.begin, values + columns.begin * kCols,
                                            end - columns.begin);
-      tile.store(out, kCols);
-      continue;
+      tile.store(sums, kCols);
     }
-    // A weight of 0 does not keep a NaN or Inf out: only what a row sees may be touched.
-    for (Index r = 0; r < rows.count; ++r) {
-      const Index row = rows.first + r;
-      const KeyRange keys = rows.keys_of(row);
-      for (Index k = columns.begin; k < end; ++k) {
-        const Index key = first_key + k;
-        if (key < keys.begin || key >= keys.end || !bias_shows(rows.mask, row, key, rows.n_q, rows.n_k)) continue;
-        for (Index c = 0; c < kCols; ++c) out[r * kCols + c] += weights[r * kChunk + k] * values[k * kCols + c];
-      }
-    }
-  }
+  });
 }
 
 /// out(r, c) = sums(r, c) · factors[r]. sums: [strip of dv][kRows][kCols].

@@ -40,11 +40,11 @@ struct RowSoftmax {
     std::fill(&lane_sums[0][0], &lane_sums[0][0] + kRows * kLanes, Scalar(0));
   }
 
-  /// scores: rows `stride` apart; columns [begin, end), whole packets, become weights relative to max. Returns whether
-  /// the maximum of any row grew.
-  bool add_chunk(Scalar* scores, Index stride, Index begin, Index end) {
+  /// scores: `rows` rows, `stride` apart; columns [begin, end), whole packets, become weights relative to max. Returns
+  /// whether the maximum of any row grew.
+  bool add_chunk(Scalar* scores, Index stride, Index rows, Index begin, Index end) {
     bool grew = false;
-    for (Index r = 0; r < kRows; ++r) {
+    for (Index r = 0; r < rows; ++r) {
       Scalar* const row = scores + r * stride;
       auto packet_max = simd::load(row + begin);
       for (Index c = begin + kLanes; c < end; c += kLanes) packet_max = simd::max(packet_max, simd::load(row + c));

@@ -61,7 +61,8 @@ class StandardBlock {
     Scalar old_max[kRows];
     std::copy(softmax_[g].max, softmax_[g].max + kRows, old_max);
     Scalar* const sums = sums_ + g * group_sums_;
-    if (softmax_[g].add_chunk(weights_, kChunk, columns.begin, columns.end)) rescale(sums, old_max, softmax_[g].max);
+    if (softmax_[g].add_chunk(weights_, kChunk, rows.count, columns.begin, columns.end))
+      rescale(sums, old_max, softmax_[g].max);
     add_weighted_values(sums, weights_, head, rows, first_key, columns);
   }
 
