@@ -14,13 +14,13 @@
 namespace example {
 namespace {
 
-using Colour = std::array<double, 3>;
+using Colour = Eigen::Array3d;  // red, green, blue in [0, 255]
 
-constexpr Colour kInk{40, 40, 40}, kMasked{236, 236, 236};
+const Colour kInk{40, 40, 40}, kMasked{236, 236, 236};
 // ColorBrewer's RdBu, from white outwards (colorbrewer2.org, Cynthia Brewer).
-constexpr std::array<Colour, 6> kReds{
+const std::array<Colour, 6> kReds{
     {{255, 255, 255}, {253, 219, 199}, {244, 165, 130}, {214, 96, 77}, {178, 24, 43}, {103, 0, 31}}};
-constexpr std::array<Colour, 6> kBlues{
+const std::array<Colour, 6> kBlues{
     {{255, 255, 255}, {209, 229, 240}, {146, 197, 222}, {67, 147, 195}, {33, 102, 172}, {5, 48, 97}}};
 
 constexpr int kGap = 24, kTitle = 28, kBar = 10, kBarText = 32;  // pixels
@@ -31,22 +31,17 @@ Colour colour_of(double weight, Palette palette) {
   const double at = std::sqrt(std::min(std::abs(weight), 1.0)) * static_cast<double>(ramp.size() - 1);
   const auto below = std::min(static_cast<std::size_t>(at), ramp.size() - 2);
   const double part = at - static_cast<double>(below);
-  Colour mixed{};
-  for (std::size_t c = 0; c < 3; ++c) mixed[c] = (1 - part) * ramp[below][c] + part * ramp[below + 1][c];
-  return mixed;
+  return (1 - part) * ramp[below] + part * ramp[below + 1];
 }
 
 class Canvas {
  public:
-  Canvas(int width, int height) : width_(width), pixels_(static_cast<std::size_t>(3 * width * height), 255) {}
+  Canvas(int width, int height) : pixels_(height, 3 * width) { pixels_.setConstant(255); }
 
   void fill(int x, int y, int width, int height, const Colour& colour) {
     for (int row = y; row < y + height; ++row) {
-      for (int column = x; column < x + width; ++column) {
-        for (std::size_t c = 0; c < 3; ++c) {
-          pixels_[static_cast<std::size_t>(3 * (row * width_ + column)) + c] =
-              static_cast<std::uint8_t>(std::lround(colour[c]));
-        }
+      for (int value = 0; value < 3 * width; ++value) {
+        pixels_(row, 3 * x + value) = static_cast<std::uint8_t>(std::lround(colour[value % 3]));
       }
     }
   }
@@ -56,12 +51,12 @@ class Canvas {
       float x, y, z;
       std::uint8_t colour[4];
     };
-    std::vector<Vertex> corners(4 * 32 * (text.size() + 1));
+    std::vector<Vertex> corners(128 * (text.size() + 1));  // more than a character needs
     const int bytes = static_cast<int>(corners.size() * sizeof(Vertex));
     const int quads = stb_easy_font_print(0, 0, text.data(), nullptr, corners.data(), bytes);
-    for (int quad = 0; quad < quads; ++quad) {
-      const Vertex& from = corners[static_cast<std::size_t>(4 * quad)];
-      const Vertex& to = corners[static_cast<std::size_t>(4 * quad + 2)];
+    for (std::size_t corner = 0; corner < 4 * static_cast<std::size_t>(quads); corner += 4) {
+      const Vertex& from = corners[corner];
+      const Vertex& to = corners[corner + 2];
       fill(x + kText * static_cast<int>(from.x), y + kText * static_cast<int>(from.y),
            kText * static_cast<int>(to.x - from.x), kText * static_cast<int>(to.y - from.y), kInk);
     }
@@ -88,13 +83,13 @@ class Canvas {
     write(x + width - 10, bottom + kBar + 12, "1");
   }
 
-  bool save(const std::string& path, int height) const {
-    return stbi_write_png(path.c_str(), width_, height, 3, pixels_.data(), 3 * width_) != 0;
+  bool save(const std::string& path) const {
+    const int height = static_cast<int>(pixels_.rows()), bytes = static_cast<int>(pixels_.cols());
+    return stbi_write_png(path.c_str(), bytes / 3, height, 3, pixels_.data(), bytes) != 0;
   }
 
  private:
-  int width_;
-  std::vector<std::uint8_t> pixels_;
+  Eigen::Matrix<std::uint8_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> pixels_;  // red, green, blue; …
 };
 
 }  // namespace
@@ -108,7 +103,7 @@ void save_picture(const std::string& path, const std::vector<Panel>& panels, int
     canvas.draw(x, kGap / 2, panel, cell);
     x += step;
   }
-  if (!canvas.save(path, height)) throw std::runtime_error(path + ": cannot be written");
+  if (!canvas.save(path)) throw std::runtime_error(path + ": cannot be written");
 }
 
 }  // namespace example
