@@ -29,9 +29,7 @@ class DifferentialBlock {
 
   /// Takes the scratch of one worker; no block will see more than `max_keys` keys.
   DifferentialBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index max_keys)
-      : group_sums_(kRows * round_up(shape.dv, kCols)),
-        weights_(workspace.take<Scalar>(kTile)),
-        sums_(workspace.take<Scalar>(kGroups * group_sums_)) {
+      : group_sums_(kRows * round_up(shape.dv, kCols)), sums_(workspace.take<Scalar>(kGroups * group_sums_)) {
     // A range of max_keys keys touches one chunk more than it fills when it starts inside one.
     const Index chunks = divide_up(max_keys, kChunk) + 1;
     panel_ = workspace.take<Scalar>(chunks * 2 * kGroups * kTile);
@@ -106,7 +104,7 @@ class DifferentialBlock {
 
   Scalar* factors(Index map, Index g) { return factors_ + (map * kGroups + g) * kPaddedRows; }
 
-  /// Combines both maps of one group and chunk, and multiplies by V.
+  /// Combines both maps of one group and chunk, in the place of the first, and multiplies by V.
   template <typename Mask>
   void add_values(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index first_key, Index chunk) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
@@ -114,16 +112,16 @@ class DifferentialBlock {
     alignas(64) Scalar factor[2][kPaddedRows];
     for (Index map = 0; map < 2; ++map) chunk_factors(factor[map], map, g, chunk);
 
-    const Scalar* const p1 = panel_ + slot(chunk, 0, g) * kTile;
+    Scalar* const p1 = panel_ + slot(chunk, 0, g) * kTile;
     const Scalar* const p2 = panel_ + slot(chunk, 1, g) * kTile;
     for (Index r = 0; r < rows.count; ++r) {
       const auto f1 = simd::broadcast(factor[0][r]), f2 = simd::broadcast(factor[1][r]);
       for (Index c = columns.begin; c < columns.end; c += simd::kLanes<Scalar>) {
         const Index at = r * kChunk + c;
-        simd::store(weights_ + at, simd::fma(simd::load(p1 + at), f1, simd::mul(simd::load(p2 + at), f2)));
+        simd::store(p1 + at, simd::fma(simd::load(p1 + at), f1, simd::mul(simd::load(p2 + at), f2)));
       }
     }
-    add_weighted_values(sums_ + g * group_sums_, weights_, head, rows, first_key, columns);
+    add_weighted_values(sums_ + g * group_sums_, p1, head, rows, first_key, columns);
   }
 
   /// What turns the weights of a chunk into probabilities: exp2(m_chunk − m)/l, with −λ for the second map.
@@ -141,7 +139,6 @@ class DifferentialBlock {
   }
 
   Index group_sums_;   // values in the sums of one group
-  Scalar* weights_;    // [kRows][kChunk]
   Scalar* sums_;       // [group][strip of dv][kRows][kCols]
   Scalar* panel_;      // [chunk][map][group][kRows][kChunk]
   Scalar* chunk_max_;  // [chunk][map][group][kPaddedRows]: the maximum that a chunk's weights are relative to
