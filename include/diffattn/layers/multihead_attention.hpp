@@ -101,13 +101,13 @@ class MultiheadAttention {
     detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
       if (rotary_) {
         detail::for_each_row_block(tokens, executor, [&](Index row, Index count) {
-          rotary_->apply(detail::writable_view_of(q).middle_rows(first + row, count), heads, row);
-          rotary_->apply(detail::writable_view_of(k).middle_rows(first + row, count), kv_heads, row);
+          rotary_->apply(detail::writable_view_of(detail::rows_of(q, first + row, count)), heads, row);
+          rotary_->apply(detail::writable_view_of(detail::rows_of(k, first + row, count)), kv_heads, row);
         });
       }
-      multihead_attention_into(attended.middleRows(first, tokens), q.middleRows(first, tokens),
-                               k.middleRows(first, tokens), v.middleRows(first, tokens), Heads{heads, kv_heads}, mask,
-                               AttentionOptions{}, workspace, executor);
+      multihead_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
+                               detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens),
+                               Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace, executor);
     });
     out_proj.forward_into(y, attended, workspace, executor);
   }

@@ -121,18 +121,18 @@ class MultiheadDiffAttention {
     detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
       if (rotary_) {
         detail::for_each_row_block(tokens, executor, [&](Index row, Index count) {
-          rotary_->apply(detail::writable_view_of(q).middle_rows(first + row, count), 2 * heads, row);
-          rotary_->apply(detail::writable_view_of(k).middle_rows(first + row, count), 2 * kv_heads, row);
+          rotary_->apply(detail::writable_view_of(detail::rows_of(q, first + row, count)), 2 * heads, row);
+          rotary_->apply(detail::writable_view_of(detail::rows_of(k, first + row, count)), 2 * kv_heads, row);
         });
       }
-      multihead_diff_attention_into(attended.middleRows(first, tokens), q.middleRows(first, tokens),
-                                    k.middleRows(first, tokens), v.middleRows(first, tokens), lambda_value,
+      multihead_diff_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
+                                    detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens), lambda_value,
                                     Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace, executor);
     });
     const Scalar head_scale = static_cast<Scalar>(1 - lambda.init);
     detail::for_each_row_block(n, executor, [&](Index row, Index count) {
       for (Index i = row; i < row + count; ++i) {
-        for (Index h = 0; h < heads; ++h) subln.apply(attended.row(i).data() + h * 2 * d, head_scale);
+        for (Index h = 0; h < heads; ++h) subln.apply(&attended(i, h * 2 * d), head_scale);
       }
     });
     out_proj.forward_into(y, attended, workspace, executor);

@@ -65,7 +65,14 @@ std::optional<Rotary<Scalar>> make_rotary(const std::optional<RotaryConfig>& con
   return Rotary<Scalar>(*config, head_dim);
 }
 
+/// Scratch seen as a matrix with contiguous rows.
 template <typename Scalar>
 using MatrixMap = Eigen::Map<Matrix<Scalar>>;
+
+/// Rows [first, first + count), as the same type: Eigen's middleRows is another, and every type costs compile time.
+template <typename Scalar>
+MatrixMap<Scalar> rows_of(MatrixMap<Scalar>& matrix, Index first, Index count) {
+  return MatrixMap<Scalar>(matrix.data() + first * matrix.cols(), count, matrix.cols());
+}
 
 }  // namespace diffattn::inline v0_1::detail
