@@ -1,0 +1,152 @@
+// Arguments that do not fit: what the message says, and that nothing was written.
+
+#include "diffattn/core/error.hpp"
+#include "kernels/oracle.hpp"
+#include "support/catch.hpp"
+#include "support/throws.hpp"
+
+using namespace support;
+using Catch::Matchers::ContainsSubstring;
+using diffattn::Heads;
+using diffattn::ShapeError;
+using diffattn::Workspace;
+
+namespace {
+
+/// `call(out)` must throw a ShapeError that says `what`, and leave `out` alone.
+template <typename Call>
+void check_refused(Index rows, Index cols, const std::string& what, const Call& call) {
+  Matrix<float> out = Matrix<float>::Constant(rows, cols, 7);
+  CHECK_THAT(thrown_by<ShapeError>([&] { call(out); }), ContainsSubstring(what));
+  CHECK((out.array() == 7).all());
+}
+
+Matrix<float> ones(Index rows, Index cols) { return Matrix<float>::Ones(rows, cols); }
+
+}  // namespace
+
+TEST_CASE("attention names the operand that does not fit") {
+  const Matrix<float> q = ones(5, 4), k = ones(7, 4), v = ones(7, 6);
+  const auto refused = [](const std::string& what, const Matrix<float>& q_, const Matrix<float>& k_,
+                          const Matrix<float>& v_, Index out_rows = 5, Index out_cols = 6) {
+    check_refused(out_rows, out_cols, what,
+                  [&](Matrix<float>& out) { diffattn::attention_into(out, q_, k_, v_, FullMask{}); });
+  };
+  refused("attention: k must be 7 x 4, got 7 x 3", q, ones(7, 3), v);
+  refused("attention: k must be 7 x 5, got 7 x 4", ones(5, 5), k, v);
+  refused("attention: v must be 7 x 6, got 8 x 6", q, k, ones(8, 6));
+  refused("attention: v must be 6 x 6, got 7 x 6", q, ones(6, 4), v);
+  refused("attention: out must be 5 x 6, got 4 x 6", q, k, v, 4, 6);
+  refused("attention: out must be 5 x 6, got 5 x 7", q, k, v, 5, 7);
+  refused("the columns of q must be a positive multiple of 1, got 0", ones(5, 0), ones(7, 0), v);
+  refused("the columns of v must be a positive multiple of 1, got 0", q, k, ones(7, 0), 5, 0);
+  CHECK_THROWS_AS(diffattn::attention(q, ones(7, 3), v), std::invalid_argument);
+  CHECK_THAT(thrown_by<ShapeError>([&] { (void)diffattn::reference::attention(q, ones(7, 3), v); }),
+             ContainsSubstring("attention_map: k must be 7 x 4, got 7 x 3") ||
+                 ContainsSubstring("attention: k must be 7 x 4, got 7 x 3"));
+  CHECK_THAT(thrown_by<ShapeError>([&] { (void)diffattn::reference::attention(q, k, ones(8, 6)); }),
+             ContainsSubstring("attention: v must be 7 x 6, got 8 x 6"));
+}
+
+TEST_CASE("diff_attention names the operand that does not fit") {
+  const Matrix<float> q = ones(5, 4), k = ones(7, 4), v = ones(7, 6), lambda = ones(5, 1);
+  const auto refused = [&](const std::string& what, const Matrix<float>& q1, const Matrix<float>& k1,
+                           const Matrix<float>& q2, const Matrix<float>& k2, const Matrix<float>& v_,
+                           const Matrix<float>& lambda_, Index out_rows = 5, Index out_cols = 6) {
+    check_refused(out_rows, out_cols, "diff_attention: " + what, [&](Matrix<float>& out) {
+      diffattn::diff_attention_into(out, q1, k1, q2, k2, v_, lambda_, FullMask{});
+    });
+    if (out_rows == 5 && out_cols == 6 && v_.cols() > 0 && q1.cols() > 0) {
+      CHECK_THAT(thrown_by<ShapeError>([&] { (void)diffattn::reference::diff_attention(q1, k1, q2, k2, v_, lambda_); }),
+                 ContainsSubstring("diff_attention: " + what));
+    }
+  };
+  refused("k1 must be 7 x 4, got 7 x 3", q, ones(7, 3), q, k, v, lambda);
+  refused("q2 must be 5 x 4, got 6 x 4", q, k, ones(6, 4), k, v, lambda);
+  refused("q2 must be 5 x 4, got 5 x 8", q, k, ones(5, 8), k, v, lambda);
+  refused("k2 must be 7 x 4, got 7 x 8", q, k, q, ones(7, 8), v, lambda);
+  refused("k2 must be 7 x 4, got 6 x 4", q, k, q, ones(6, 4), v, lambda);
+  refused("v must be 7 x 6, got 5 x 6", q, k, q, k, ones(5, 6), lambda);
+  refused("lambda must be 5 x 1, got 7 x 1", q, k, q, k, v, ones(7, 1));
+  refused("lambda must be 5 x 1, got 1 x 5", q, k, q, k, v, ones(1, 5));
+  refused("lambda must be 5 x 1, got 5 x 2", q, k, q, k, v, ones(5, 2));
+  refused("out must be 5 x 6, got 6 x 5", q, k, q, k, v, lambda, 6, 5);
+  refused("the columns of q1 must be a positive multiple of 1, got 0", ones(5, 0), ones(7, 0), ones(5, 0), ones(7, 0),
+          v, lambda);
+  refused("the columns of v must be a positive multiple of 1, got 0", q, k, q, k, ones(7, 0), lambda, 5, 0);
+  CHECK_THROWS_AS(diffattn::diff_attention(q, k, q, ones(7, 8), v, 0.5), std::invalid_argument);
+}
+
+TEST_CASE("multihead_attention_into names the operand that does not fit") {
+  const auto refused = [](const std::string& what, const Matrix<float>& q, const Matrix<float>& k,
+                          const Matrix<float>& v, Index out_cols = 24) {
+    check_refused(5, out_cols, what, [&](Matrix<float>& out) {
+      Workspace workspace;
+      diffattn::multihead_attention_into(out, q, k, v, Heads{4, 2}, FullMask{}, {}, workspace);
+    });
+  };
+  refused("the columns of q must be a positive multiple of 4, got 18", ones(5, 18), ones(7, 8), ones(7, 12));
+  refused("k must be 7 x 8, got 7 x 16", ones(5, 16), ones(7, 16), ones(7, 12));
+  refused("the columns of v must be a positive multiple of 2, got 11", ones(5, 16), ones(7, 8), ones(7, 11));
+  refused("v must be 7 x 12, got 6 x 12", ones(5, 16), ones(7, 8), ones(6, 12));
+  refused("out must be 5 x 24, got 5 x 12", ones(5, 16), ones(7, 8), ones(7, 12), 12);
+}
+
+TEST_CASE("multihead_diff_attention_into names the operand that does not fit") {
+  const auto refused = [](const std::string& what, const Matrix<float>& q, const Matrix<float>& k,
+                          const Matrix<float>& v, const Matrix<float>& lambda, Index out_cols = 24) {
+    check_refused(5, out_cols, what, [&](Matrix<float>& out) {
+      Workspace workspace;
+      diffattn::multihead_diff_attention_into(out, q, k, v, lambda, Heads{4, 2}, FullMask{}, {}, workspace);
+    });
+  };
+  const Matrix<float> q = ones(5, 16), k = ones(7, 8), v = ones(7, 12), lambda = ones(5, 4);
+  refused("the columns of q must be a positive multiple of 8, got 12", ones(5, 12), k, v, lambda);
+  refused("k must be 7 x 8, got 7 x 6", q, ones(7, 6), v, lambda);
+  refused("the columns of v must be a positive multiple of 2, got 11", q, k, ones(7, 11), lambda);
+  refused("v must be 7 x 12, got 5 x 12", q, k, ones(5, 12), lambda);
+  refused("lambda must be 5 x 4, got 5 x 1", q, k, v, ones(5, 1));
+  refused("lambda must be 5 x 4, got 4 x 5", q, k, v, ones(4, 5));
+  refused("out must be 5 x 24, got 5 x 48", q, k, v, lambda, 48);
+}
+
+TEST_CASE("Heads that cannot be grouped are refused") {
+  const Matrix<float> x = ones(5, 12);
+  Matrix<float> out = ones(5, 12);
+  for (const Heads& heads : {Heads{4, 3}, Heads{2, 4}, Heads{0, 0}, Heads{-2, 1}, Heads{3, -1}}) {
+    Workspace workspace;
+    const std::string message = thrown_by<std::invalid_argument>(
+        [&] { diffattn::multihead_attention_into(out, x, x, x, heads, FullMask{}, {}, workspace); });
+    CHECK_THAT(message, ContainsSubstring("num_kv_heads must divide num_heads"));
+    CHECK_THAT(message, ContainsSubstring(std::to_string(heads.num_heads)));
+    CHECK_THROWS_AS(diffattn::multihead_diff_attention_into(out, x, x, x, 0.5, heads, FullMask{}, {}, workspace),
+                    std::invalid_argument);
+  }
+}
+
+TEST_CASE("A negative window is refused") {
+  const Matrix<float> x = ones(5, 4);
+  const SlidingWindowMask mask{-3};
+  Matrix<float> out = Matrix<float>::Constant(5, 4, 7);
+  const auto check = [&](const auto& call) {
+    CHECK_THAT(thrown_by<std::invalid_argument>(call), ContainsSubstring("window") && ContainsSubstring("-3"));
+    CHECK((out.array() == 7).all());
+  };
+  check([&] { diffattn::attention_into(out, x, x, x, mask); });
+  check([&] { diffattn::diff_attention_into(out, x, x, x, x, x, 0.5, mask); });
+  check([&] { diffattn::diff_attention_into(out, x, x, x, x, x, 0.5, with_bias(mask, AlibiBias{1})); });
+  check([&] { (void)diffattn::reference::attention(x, x, x, mask); });
+  check([&] { (void)diffattn::reference::diff_attention(x, x, x, x, x, 0.5, with_bias(mask, AlibiBias{1})); });
+}
+
+TEST_CASE("A bias matrix of another shape is refused") {
+  const Matrix<float> q = ones(5, 4), k = ones(7, 4), bias = ones(7, 5);
+  const auto mask = with_bias(FullMask{}, MatrixBias(bias));
+  const std::string what = "the bias matrix must be 5 x 7, got 7 x 5";
+  check_refused(5, 4, what, [&](Matrix<float>& out) { diffattn::attention_into(out, q, k, k, mask); });
+  const auto nested = with_bias(mask, AlibiBias{1});
+  check_refused(5, 4, what,
+                [&](Matrix<float>& out) { diffattn::diff_attention_into(out, q, k, q, k, k, 0.5, nested); });
+  CHECK_THAT(thrown_by<ShapeError>([&] { (void)diffattn::reference::attention(q, k, k, mask); }),
+             ContainsSubstring(what));
+}

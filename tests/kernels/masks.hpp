@@ -1,0 +1,60 @@
+#pragma once
+
+// The shipped masks behind two types, so that the tests compile each kernel twice and not once for every mask. A type
+// of one's own is a mask too: these are.
+
+#include <type_traits>
+#include <variant>
+
+#include "diffattn/kernels/mask.hpp"
+
+namespace support {
+
+using diffattn::AlibiBias;
+using diffattn::CausalMask;
+using diffattn::FullMask;
+using diffattn::Index;
+using diffattn::KeyRange;
+using diffattn::MatrixBias;
+using diffattn::PaddingBias;
+using diffattn::SlidingWindowMask;
+using diffattn::with_bias;
+
+/// Any of the shipped masks without a bias: the kernels are compiled once for the three.
+struct RangeMask {
+  std::variant<FullMask, CausalMask, SlidingWindowMask> any;
+
+  KeyRange visible_keys(Index query, Index n_q, Index n_k) const {
+    return std::visit([&](const auto& mask) { return mask.visible_keys(query, n_q, n_k); }, any);
+  }
+};
+
+/// Any of the shipped biases.
+template <typename Scalar>
+struct AnyBias {
+  std::variant<AlibiBias, PaddingBias, MatrixBias<Scalar>> any;
+
+  double operator()(Index query, Index key, Index n_q, Index n_k) const {
+    return std::visit([&](const auto& bias) { return static_cast<double>(bias(query, key, n_q, n_k)); }, any);
+  }
+};
+
+/// The same mask as one of the two types.
+template <typename Scalar>
+RangeMask erase(const RangeMask& mask) {
+  return mask;
+}
+template <typename Scalar, typename Mask>
+requires std::is_constructible_v<std::variant<FullMask, CausalMask, SlidingWindowMask>, Mask> RangeMask
+erase(const Mask& mask) {
+  return {mask};
+}
+template <typename Scalar, typename Mask, typename Bias>
+auto erase(const diffattn::BiasedMask<Mask, Bias>& mask) {
+  if constexpr (std::is_same_v<Bias, AnyBias<Scalar>>) {
+    return with_bias(erase<Scalar>(mask.mask), mask.added);
+  } else {
+    return with_bias(erase<Scalar>(mask.mask), AnyBias<Scalar>{mask.added});
+  }
+}
+}  // namespace support
