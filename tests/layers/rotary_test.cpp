@@ -1,0 +1,93 @@
+#include <diffattn/layers/rotary.hpp>
+
+#include "layers/layer_checks.hpp"
+
+namespace {
+
+using diffattn::Index;
+using diffattn::Matrix;
+using diffattn::Rotary;
+using diffattn::RotaryConfig;
+using diffattn::RotaryPairing;
+
+template <typename S>
+Matrix<S> rotated(const RotaryConfig& config, Matrix<S> x, Index head_dim, Index first_position = 0) {
+  const Rotary<S> rotary(config, head_dim);
+  rotary.apply(diffattn::detail::writable_view_of(x), x.cols() / head_dim, first_position);
+  return x;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("Rotary turns each pair as a complex number", "[layers][rotary]", float, double) {
+  using S = TestType;
+  auto rng = make_rng();
+  RotaryConfig config;
+  config.pairing = GENERATE(RotaryPairing::interleaved, RotaryPairing::half);
+  config.base = GENERATE(10000.0, 640000.0, 3.0);
+  config.table_positions = GENERATE(Index(0), Index(10), Index(4096));
+  for (const auto& [head_dim, dim] :
+       {std::pair<Index, Index>{2, 0}, {8, 0}, {8, 2}, {8, 6}, {7, 4}, {64, 0}, {64, 32}}) {
+    for (const Index first : {Index(0), Index(5), Index(1'000'000)}) {
+      config.dim = dim;
+      INFO("head_dim " << head_dim << ", dim " << dim << ", first " << first << ", base " << config.base
+                       << ", interleaved " << (config.pairing == RotaryPairing::interleaved));
+      const Matrix<S> x = random_matrix<S>(14, 3 * head_dim, rng);
+      const Matrix<S> y = rotated(config, x, head_dim, first);
+
+      Matrix<long double> exact = x.template cast<long double>();
+      oracle::rotate(exact, head_dim, config, first);
+      // Angles are computed in double: far out, their rounding is what is left.
+      const double tolerance = 2.0 * std::numeric_limits<S>::epsilon() + 2e-16 * static_cast<double>(first + 14);
+      CHECK((y.template cast<long double>() - exact).cwiseAbs().maxCoeff() <= tolerance * x.cwiseAbs().maxCoeff());
+    }
+  }
+}
+
+TEST_CASE("Rotary leaves position 0 and the columns past dim as they are", "[layers][rotary]") {
+  auto rng = make_rng();
+  const RotaryPairing pairing = GENERATE(RotaryPairing::interleaved, RotaryPairing::half);
+  const Matrix<float> x = random_matrix<float>(4, 24, rng);
+  const Matrix<float> y = rotated<float>({.pairing = pairing, .dim = 6}, x, 12);
+  CHECK(identical(y.row(0), x.row(0)));
+  for (const Index head : {0, 12}) {
+    CHECK(identical(y.middleCols(head + 6, 6), x.middleCols(head + 6, 6)));
+    CHECK_FALSE(identical(y.block(1, head, 3, 6), x.block(1, head, 3, 6)));
+  }
+}
+
+TEST_CASE("A turned query and key meet at an angle that depends on their distance only", "[layers][rotary]") {
+  auto rng = make_rng();
+  const RotaryPairing pairing = GENERATE(RotaryPairing::interleaved, RotaryPairing::half);
+  const RotaryConfig config{.pairing = pairing};
+  const Matrix<double> q = random_matrix<double>(1, 16, rng), k = random_matrix<double>(1, 16, rng);
+  const auto product = [&](Index query, Index key) {
+    return rotated(config, q, 16, query).row(0).dot(rotated(config, k, 16, key).row(0));
+  };
+  CHECK(std::abs(product(9, 2) - product(107, 100)) < 1e-12);
+  CHECK(std::abs(product(9, 2) - product(9, 3)) > 1e-6);
+}
+
+TEST_CASE("A position is the same from the table, beyond it, or one row at a time", "[layers][rotary]") {
+  auto rng = make_rng();
+  const Matrix<float> x = random_matrix<float>(40, 32, rng);
+  const Matrix<float> whole = rotated<float>({}, x, 16, 3);
+  CHECK(identical(rotated<float>({.table_positions = 0}, x, 16, 3), whole));
+  CHECK(identical(rotated<float>({.table_positions = 20}, x, 16, 3), whole));
+  for (Index i = 0; i < x.rows(); ++i) {
+    CHECK(identical(rotated<float>({}, x.row(i), 16, 3 + i), whole.row(i)));
+  }
+}
+
+TEST_CASE("Rotary refuses a width that cannot be paired, and a base that is not positive", "[layers][rotary]") {
+  const auto message = [](RotaryConfig config, Index head_dim) {
+    return message_of<std::invalid_argument>([&] { Rotary<float>(config, head_dim); });
+  };
+  CHECK(message({}, 7) == "Rotary: dim must be even and between 2 and the head_dim 7, got 7");
+  CHECK(message({.dim = 3}, 8) == "Rotary: dim must be even and between 2 and the head_dim 8, got 3");
+  CHECK(message({.dim = 10}, 8) == "Rotary: dim must be even and between 2 and the head_dim 8, got 10");
+  CHECK(message({.dim = -2}, 8) == "Rotary: dim must be even and between 2 and the head_dim 8, got -2");
+  CHECK(message({.base = 0}, 8) == "Rotary: base must be positive, got 0.000000");
+  CHECK(message({.base = -1}, 8) == "Rotary: base must be positive, got -1.000000");
+  CHECK(message({.base = std::nan("")}, 8) == "Rotary: base must be positive, got nan");
+}
