@@ -107,8 +107,8 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> shift_bits_left(const Packet<Scalar>& x) {
   }
 }
 
-/// Asks for the cache line at `p`, soon to be read (or written).
-EIGEN_ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-EIGEN_ALWAYS_INLINE void prefetch_for_write(const void* p) { __builtin_prefetch(p, 1, 3); }
+/// Asks for the cache line at `p`, to be read some microseconds from now: into the second-level cache, since it would
+/// not last in the first.
+EIGEN_ALWAYS_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace diffattn::inline v0_1::simd

@@ -9,8 +9,8 @@
 // Shapes     q (n_q x d) · k (n_k x d) · v (n_k x dv) → out (n_q x dv); any n_q, n_k >= 0, any d, dv >= 1.
 //            Multi-head: q (n_q x H·d) · k (n_k x G·d) · v (n_k x G·dv) → out (n_q x H·dv).
 // Operands   any dense Eigen expression of float or double, either storage order, any strides; one without memory of
-// its
-//            own is evaluated once. `out` is written in place, must have its shape, and must not overlap an operand.
+//            its own is evaluated once. `out` is written in place, must have its shape, and must not overlap an
+//            operand.
 // Masks      mask.hpp. A query that sees no key gives exactly 0; what a masked key or value holds never matters.
 // Errors     ShapeError, std::invalid_argument; before any work, and nothing has been written.
 // Memory     O((n_k + rows)·(d + dv)), a packed copy of the keys and values of one head at a time (of more heads with a

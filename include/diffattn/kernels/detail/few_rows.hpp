@@ -24,7 +24,6 @@ template <typename Scalar, Index kMaps, typename Mask>
 class FewRows {
   static constexpr Index kLanes = simd::kLanes<Scalar>;
   static constexpr Index kPiece = 512;    // keys in a task
-  static constexpr Index kKeys = 4;       // keys scored side by side, to have that many sums in flight
   static constexpr Index kValueKeys = 8;  // keys whose values are added while the sums are in registers
 
  public:
@@ -97,16 +96,21 @@ class FewRows {
 
   void score_piece(Index piece) {
     const KeyRange keys = piece_keys(piece);
-    for (Index key = keys.begin; key < keys.end; key += kKeys) {
-      const Index present = std::min(kKeys, keys.end - key);
+    for (Index key = keys.begin; key < keys.end; key += kLanes) {
+      const Index present = std::min(kLanes, keys.end - key);
       for (Index head = 0; head < in_.heads.num_kv_heads; ++head) {
         for (Index map = 0; map < kMaps; ++map) {
-          const Scalar* k[kKeys];
-          for (Index i = 0; i < kKeys; ++i) k[i] = &in_.k[map](key + std::min(i, present - 1), head * in_.k_step);
-          if (key + 2 * kKeys <= keys.end) prefetch_rows(k, kKeys * in_.k[map].row_stride, in_.d);
+          const Index stride = in_.k[map].row_stride;
+          const Scalar* const k = &in_.k[map](key, head * in_.k_step);
+          if (key + 2 * kLanes <= keys.end) prefetch_rows(k + kLanes * stride, stride);
           for (Index r = 0; r < rows_per_key_head_; ++r) {
             const Index row = head * rows_per_key_head_ + r;
-            dot(weights(map, row) + (key - keys_.begin), q(map, row), k, in_.d, present);
+            Scalar* const scores = weights(map, row) + (key - keys_.begin);
+            if (present == kLanes) {
+              score_packet(scores, q(map, row), k, stride);
+            } else {
+              for (Index i = 0; i < present; ++i) scores[i] = dot(q(map, row), k + i * stride);
+            }
           }
         }
       }
@@ -116,30 +120,51 @@ class FewRows {
     }
   }
 
-  /// The same columns some rows ahead: heads that lie side by side make short runs, which the hardware does not
-  /// foresee.
-  static void prefetch_rows(const Scalar* const (&rows)[kKeys], Index distance, Index count) {
+  /// The next packet of keys: heads that lie side by side make short runs, which the hardware does not foresee.
+  void prefetch_rows(const Scalar* rows, Index stride) const {
     constexpr Index kLine = 64 / sizeof(Scalar);
-    for (const Scalar* row : rows) {
-      for (Index c = 0; c < count; c += kLine) simd::prefetch(row + distance + c);
+    for (Index i = 0; i < kLanes; ++i, rows += stride) {
+      for (Index c = 0; c < in_.d; c += kLine) simd::prefetch_far(rows + c);
     }
   }
 
-  /// scores[i] = q · k[i].
-  static void dot(Scalar* scores, const Scalar* q, const Scalar* const (&k)[kKeys], Index d, Index present) {
-    simd::Packet<Scalar> sums[kKeys];
-    for (auto& sum : sums) sum = simd::broadcast(Scalar(0));
-    Index c = 0;
-    for (; c + kLanes <= d; c += kLanes) {
-      const auto right = simd::loadu(q + c);
+  /// scores[i] = q · k_i for a packet of keys: sums across lanes are made for all of them at once, by a transposition.
+  void score_packet(Scalar* scores, const Scalar* q, const Scalar* k, Index stride) const {
+    constexpr Index kGroup = std::min<Index>(4, kLanes);  // keys with a sum in flight
+    simd::Packet<Scalar> sums[kLanes];
+    const Index whole = in_.d / kLanes * kLanes;
+    for (Index first = 0; first < kLanes; first += kGroup) {
+      simd::Packet<Scalar> group[kGroup];
+      for (auto& sum : group) sum = simd::broadcast(Scalar(0));
+      for (Index c = 0; c < whole; c += kLanes) {
+        const auto right = simd::loadu(q + c);
 #pragma GCC unroll 4
-      for (Index i = 0; i < kKeys; ++i) sums[i] = simd::fma(simd::loadu(k[i] + c), right, sums[i]);
+        for (Index i = 0; i < kGroup; ++i) {
+          group[i] = simd::fma(simd::loadu(k + (first + i) * stride + c), right, group[i]);
+        }
+      }
+      for (Index i = 0; i < kGroup; ++i) sums[first + i] = group[i];
     }
-    for (Index i = 0; i < present; ++i) {
-      Scalar sum = simd::reduce_add(sums[i]);
-      for (Index tail = c; tail < d; ++tail) sum += k[i][tail] * q[tail];
-      scores[i] = sum;
+    simd::transpose<Scalar>(sums);
+#pragma GCC unroll 4
+    for (Index half = kLanes / 2; half > 0; half /= 2) {
+      for (Index i = 0; i < half; ++i) sums[i] = simd::add(sums[i], sums[i + half]);
     }
+    simd::store(scores, sums[0]);
+    for (Index i = 0; i < kLanes && whole < in_.d; ++i) scores[i] += tail_dot(q, k + i * stride, whole);
+  }
+
+  Scalar dot(const Scalar* q, const Scalar* k) const {
+    auto sum = simd::broadcast(Scalar(0));
+    const Index whole = in_.d / kLanes * kLanes;
+    for (Index c = 0; c < whole; c += kLanes) sum = simd::fma(simd::loadu(k + c), simd::loadu(q + c), sum);
+    return (whole == 0 ? Scalar(0) : simd::reduce_add(sum)) + tail_dot(q, k, whole);
+  }
+
+  Scalar tail_dot(const Scalar* q, const Scalar* k, Index whole) const {
+    Scalar sum = 0;
+    for (Index c = whole; c < in_.d; ++c) sum += q[c] * k[c];
+    return sum;
   }
 
   /// scores: indexed by key.

@@ -26,38 +26,53 @@ constexpr Index packed_strips_size(Index cols, Index depth) {
   return round_up(cols, Tile<Scalar>::kCols) * depth;
 }
 
-/// rows · factor → [group][depth][kRows].
+/// rows · factor → [group][depth][kRows]. Contiguous rows are transposed in registers. What a last group lacks repeats
+/// its last row.
 template <typename Scalar, typename T>
 void pack_rows(Scalar* to, const StridedView<const T>& rows, Scalar factor) {
-  constexpr Index kRows = Tile<Scalar>::kRows;
-  for (Index group = 0; group < rows.rows; group += kRows) {
-    const Index present = std::min(kRows, rows.rows - group);
-    for (Index r = 0; r < kRows; ++r) {
-      if (r >= present) {
-        for (Index k = 0; k < rows.cols; ++k) to[k * kRows + r] = Scalar(0);
-      } else {
-        const T* from = rows.data + (group + r) * rows.row_stride;
-        for (Index k = 0; k < rows.cols; ++k) {
-          to[k * kRows + r] = static_cast<Scalar>(from[k * rows.col_stride]) * factor;
+  constexpr Index kRows = Tile<Scalar>::kRows, kLanes = Tile<Scalar>::kLanes;
+  for (Index group = 0; group < rows.rows; group += kRows, to += rows.cols * kRows) {
+    const Index last = std::min(group + kRows, rows.rows) - 1;
+    Index k = 0;
+    if constexpr (std::is_same_v<Scalar, T>) {
+      if (rows.col_stride == 1) {
+        // A step of depth is stored as whole packets; what they hold too much, the next step overwrites. There is one.
+        constexpr Index kPackets = divide_up(kRows, kLanes);
+        for (; k + kLanes < rows.cols; k += kLanes) {
+          simd::Packet<Scalar> block[kPackets][kLanes];
+          for (Index p = 0; p < kPackets; ++p) {
+            for (Index r = 0; r < kLanes; ++r) {
+              const auto row = simd::loadu(&rows(std::min(group + p * kLanes + r, last), k));
+              block[p][r] = simd::mul(row, simd::broadcast(factor));
+            }
+            simd::transpose<Scalar>(block[p]);
+          }
+          for (Index r = 0; r < kLanes; ++r) {
+            for (Index p = 0; p < kPackets; ++p) simd::storeu(to + (k + r) * kRows + p * kLanes, block[p][r]);
+          }
         }
       }
     }
-    to += rows.cols * kRows;
+    for (; k < rows.cols; ++k) {
+      for (Index r = 0; r < kRows; ++r) {
+        to[k * kRows + r] = static_cast<Scalar>(rows(std::min(group + r, last), k)) * factor;
+      }
+    }
   }
 }
 
 /// One strip of b(k, c) = source(first + c, k): keys to strips. Contiguous rows are transposed in registers, whole
-/// packets at a time. Past the `present` rows the strip repeats the last of them, finite wherever that is: nobody reads
-/// it.
+/// packets at a time. Past the `present` rows the strip repeats the last of them up to the end of a packet, finite
+/// wherever that is; what follows nobody reads.
 template <typename Scalar, typename T>
 void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index first, Index present) {
   constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
-  const Index depth = source.cols, last = first + present - 1;
+  const Index depth = source.cols, last = first + present - 1, width = round_up(present, kLanes);
   Index k = 0;
   if constexpr (std::is_same_v<Scalar, T>) {
     if (source.col_stride == 1) {
       for (; k + kLanes <= depth; k += kLanes) {
-        for (Index c = 0; c < kCols; c += kLanes) {
+        for (Index c = 0; c < width; c += kLanes) {
           simd::Packet<Scalar> block[kLanes];
           for (Index r = 0; r < kLanes; ++r) block[r] = simd::loadu(&source(std::min(first + c + r, last), k));
           simd::transpose<Scalar>(block);
@@ -67,7 +82,7 @@ void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index
     }
   }
   for (; k < depth; ++k) {
-    for (Index c = 0; c < kCols; ++c) to[k * kCols + c] = static_cast<Scalar>(source(std::min(first + c, last), k));
+    for (Index c = 0; c < width; ++c) to[k * kCols + c] = static_cast<Scalar>(source(std::min(first + c, last), k));
   }
 }
 
@@ -84,26 +99,27 @@ void pack_transposed(Scalar* to, const StridedView<const T>& source, Index first
 /// everything packed is finite.
 template <typename Scalar, typename T>
 bool pack_columns(Scalar* to, const StridedView<const T>& source, Index first, Index count) {
-  constexpr Index kCols = Tile<Scalar>::kCols;
-  Scalar not_finite = 0;  // x · 0 is 0, or NaN
+  constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
+  auto not_finite = simd::broadcast(Scalar(0));  // x · 0 is 0, or NaN
   for (Index col = 0; col < source.cols; col += kCols) {
     const Index present = std::min(kCols, source.cols - col);
-    Scalar* strip = to + col * source.rows;
     for (Index k = first; k < first + count; ++k) {
       const T* from = &source(k, col);
-      Scalar* row = strip + k * kCols;
-      if (present == kCols && source.col_stride == 1) {
-        for (Index c = 0; c < kCols; ++c) row[c] = static_cast<Scalar>(from[c]);
-      } else {
-        for (Index c = 0; c < present; ++c) row[c] = static_cast<Scalar>(from[c * source.col_stride]);
-        std::fill(row + present, row + kCols, Scalar(0));
+      Scalar* const row = to + col * source.rows + k * kCols;
+      Index c = 0;
+      if constexpr (std::is_same_v<Scalar, T>) {
+        if (source.col_stride == 1) {
+          for (; c + kLanes <= present; c += kLanes) simd::store(row + c, simd::loadu(from + c));
+        }
       }
-      Scalar sum = 0;
-      for (Index c = 0; c < kCols; ++c) sum += row[c] * Scalar(0);
-      not_finite += sum;
+      for (; c < present; ++c) row[c] = static_cast<Scalar>(from[c * source.col_stride]);
+      std::fill(row + present, row + kCols, Scalar(0));
+      for (c = 0; c < kCols; c += kLanes) {
+        not_finite = simd::fma(simd::load(row + c), simd::broadcast(Scalar(0)), not_finite);
+      }
     }
   }
-  return not_finite == Scalar(0);
+  return simd::reduce_add(not_finite) == Scalar(0);
 }
 
 }  // namespace diffattn::inline v0_1::detail

@@ -24,25 +24,25 @@ struct Tile {
 constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr Index divide_up(Index n, Index divisor) { return (n + divisor - 1) / divisor; }
 
-/// The sums of one tile of kHeight <= kRows rows: row r, columns p·kLanes ….
-template <typename Scalar, Index kHeight = Tile<Scalar>::kRows>
+/// The sums of one tile of kHeight <= kRows rows and kPackets packets of columns: row r, columns p·kLanes ….
+template <typename Scalar, Index kHeight = Tile<Scalar>::kRows, Index kPackets = Tile<Scalar>::kPackets>
 struct TileSums {
-  simd::Packet<Scalar> sums[kHeight][Tile<Scalar>::kPackets];
+  simd::Packet<Scalar> sums[kHeight][kPackets];
 
   EIGEN_ALWAYS_INLINE void set_zero() {
 #pragma GCC unroll 16
     for (Index r = 0; r < kHeight; ++r) {
 #pragma GCC unroll 2
-      for (Index p = 0; p < Tile<Scalar>::kPackets; ++p) sums[r][p] = simd::broadcast(Scalar(0));
+      for (Index p = 0; p < kPackets; ++p) sums[r][p] = simd::broadcast(Scalar(0));
     }
   }
 
-  /// from, to: rows `stride` apart, each kCols values aligned to a packet.
+  /// from, to: rows `stride` apart, aligned to a packet.
   EIGEN_ALWAYS_INLINE void load(const Scalar* from, Index stride) {
 #pragma GCC unroll 16
     for (Index r = 0; r < kHeight; ++r) {
 #pragma GCC unroll 2
-      for (Index p = 0; p < Tile<Scalar>::kPackets; ++p) {
+      for (Index p = 0; p < kPackets; ++p) {
         sums[r][p] = simd::load(from + r * stride + p * Tile<Scalar>::kLanes);
       }
     }
@@ -51,7 +51,7 @@ struct TileSums {
 #pragma GCC unroll 16
     for (Index r = 0; r < kHeight; ++r) {
 #pragma GCC unroll 2
-      for (Index p = 0; p < Tile<Scalar>::kPackets; ++p) {
+      for (Index p = 0; p < kPackets; ++p) {
         simd::store(to + r * stride + p * Tile<Scalar>::kLanes, sums[r][p]);
       }
     }
@@ -61,14 +61,14 @@ struct TileSums {
   template <Index kRowStep, Index kDepthStep>
   EIGEN_ALWAYS_INLINE void add_product(const Scalar* a, const Scalar* b, Index depth) {
     for (Index k = 0; k < depth; ++k) {
-      simd::Packet<Scalar> right[Tile<Scalar>::kPackets];
+      simd::Packet<Scalar> right[kPackets];
 #pragma GCC unroll 2
-      for (Index p = 0; p < Tile<Scalar>::kPackets; ++p) right[p] = simd::load(b + p * Tile<Scalar>::kLanes);
+      for (Index p = 0; p < kPackets; ++p) right[p] = simd::load(b + p * Tile<Scalar>::kLanes);
 #pragma GCC unroll 16
       for (Index r = 0; r < kHeight; ++r) {
         const simd::Packet<Scalar> left = simd::broadcast(a[r * kRowStep]);
 #pragma GCC unroll 2
-        for (Index p = 0; p < Tile<Scalar>::kPackets; ++p) sums[r][p] = simd::fma(left, right[p], sums[r][p]);
+        for (Index p = 0; p < kPackets; ++p) sums[r][p] = simd::fma(left, right[p], sums[r][p]);
       }
       a += kDepthStep;
       b += Tile<Scalar>::kCols;
@@ -76,13 +76,19 @@ struct TileSums {
   }
 };
 
-/// Calls f with the height of the lowest tile that holds `rows` rows, as a constant: a few rows need not pay for all.
+/// Calls f(height, packets) with the size of the smallest tile that holds rows x cols, as constants: the ends of a
+/// matrix need not pay for a whole tile. rows <= kRows; more columns than a tile has are as many as it has.
 template <typename Scalar, typename F>
-void with_tile_height(Index rows, F&& f) {
+EIGEN_ALWAYS_INLINE void with_tile(Index rows, Index cols, F&& f) {
   constexpr Index kThird = Tile<Scalar>::kRows / 3;
-  if (rows > 2 * kThird) return f(std::integral_constant<Index, Tile<Scalar>::kRows>{});
-  if (rows > kThird) return f(std::integral_constant<Index, 2 * kThird>{});
-  return f(std::integral_constant<Index, kThird>{});
+  using std::integral_constant;
+  const auto with_height = [&](auto packets) {
+    if (rows > 2 * kThird) return f(integral_constant<Index, Tile<Scalar>::kRows>{}, packets);
+    if (rows > kThird) return f(integral_constant<Index, 2 * kThird>{}, packets);
+    return f(integral_constant<Index, kThird>{}, packets);
+  };
+  if (cols > Tile<Scalar>::kLanes) return with_height(integral_constant<Index, Tile<Scalar>::kPackets>{});
+  return with_height(integral_constant<Index, 1>{});
 }
 
 }  // namespace diffattn::inline v0_1::detail

@@ -45,12 +45,13 @@ struct RowRange {
   RowRange rows(Index begin, Index num) const { return {mask, first + begin, std::min(num, count - begin), n_q, n_k}; }
 };
 
-/// The columns of a chunk, in whole strips, that hold every key which some row of a group sees.
+/// The columns of a chunk that hold every key which some row of a group sees: from the start of a strip to the end of a
+/// packet.
 template <typename Scalar>
 KeyRange chunk_columns(const KeyRange& keys, Index first_key) {
-  constexpr Index kCols = Tile<Scalar>::kCols;
+  constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
   const Index begin = std::max<Index>(keys.begin - first_key, 0) / kCols * kCols;
-  const Index end = std::min(round_up(std::max<Index>(keys.end - first_key, 0), kCols), kChunk);
+  const Index end = std::min(round_up(std::max<Index>(keys.end - first_key, 0), kLanes), kChunk);
   return {begin, end};
 }
 
@@ -78,14 +79,14 @@ template <typename Scalar, typename Mask>
 void score_chunk(Scalar* scores, const Scalar* q, const Scalar* keys, Index d, const RowRange<Mask>& rows,
                  Index first_key, const KeyRange& columns) {
   constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
-  with_tile_height<Scalar>(rows.count, [&](auto height) {
-    for (Index c = columns.begin; c < columns.end; c += kCols) {
-      TileSums<Scalar, height> tile;
+  for (Index c = columns.begin; c < columns.end; c += kCols) {
+    with_tile<Scalar>(rows.count, columns.end - c, [&](auto height, auto packets) {
+      TileSums<Scalar, height, packets> tile;
       tile.set_zero();
       tile.template add_product<1, kRows>(q, keys + (first_key + c) * d, d);
       tile.store(scores + c, kChunk);
-    }
-  });
+    });
+  }
   const KeyRange all = rows.keys_of_all();
   const bool edge = first_key + columns.begin < all.begin || first_key + columns.end > all.end;
   if (edge || HasBias<Mask>) mask_scores(scores, rows, first_key, columns);
@@ -119,17 +120,16 @@ void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Sc
   constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
   const Index end = std::min(columns.end, head.n_k - first_key);
   if (!head.finite_values) return add_visible_values(out, weights, head, rows, first_key, {columns.begin, end});
-  with_tile_height<Scalar>(rows.count, [&](auto height) {
-    Scalar* sums = out;
-    for (Index col = 0; col < head.dv; col += kCols, sums += kRows * kCols) {
-      const Scalar* const values = head.values + col * head.n_k + first_key * kCols;
-      TileSums<Scalar, height> tile;
-      tile.load(sums, kCols);
+  for (Index col = 0; col < head.dv; col += kCols, out += kRows * kCols) {
+    const Scalar* const values = head.values + col * head.n_k + first_key * kCols;
+    with_tile<Scalar>(rows.count, head.dv - col, [&](auto height, auto packets) {
+      TileSums<Scalar, height, packets> tile;
+      tile.load(out, kCols);
       tile.template add_product<kChunk, 1>(weights + columns.begin, values + columns.begin * kCols,
                                            end - columns.begin);
-      tile.store(sums, kCols);
-    }
-  });
+      tile.store(out, kCols);
+    });
+  }
 }
 
 /// out(r, c) = sums(r, c) · factors[r]. sums: [strip of dv][kRows][kCols].
