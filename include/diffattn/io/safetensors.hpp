@@ -14,7 +14,8 @@
 // to any scalar that can hold their values.
 //
 // Errors   FormatError: the file breaks the format (names the file, the tensor and the rule), lacks a tensor that was
-//          asked for, or does not fit the layer. std::runtime_error: it cannot be opened or written.
+//          asked for, holds an integer that the scalar cannot, or does not fit the layer. std::runtime_error: it cannot
+//          be opened or written. std::invalid_argument: a writer is given what a file cannot hold.
 //          load_parameters reports every missing, surplus and mis-shaped tensor in one FormatError and changes nothing.
 //          save() writes beside the target and renames: a file is there whole or not at all.
 // Cost     opening reads the header only; matrix() reads that tensor.
@@ -53,7 +54,7 @@ class Safetensors {
 
   const TensorInfo& info(const std::string& name) const {
     const auto found = header_.tensors.find(name);
-    if (found == header_.tensors.end()) throw FormatError(path_ + ": has no tensor \"" + name + "\"");
+    if (found == header_.tensors.end()) throw FormatError(path_ + ": has no tensor " + detail::in_quotes(name));
     return found->second;
   }
 
@@ -103,17 +104,27 @@ class Safetensors {
  private:
   template <typename T, typename Stored>
   T convert(Stored value, const std::string& name) const {
-    if constexpr (!std::is_integral_v<T>) {
-      return static_cast<T>(value);
-    } else if constexpr (std::is_integral_v<Stored>) {
+    if constexpr (std::is_integral_v<Stored>) {
       const T converted = static_cast<T>(value);
-      if (static_cast<Stored>(converted) != value) {
-        throw FormatError(path_ + ": tensor \"" + name + "\" holds " + std::to_string(value) + ", too large for " +
-                          std::string(detail::describe(detail::dtype_of<T>()).name));
+      if (!is_exactly(converted, value)) {
+        throw FormatError(path_ + ": tensor " + detail::in_quotes(name) + " holds " + std::to_string(value) +
+                          ", which " + std::string(detail::describe(detail::dtype_of<T>()).name) + " cannot");
       }
       return converted;
+    } else if constexpr (std::is_integral_v<T>) {
+      throw FormatError(path_ + ": tensor " + detail::in_quotes(name) + " holds floating-point values, not integers");
     } else {
-      throw FormatError(path_ + ": tensor \"" + name + "\" holds floating-point values, not integers");
+      return static_cast<T>(value);
+    }
+  }
+
+  template <typename T>
+  static bool is_exactly(T converted, std::int64_t value) {
+    if constexpr (std::is_integral_v<T>) {
+      return converted == value;
+    } else {
+      const double real = static_cast<double>(converted);  // exact from any narrower type
+      return real >= -0x1p63 && real < 0x1p63 && static_cast<std::int64_t>(real) == value;
     }
   }
 
@@ -126,10 +137,15 @@ class Safetensors {
 /// element types first, then by name, header padded to 8 bytes.
 class SafetensorsWriter {
  public:
-  explicit SafetensorsWriter(std::map<std::string, std::string> metadata = {}) : metadata_(std::move(metadata)) {}
+  explicit SafetensorsWriter(std::map<std::string, std::string> metadata = {}) : metadata_(std::move(metadata)) {
+    for (const auto& [key, text] : metadata_) {
+      check_utf8("metadata", key);
+      check_utf8("metadata", text);
+    }
+  }
 
   /// A column or row vector type is stored with rank 1, anything else with rank 2. Throws std::invalid_argument if the
-  /// name is taken.
+  /// name is taken, is "__metadata__" or is not UTF-8.
   template <typename Derived>
   void add(const std::string& name, const Eigen::DenseBase<Derived>& matrix) {
     if constexpr (Derived::IsVectorAtCompileTime) {
@@ -143,18 +159,20 @@ class SafetensorsWriter {
   template <typename Derived>
   void add(const std::string& name, const Eigen::DenseBase<Derived>& matrix, std::vector<Index> shape) {
     using T = typename Derived::Scalar;
-    Index count = 1;
-    for (const Index extent : shape) count *= extent;
-    if (count != matrix.size())
-      detail::throw_shape({"SafetensorsWriter: the shape of ", name.c_str(), " has another size"});
+    if (detail::byte_size(detail::dtype_of<T>(), shape) != static_cast<std::size_t>(matrix.size()) * sizeof(T)) {
+      detail::throw_shape({"SafetensorsWriter: the shape of ", detail::in_quotes(name).c_str(), " does not hold its ",
+                           matrix.size(), " elements"});
+    }
+    check_utf8("a name", name);
+    if (name == "__metadata__" || tensors_.count(name) != 0) {
+      detail::throw_invalid({"SafetensorsWriter: a tensor cannot be named ", detail::in_quotes(name).c_str(),
+                             tensors_.count(name) != 0 ? " twice" : ""});
+    }
     const Matrix<T> values = matrix.derived();
     Tensor tensor{detail::dtype_of<T>(), std::move(shape), {}};
     tensor.bytes.resize(static_cast<std::size_t>(values.size()) * sizeof(T));
     if (!tensor.bytes.empty()) std::memcpy(tensor.bytes.data(), values.data(), tensor.bytes.size());
-    if (name == "__metadata__" || !tensors_.emplace(name, std::move(tensor)).second) {
-      detail::throw_invalid(
-          {"SafetensorsWriter: a tensor cannot be named ", name.c_str(), tensors_.count(name) != 0 ? " twice" : ""});
-    }
+    tensors_.emplace(name, std::move(tensor));
   }
 
   void save(const std::filesystem::path& path) const {
@@ -200,6 +218,15 @@ class SafetensorsWriter {
     std::vector<Index> shape;
     std::vector<char> bytes;
   };
+
+  static void check_utf8(const char* what, const std::string& text) {
+    try {
+      static_cast<void>(nlohmann::json(text).dump());
+    } catch (const nlohmann::json::exception&) {
+      detail::throw_invalid({"SafetensorsWriter: ", what, " is not UTF-8: ", detail::in_quotes(text).c_str()});
+    }
+  }
+
   std::map<std::string, std::string> metadata_;
   std::map<std::string, Tensor> tensors_;
 };
@@ -235,21 +262,23 @@ void load_parameters(Layer& layer, const Safetensors& file, const std::string& p
     const std::string full = prefix + std::string(name);
     expected[full] = true;
     if (!file.contains(full)) {
-      problems += "\n  missing: " + full;
+      problems += "\n  missing: " + detail::in_quotes(full);
       return;
     }
     const TensorInfo& info = file.info(full);
     const std::vector<Index> shape = detail::stored_shape(parameter);
     if (info.shape != shape) {
-      problems +=
-          "\n  shape: " + full + " must be " + detail::shape_text(shape) + ", got " + detail::shape_text(info.shape);
+      problems += "\n  shape: " + detail::in_quotes(full) + " must be " + detail::shape_text(shape) + ", got " +
+                  detail::shape_text(info.shape);
     } else if (detail::is_integer(info.dtype)) {
-      problems += "\n  type: " + full + " must hold floating-point values, got " +
+      problems += "\n  type: " + detail::in_quotes(full) + " must hold floating-point values, got " +
                   std::string(detail::describe(info.dtype).name);
     }
   });
   for (const auto& [name, info] : file.tensors()) {
-    if (name.compare(0, prefix.size(), prefix) == 0 && expected.count(name) == 0) problems += "\n  surplus: " + name;
+    if (name.compare(0, prefix.size(), prefix) == 0 && expected.count(name) == 0) {
+      problems += "\n  surplus: " + detail::in_quotes(name);
+    }
   }
   if (!problems.empty()) throw FormatError(file.path() + ": does not hold the parameters of this layer" + problems);
 

@@ -30,7 +30,7 @@ namespace diffattn::inline v0_1::detail {
 class FileBytes {
  public:
   explicit FileBytes(const std::filesystem::path& path) {
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO would wait for its writer
     if (file < 0) throw_unreadable(path);
     struct stat status {};
     const bool is_file = ::fstat(file, &status) == 0 && S_ISREG(status.st_mode);

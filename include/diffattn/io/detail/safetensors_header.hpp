@@ -2,9 +2,9 @@
 
 // The header of a safetensors file, parsed and checked to the letter of the format
 // (github.com/huggingface/safetensors): 8 bytes of header length, little-endian; a JSON object {name: {dtype, shape,
-// data_offsets}} with an optional
-// "__metadata__" of strings; then the data, which the tensors must cover without gap or overlap. What a reader of ours
-// may be handed is anybody's file, so every rule is checked before a single offset is believed.
+// data_offsets}} with an optional "__metadata__" of strings; then the data, which the tensors must cover without gap or
+// overlap. What a reader of ours may be handed is anybody's file, so every rule is checked before a single offset is
+// believed.
 
 #include <algorithm>
 #include <cstddef>
@@ -13,6 +13,7 @@
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -37,6 +38,31 @@ struct SafetensorsHeader {
   std::map<std::string, std::string> metadata;
   std::size_t data_begin = 0;  // bytes before the data
 };
+
+/// A name of a file's choosing, as JSON writes it: a NUL in it cannot end a message, nor a control character garble it.
+inline std::string in_quotes(const std::string& text) {
+  return nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+/// The bytes that a tensor takes, or nothing if an extent is negative or the product too large for an Index. A zero
+/// excuses nothing: what is computed from the other extents must not overflow either.
+template <typename Extent>
+std::optional<std::uint64_t> byte_size(Dtype dtype, const std::vector<Extent>& shape) {
+  constexpr auto most = static_cast<std::uint64_t>(std::numeric_limits<Index>::max());
+  std::uint64_t bytes = describe(dtype).size;
+  bool empty = false;
+  for (const Extent signed_extent : shape) {
+    const auto extent = static_cast<std::uint64_t>(signed_extent);
+    if (extent == 0) {
+      empty = true;
+    } else if (bytes > most / extent) {
+      return std::nullopt;
+    } else {
+      bytes *= extent;
+    }
+  }
+  return empty ? 0 : bytes;
+}
 
 /// Parses `size` bytes of a whole file; `file` names it in errors. Throws FormatError.
 class SafetensorsHeaderParser {
@@ -69,7 +95,7 @@ class SafetensorsHeaderParser {
     throw FormatError(file_ + ": " + why);
   }
   [[noreturn, gnu::cold, gnu::noinline]] void fail(const std::string& tensor, const std::string& why) const {
-    throw FormatError(file_ + ": tensor \"" + tensor + "\" " + why);
+    throw FormatError(file_ + ": tensor " + in_quotes(tensor) + " " + why);
   }
 
   std::size_t header_length() const {
@@ -87,17 +113,22 @@ class SafetensorsHeaderParser {
 
   nlohmann::json parse_json(std::size_t length) const {
     const char* const begin = reinterpret_cast<const char*>(bytes_) + kLengthBytes;
+    // The parser would take a NUL for the end of the header and ignore the rest.
+    if (std::memchr(begin, 0, length) != nullptr) fail("has a header with a NUL in it");
     // A DOM keeps the last of two equal keys and says nothing; the format forbids them.
     std::vector<std::set<std::string>> keys(kDeepestJson + 1);
+    std::string described;  // the last key of the outermost object: a tensor, mostly
     using Json = nlohmann::json;
     const auto check = [&](int depth, Json::parse_event_t event, Json& parsed) {
       const bool opens = event == Json::parse_event_t::object_start || event == Json::parse_event_t::array_start;
-      if (opens && depth >= kDeepestJson) fail("has a header nested too deeply");
+      if (opens && depth >= kDeepestJson) fail("has a header that nests " + in_quotes(described) + " too deeply");
       if (event == Json::parse_event_t::object_start) keys[static_cast<std::size_t>(depth)].clear();
       if (event == Json::parse_event_t::key) {
         const auto& key = parsed.get_ref<const std::string&>();
+        if (depth == 1) described = key;
         if (!keys[static_cast<std::size_t>(depth - 1)].insert(key).second) {
-          fail("has a header with the key \"" + key + "\" twice");
+          fail("has a header with the key " + in_quotes(key) + (depth == 1 ? "" : " of " + in_quotes(described)) +
+               " twice");
         }
       }
       return true;
@@ -113,7 +144,7 @@ class SafetensorsHeaderParser {
     if (!value.is_object()) fail("has a __metadata__ that is not an object");
     std::map<std::string, std::string> result;
     for (const auto& [key, text] : value.items()) {
-      if (!text.is_string()) fail("has a __metadata__ whose \"" + key + "\" is not a string");
+      if (!text.is_string()) fail("has a __metadata__ whose " + in_quotes(key) + " is not a string");
       result.emplace(key, text.template get<std::string>());
     }
     return result;
@@ -130,28 +161,21 @@ class SafetensorsHeaderParser {
     if (!dtype_name.is_string()) fail(name, "has a dtype that is not a string");
     const auto dtype = dtype_from_name(dtype_name.get_ref<const std::string&>());
     if (!dtype) {
-      fail(name, "has the unknown dtype " + dtype_name.get<std::string>() + " (known: F64, F32, F16, BF16, I64, I32)");
+      fail(name, "has the unknown dtype " + dtype_name.dump() + " (known: F64, F32, F16, BF16, I64, I32)");
     }
 
-    TensorInfo info{*dtype, {}, 0, 0};
-    std::uint64_t bytes = describe(*dtype).size;
-    for (const std::uint64_t extent : unsigned_list(name, "shape", field("shape"))) {
-      const auto most = static_cast<std::uint64_t>(std::numeric_limits<Index>::max());
-      if (extent > most || (extent != 0 && bytes > most / extent)) fail(name, "has a shape whose size overflows");
-      bytes *= extent;
-      info.shape.push_back(static_cast<Index>(extent));
-    }
-
+    const std::vector<std::uint64_t> shape = unsigned_list(name, "shape", field("shape"));
+    const std::optional<std::uint64_t> bytes = byte_size(*dtype, shape);
+    if (!bytes) fail(name, "has a shape whose size overflows");
     const std::vector<std::uint64_t> offsets = unsigned_list(name, "data_offsets", field("data_offsets"));
     if (offsets.size() != 2) fail(name, "has data_offsets that are not a pair");
     if (offsets[0] > offsets[1]) fail(name, "has data_offsets that end before they begin");
-    if (offsets[1] - offsets[0] != bytes) {
+    if (offsets[1] - offsets[0] != *bytes) {
       fail(name, "has data_offsets of " + std::to_string(offsets[1] - offsets[0]) + " bytes, but its shape takes " +
-                     std::to_string(bytes));
+                     std::to_string(*bytes));
     }
-    info.begin = static_cast<std::size_t>(offsets[0]);
-    info.end = static_cast<std::size_t>(offsets[1]);
-    return info;
+    return {*dtype, std::vector<Index>(shape.begin(), shape.end()), static_cast<std::size_t>(offsets[0]),
+            static_cast<std::size_t>(offsets[1])};
   }
 
   std::vector<std::uint64_t> unsigned_list(const std::string& name, const char* key, const nlohmann::json& list) const {
@@ -169,7 +193,7 @@ class SafetensorsHeaderParser {
     using Named = std::pair<const std::string, TensorInfo>;
     std::vector<const Named*> ordered;
     for (const Named& tensor : header.tensors) ordered.push_back(&tensor);
-    std::sort(ordered.begin(), ordered.end(), [](const Named* a, const Named* b) {
+    std::stable_sort(ordered.begin(), ordered.end(), [](const Named* a, const Named* b) {
       return std::pair(a->second.begin, a->second.end) < std::pair(b->second.begin, b->second.end);
     });
     const std::size_t data_size = size_ - header.data_begin;
