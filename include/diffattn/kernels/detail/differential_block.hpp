@@ -41,10 +41,11 @@ class DifferentialBlock {
     factors_ = workspace.take<Scalar>(2 * kGroups * kPaddedRows);
   }
 
-  /// q, out: the block's rows. scale: s·log2(e).
+  /// q, out: the block's rows. scale: s·log2(e). lambda, lse: of all rows and heads.
   template <typename Mask>
   void run(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[2], const PackedHead<Scalar>& head,
-           const RowRange<Mask>& rows, Scalar scale, const LambdaView<Scalar>& lambda, Index head_index) {
+           const RowRange<Mask>& rows, Scalar scale, const LambdaView<Scalar>& lambda,
+           const StridedView<Scalar> (&lse)[2], Index head_index) {
     const Index groups = divide_up(rows.count, kRows);
     for (Index map = 0; map < 2; ++map) {
       pack_rows(q_[map], q[map], scale);
@@ -72,6 +73,9 @@ class DifferentialBlock {
     for (Index g = 0; g < groups; ++g) {
       const Index present = std::min(kRows, rows.count - g * kRows);
       write_rows(out.middle_rows(g * kRows, present), sums_ + g * group_sums_, ones.data());
+      for (Index map = 0; map < 2; ++map) {
+        write_log_sum_exp(lse[map], rows.first + g * kRows, present, head_index, softmax_[map][g]);
+      }
     }
   }
 

@@ -9,6 +9,7 @@
 // order: any number of threads gives the same bits.
 
 #include <algorithm>
+#include <cmath>
 #include <numbers>
 
 #include "diffattn/core/parallel.hpp"
@@ -186,7 +187,8 @@ class FewRows {
     for (Index map = 0; map < kMaps; ++map) {
       Scalar* const scores = weights(map, row);
       std::fill(scores + (keys_.end - keys_.begin), scores + width_, kMinusInfinity<Scalar>);
-      const Scalar sum = exponentiate(scores);
+      const auto [sum, max] = exponentiate(scores);
+      if (in_.lse[map].data != nullptr) in_.lse[map](query(row), query_head(row)) = max + std::log2(sum);
       factors[map] = sum == Scalar(0) ? Scalar(0) : Scalar(1) / sum;
     }
     if constexpr (kMaps == 1) {
@@ -204,9 +206,14 @@ class FewRows {
     }
   }
 
-  /// exp2(score − max) in place; returns the sum.
-  Scalar exponentiate(Scalar* scores) const {
-    if (width_ == 0) return Scalar(0);
+  struct Sum {
+    Scalar value;
+    Scalar max;
+  };
+
+  /// exp2(score − max) in place; returns the sum and what it is relative to.
+  Sum exponentiate(Scalar* scores) const {
+    if (width_ == 0) return {Scalar(0), kMinusInfinity<Scalar>};
     auto packet_max = simd::load(scores);
     for (Index c = kLanes; c < width_; c += kLanes) packet_max = simd::max(packet_max, simd::load(scores + c));
     const Scalar max = simd::reduce_max(packet_max);
@@ -217,7 +224,7 @@ class FewRows {
       simd::store(scores + c, weight);
       sum = simd::add(sum, weight);
     }
-    return simd::reduce_add(sum);
+    return {simd::reduce_add(sum), max};
   }
 
   void add_values(Index piece) {

@@ -16,6 +16,9 @@ struct HeadOperands {
   StridedView<const Scalar> k[kMaps];  // n_k rows, step k_step, width d
   StridedView<const Scalar> v;         // n_k rows, step and width dv
   LambdaView<Scalar> lambda;           // n_q x num_heads
+  /// Where to write the log-sum-exp of every row, n_q x num_heads for each map: log2 Σ 2^(score·log2(e)), which is what
+  /// exp2(score·log2(e) − lse) turns back into probabilities; -inf for a row that sees no key. No data: not wanted.
+  StridedView<Scalar> lse[kMaps];
   Heads heads{1, 1};
   Index d = 0;
   Index dv = 0;

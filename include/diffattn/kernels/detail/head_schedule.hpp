@@ -20,7 +20,10 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
   constexpr Index kPackRows = 512;  // keys packed by one task
   const Index n_q = in.q[0].rows, n_k = in.k[0].rows;
   if (n_q == 0) return;
-  if (n_k == 0) return write_zeros(in.out);
+  if (n_k == 0) {
+    for (const auto& lse : in.lse) write_constant(lse, kMinusInfinity<Scalar>);
+    return write_constant(in.out, Scalar(0));
+  }
   using Few = FewRows<Scalar, Block::kMaps, Mask>;
   if (Few::suits(in)) return Few::run(in, mask, workspace, executor);
 
@@ -49,7 +52,7 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
   auto* const keys = workspace.take<Scalar>(wave * key_maps * keys_size);
   auto* const values = workspace.take<Scalar>(wave * values_size);
   PackedHead<Scalar> shape;
-  shape.n_k = n_k;
+  shape.value_stride = shape.n_k = n_k;
   shape.d = in.d;
   shape.dv = in.dv;
   auto* const scratch = workspace.take<Block>(workers);
@@ -72,7 +75,8 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
         pack_transposed(keys + (i * key_maps + map) * keys_size, in.k[map].middle_cols(head * in.k_step, in.d), row,
                         count);
       }
-      finite[task] = pack_columns(values + i * values_size, in.v.middle_cols(head * in.dv, in.dv), row, count);
+      finite[task] = pack_columns(values + i * values_size + row * Tile<Scalar>::kCols, n_k,
+                                  in.v.block(row, head * in.dv, count, in.dv));
     });
     for (Index i = 0; i < present; ++i) {
       heads[i].finite_values =
@@ -90,7 +94,7 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
         q[map] = in.q[map].block(rows.first, head * in.q_step, rows.count, in.d);
       }
       scratch[worker].run(in.out.block(rows.first, head * in.dv, rows.count, in.dv), q, heads[i], rows,
-                          in.scale * std::numbers::log2e_v<Scalar>, in.lambda, head);
+                          in.scale * std::numbers::log2e_v<Scalar>, in.lambda, in.lse, head);
     });
   }
 }

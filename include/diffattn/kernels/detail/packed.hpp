@@ -95,17 +95,17 @@ void pack_transposed(Scalar* to, const StridedView<const T>& source, Index first
   }
 }
 
-/// Rows [first, first + count) of `source`, which is depth x cols, into its strips of kCols columns. Returns whether
-/// everything packed is finite.
+/// The rows of `source` → rows of strips of kCols columns, `to` being the first row of the first strip and `stride` the
+/// rows from one strip to the next. Returns whether everything packed is finite.
 template <typename Scalar, typename T>
-bool pack_columns(Scalar* to, const StridedView<const T>& source, Index first, Index count) {
+bool pack_columns(Scalar* to, Index stride, const StridedView<const T>& source) {
   constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
   auto not_finite = simd::broadcast(Scalar(0));  // x · 0 is 0, or NaN
   for (Index col = 0; col < source.cols; col += kCols) {
     const Index present = std::min(kCols, source.cols - col);
-    for (Index k = first; k < first + count; ++k) {
+    for (Index k = 0; k < source.rows; ++k) {
       const T* from = &source(k, col);
-      Scalar* const row = to + col * source.rows + k * kCols;
+      Scalar* const row = to + col * stride + k * kCols;
       Index c = 0;
       if constexpr (std::is_same_v<Scalar, T>) {
         if (source.col_stride == 1) {

@@ -22,6 +22,7 @@ template <typename Scalar>
 struct PackedHead {
   const Scalar* keys[2] = {nullptr, nullptr};  // one for each map; the same twice when the maps share their keys
   const Scalar* values = nullptr;
+  Index value_stride = 0;  // rows from a strip of values to the next: n_k, or the capacity of a cache that grows
   Index n_k = 0;
   Index d = 0;
   Index dv = 0;
@@ -106,7 +107,7 @@ void add_visible_values(Scalar* out, const Scalar* weights, const PackedHead<Sca
     for (Index k = begin; k < end; ++k) {
       if (!bias_shows(rows.mask, row, first_key + k, rows.n_q, rows.n_k)) continue;
       for (Index col = 0; col < head.dv; col += kCols) {
-        const Scalar* const values = head.values + col * head.n_k + (first_key + k) * kCols;
+        const Scalar* const values = head.values + col * head.value_stride + (first_key + k) * kCols;
         for (Index c = 0; c < kCols; ++c) out[col * kRows + r * kCols + c] += weights[r * kChunk + k] * values[c];
       }
     }
@@ -121,7 +122,7 @@ void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Sc
   const Index end = std::min(columns.end, head.n_k - first_key);
   if (!head.finite_values) return add_visible_values(out, weights, head, rows, first_key, {columns.begin, end});
   for (Index col = 0; col < head.dv; col += kCols, out += kRows * kCols) {
-    const Scalar* const values = head.values + col * head.n_k + first_key * kCols;
+    const Scalar* const values = head.values + col * head.value_stride + first_key * kCols;
     with_tile<Scalar>(rows.count, head.dv - col, [&](auto height, auto packets) {
       TileSums<Scalar, height, packets> tile;
       tile.load(out, kCols);
@@ -145,10 +146,20 @@ void write_rows(const StridedView<Scalar>& out, const Scalar* sums, const Scalar
   }
 }
 
+/// The log-sum-exp of a group, in the log2 domain, to rows [first, …) of `lse`, if it is wanted.
 template <typename Scalar>
-void write_zeros(const StridedView<Scalar>& out) {
-  for (Index r = 0; r < out.rows; ++r) {
-    for (Index c = 0; c < out.cols; ++c) out(r, c) = Scalar(0);
+void write_log_sum_exp(const StridedView<Scalar>& lse, Index first, Index count, Index head_index,
+                       const RowSoftmax<Scalar>& softmax) {
+  if (lse.data == nullptr) return;
+  for (Index r = 0; r < count; ++r) lse(first + r, head_index) = softmax.log_sum_exp(r);
+}
+
+/// No data: not wanted.
+template <typename Scalar>
+void write_constant(const StridedView<Scalar>& to, Scalar value) {
+  if (to.data == nullptr) return;
+  for (Index r = 0; r < to.rows; ++r) {
+    for (Index c = 0; c < to.cols; ++c) to(r, c) = value;
   }
 }
 

@@ -7,6 +7,7 @@
 // row is reduced across lanes once for its maximum in each chunk, and once for its sum at the end.
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "diffattn/core/simd.hpp"
@@ -68,6 +69,9 @@ struct RowSoftmax {
   }
 
   Scalar sum(Index r) const { return simd::reduce_add(simd::load(lane_sums[r])); }
+
+  /// log2 Σ 2^score over what the row has seen; -inf for nothing.
+  Scalar log_sum_exp(Index r) const { return max[r] + std::log2(sum(r)); }
 };
 
 }  // namespace diffattn::inline v0_1::detail

@@ -27,10 +27,11 @@ class StandardBlock {
         sums_(workspace.take<Scalar>(kBlockRows / kRows * group_sums_)),
         softmax_(workspace.take<RowSoftmax<Scalar>>(kBlockRows / kRows)) {}
 
-  /// q, out: the block's rows. scale: s·log2(e).
+  /// q, out: the block's rows. scale: s·log2(e). lambda, lse: of all rows and heads.
   template <typename Mask>
   void run(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[1], const PackedHead<Scalar>& head,
-           const RowRange<Mask>& rows, Scalar scale, const LambdaView<Scalar>& /*lambda*/, Index /*head_index*/) {
+           const RowRange<Mask>& rows, Scalar scale, const LambdaView<Scalar>& /*lambda*/,
+           const StridedView<Scalar> (&lse)[1], Index head_index) {
     const Index groups = divide_up(rows.count, kRows);
     pack_rows(q_, q[0], scale);
     std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
@@ -48,6 +49,7 @@ class StandardBlock {
       }
       const Index present = std::min(kRows, rows.count - g * kRows);
       write_rows(out.middle_rows(g * kRows, present), sums_ + g * group_sums_, factors);
+      write_log_sum_exp(lse[0], rows.first + g * kRows, present, head_index, softmax_[g]);
     }
   }
 
