@@ -30,7 +30,7 @@ using diffattn::SafetensorsWriter;
 using files::Scratch;
 using support::thrown_by;
 
-template <template <typename> class Layer>
+template <template <typename...> class Layer>
 struct Of {
   template <typename Scalar>
   static Layer<Scalar> make(bool bias = true) {

@@ -64,7 +64,7 @@ void randomize(Layer& layer, std::mt19937_64& rng, double spread = 0.3) {
 /// float: the error, a mean over rows and draws, is at most 1.5 times that of plain loops in float; where a layer has
 /// but a handful of numbers the ratio is luck (a norm over two columns magnifies what little it finds), and a bound has
 /// to do. double: 1e-13.
-template <template <typename> class Layer, typename Config, typename Oracle, typename Mask>
+template <template <typename...> class Layer, typename Config, typename Oracle, typename Mask>
 void accuracy(const Config& config, Index n, const Mask& mask, const Oracle& oracle, std::mt19937_64& rng) {
   INFO("embed_dim " << config.embed_dim << ", heads " << config.num_heads << "/" << config.num_kv_heads << ", n " << n);
   long double error = 0, naive_error = 0, size = 0;
@@ -96,7 +96,7 @@ void accuracy(const Config& config, Index n, const Mask& mask, const Oracle& ora
 
 /// Weights, x and y recorded from the official implementation in float64, several sequences stacked. double: 1e-12;
 /// float: at most 1.5 times the error of plain loops in float.
-template <template <typename> class Layer, typename Config, typename Oracle>
+template <template <typename...> class Layer, typename Config, typename Oracle>
 void golden(const Config& config, const diffattn::Safetensors& file, const Oracle& oracle) {
   const Index sequences = std::stol(file.metadata().at("batch")), tokens = std::stol(file.metadata().at("tokens"));
   const std::vector<Index> lengths(static_cast<std::size_t>(sequences), tokens);
@@ -120,7 +120,7 @@ void golden(const Config& config, const diffattn::Safetensors& file, const Oracl
 }
 
 /// Every length and mask, for one configuration.
-template <template <typename> class Layer, typename Config, typename Oracle>
+template <template <typename...> class Layer, typename Config, typename Oracle>
 void accuracy_at_all_lengths(const Config& config, const Oracle& oracle, std::mt19937_64& rng) {
   for (const Index n : {1, 2, 4, 5, 7, 26, 70}) {
     accuracy<Layer>(config, n, CausalMask{}, oracle, rng);
@@ -265,7 +265,7 @@ void empty_input(const Layer& layer) {
 }
 
 /// All of the above that need no oracle.
-template <template <typename> class Layer, typename Config>
+template <template <typename...> class Layer, typename Config>
 void laws(const Config& config, const std::string& layer_name) {
   auto rng = make_rng();
   Layer<float> layer(config);

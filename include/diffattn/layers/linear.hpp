@@ -18,7 +18,8 @@
 
 namespace diffattn::inline v0_1 {
 
-template <typename Scalar>
+/// Weight is the matrix type of the weight: Matrix<Scalar>, which can be trained.
+template <typename Scalar, typename Weight = Matrix<Scalar>>
 class Linear {
  public:
   Linear(Index in, Index out, bool with_bias = false) : weight(out, in), bias(with_bias ? out : 0) {
@@ -49,8 +50,8 @@ class Linear {
     if (self.bias.size() != 0) visitor("bias", self.bias);
   }
 
-  Matrix<Scalar> weight;  ///< out x in
-  Vector<Scalar> bias;    ///< out, or empty
+  Weight weight;        ///< out x in
+  Vector<Scalar> bias;  ///< out, or empty
 };
 
 }  // namespace diffattn::inline v0_1

@@ -37,10 +37,12 @@ struct MultiheadAttentionConfig {
   std::uint64_t seed = 0;                             ///< of the initial parameters
 };
 
-template <typename Scalar>
+/// Weight: the matrix type of the projections' weights, as linear.hpp says.
+template <typename Scalar, typename Weight = Matrix<Scalar>>
 class MultiheadAttention {
  public:
   using Config = MultiheadAttentionConfig;
+  using WeightMatrix = Weight;
 
   /// Initial parameters are those of nn.Linear.
   explicit MultiheadAttention(const Config& config)
@@ -52,7 +54,7 @@ class MultiheadAttention {
         out_proj(config_.embed_dim, config_.embed_dim, config_.bias),
         rotary_(detail::make_rotary<Scalar>(config_.rotary, head_dim_)) {
     Initializer random(config.seed);
-    for (Linear<Scalar>* projection : {&q_proj, &k_proj, &v_proj, &out_proj}) projection->initialize(random);
+    for (Linear<Scalar, Weight>* projection : {&q_proj, &k_proj, &v_proj, &out_proj}) projection->initialize(random);
   }
 
   const Config& config() const { return config_; }
@@ -134,10 +136,10 @@ class MultiheadAttention {
   Index head_dim_;  // d
 
  public:
-  Linear<Scalar> q_proj;    ///< num_heads·d x embed_dim
-  Linear<Scalar> k_proj;    ///< num_kv_heads·d x embed_dim
-  Linear<Scalar> v_proj;    ///< num_kv_heads·d x embed_dim
-  Linear<Scalar> out_proj;  ///< embed_dim x num_heads·d
+  Linear<Scalar, Weight> q_proj;    ///< num_heads·d x embed_dim
+  Linear<Scalar, Weight> k_proj;    ///< num_kv_heads·d x embed_dim
+  Linear<Scalar, Weight> v_proj;    ///< num_kv_heads·d x embed_dim
+  Linear<Scalar, Weight> out_proj;  ///< embed_dim x num_heads·d
 
  private:
   std::optional<Rotary<Scalar>> rotary_;

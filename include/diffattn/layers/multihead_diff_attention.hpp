@@ -50,10 +50,12 @@ struct MultiheadDiffAttentionConfig {
   std::uint64_t seed = 0;   ///< of the initial parameters
 };
 
-template <typename Scalar>
+/// Weight: the matrix type of the projections' weights, as linear.hpp says.
+template <typename Scalar, typename Weight = Matrix<Scalar>>
 class MultiheadDiffAttention {
  public:
   using Config = MultiheadDiffAttentionConfig;
+  using WeightMatrix = Weight;
 
   /// Initial parameters are those of the official code: projections as nn.Linear, λ vectors N(0, 0.1²), norm weight 1.
   explicit MultiheadDiffAttention(const Config& config)
@@ -67,7 +69,7 @@ class MultiheadDiffAttention {
         subln(2 * head_dim_, config_.norm_eps, config_.norm_weight),
         rotary_(detail::make_rotary<Scalar>(config_.rotary, head_dim_)) {
     Initializer random(config.seed);
-    for (Linear<Scalar>* projection : {&q_proj, &k_proj, &v_proj, &out_proj}) projection->initialize(random);
+    for (Linear<Scalar, Weight>* projection : {&q_proj, &k_proj, &v_proj, &out_proj}) projection->initialize(random);
     lambda.initialize(random);
   }
 
@@ -162,12 +164,12 @@ class MultiheadDiffAttention {
   Index head_dim_;  // d
 
  public:
-  Linear<Scalar> q_proj;      ///< 2·num_heads·d x embed_dim
-  Linear<Scalar> k_proj;      ///< 2·num_kv_heads·d x embed_dim
-  Linear<Scalar> v_proj;      ///< num_kv_heads·2d x embed_dim
-  Linear<Scalar> out_proj;    ///< embed_dim x num_heads·2d
-  DiffLambda<Scalar> lambda;  ///< vectors of width d
-  RmsNorm<Scalar> subln;      ///< width 2d
+  Linear<Scalar, Weight> q_proj;    ///< 2·num_heads·d x embed_dim
+  Linear<Scalar, Weight> k_proj;    ///< 2·num_kv_heads·d x embed_dim
+  Linear<Scalar, Weight> v_proj;    ///< num_kv_heads·2d x embed_dim
+  Linear<Scalar, Weight> out_proj;  ///< embed_dim x num_heads·2d
+  DiffLambda<Scalar> lambda;        ///< vectors of width d
+  RmsNorm<Scalar> subln;            ///< width 2d
 
  private:
   std::optional<Rotary<Scalar>> rotary_;

@@ -39,10 +39,12 @@ struct MultiheadDiffAttentionV2Config {
   std::uint64_t seed = 0;                             ///< of the initial parameters
 };
 
-template <typename Scalar>
+/// Weight: the matrix type of the projections' weights, as linear.hpp says.
+template <typename Scalar, typename Weight = Matrix<Scalar>>
 class MultiheadDiffAttentionV2 {
  public:
   using Config = MultiheadDiffAttentionV2Config;
+  using WeightMatrix = Weight;
 
   /// Initial parameters are those of nn.Linear.
   explicit MultiheadDiffAttentionV2(const Config& config)
@@ -54,7 +56,7 @@ class MultiheadDiffAttentionV2 {
         o_proj(config_.num_heads * config_.head_dim, config_.embed_dim, config_.bias),
         rotary_(detail::make_rotary<Scalar>(config_.rotary, config_.head_dim)) {
     Initializer random(config.seed);
-    for (Linear<Scalar>* projection : {&q_proj, &k_proj, &v_proj, &lambda_proj, &o_proj}) {
+    for (Linear<Scalar, Weight>* projection : {&q_proj, &k_proj, &v_proj, &lambda_proj, &o_proj}) {
       projection->initialize(random);
     }
   }
@@ -146,11 +148,11 @@ class MultiheadDiffAttentionV2 {
   Config config_;
 
  public:
-  Linear<Scalar> q_proj;       ///< 2·num_heads·head_dim x embed_dim
-  Linear<Scalar> k_proj;       ///< num_kv_heads·head_dim x embed_dim
-  Linear<Scalar> v_proj;       ///< num_kv_heads·head_dim x embed_dim
-  Linear<Scalar> lambda_proj;  ///< num_heads x embed_dim
-  Linear<Scalar> o_proj;       ///< embed_dim x num_heads·head_dim
+  Linear<Scalar, Weight> q_proj;       ///< 2·num_heads·head_dim x embed_dim
+  Linear<Scalar, Weight> k_proj;       ///< num_kv_heads·head_dim x embed_dim
+  Linear<Scalar, Weight> v_proj;       ///< num_kv_heads·head_dim x embed_dim
+  Linear<Scalar, Weight> lambda_proj;  ///< num_heads x embed_dim
+  Linear<Scalar, Weight> o_proj;       ///< embed_dim x num_heads·head_dim
 
  private:
   std::optional<Rotary<Scalar>> rotary_;
