@@ -18,6 +18,16 @@
 
 namespace diffattn::inline v0_1 {
 
+/// y (n x out) = x (n x in) · weight (out x in)ᵀ, shapes already checked: for a weight without a Linear of its own,
+/// such as an embedding that is a head too.
+template <typename Scalar, typename Y, typename X, typename Weight, Executor E>
+void linear_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Weight& weight,
+                 Workspace& workspace, E& executor, const Scalar* bias = nullptr) {
+  const detail::Readable<X> x_read(x.derived());
+  detail::matmul_transposed<Scalar>(detail::writable_view_of(y), detail::view_of(x_read), detail::view_of(weight), bias,
+                                    workspace, executor);
+}
+
 /// Weight is the matrix type of the weight: Matrix<Scalar>, which can be trained.
 template <typename Scalar, typename Weight = Matrix<Scalar>>
 class Linear {
@@ -39,9 +49,7 @@ class Linear {
                     E&& executor = {}) const {
     detail::check_shape("Linear", "x", x, x.rows(), weight.cols());
     detail::check_shape("Linear", "y", y, x.rows(), weight.rows());
-    const detail::Readable<X> x_read(x.derived());
-    detail::matmul_transposed<Scalar>(detail::writable_view_of(y), detail::view_of(x_read), detail::view_of(weight),
-                                      bias.size() == 0 ? nullptr : bias.data(), workspace, executor);
+    linear_into<Scalar>(y, x, weight, workspace, executor, bias.size() == 0 ? nullptr : bias.data());
   }
 
   template <typename Self, typename Visitor>

@@ -50,6 +50,12 @@ inline void check_positive(const char* where, const char* field, Index value) {
   }
 }
 
+/// The value, once it is known to be at least 1: for constructors, which need their numbers before their body.
+inline Index checked_positive(const char* where, const char* field, Index value) {
+  check_positive(where, field, value);
+  return value;
+}
+
 /// embed_dim / parts. Throws std::invalid_argument unless it divides.
 inline Index checked_head_dim(const char* where, Index embed_dim, const char* parts_name, Index parts) {
   check_positive(where, "embed_dim", embed_dim);

@@ -1,0 +1,219 @@
+#pragma once
+
+// Decoder: a whole language model, from token ids to logits, as the paper builds it (section 2.2) and Llama:
+//
+//   x = embedding[tokens];   per layer  x += Attention(RMSNorm(x)),  x += SwiGLU(RMSNorm(x));
+//   logits = RMSNorm(x) W_headᵀ,   W_head the embedding itself if the head is tied
+//
+// Attention is a layer type: MultiheadDiffAttention<Scalar> (the Differential Transformer), MultiheadDiffAttentionV2
+// <Scalar>, MultiheadAttention<Scalar> (the Transformer). Nothing else differs between the three.
+//
+// Parameters (visit_parameters): embed_tokens.weight, layers.N.{input_layernorm, self_attn, post_attention_layernorm,
+// mlp}.…, norm.weight and, if the head is free, lm_head.weight: Hugging Face's names without "model."; the attention's
+// own names are those of its layer.
+//
+// Tokens   any contiguous integers: a std::vector, std::span, Eigen vector or {1, 2, 3}.
+// Errors   std::invalid_argument for a configuration that cannot be and for a token id outside the vocabulary, before
+//          any work. Const functions may be called from several threads, each with a workspace of its own.
+// Memory   (tokens x (embed_dim and hidden_dim)) scratch from the workspace; after a first call no heap.
+
+#include <cstdint>
+#include <initializer_list>
+#include <iterator>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/detail/sequences.hpp"
+#include "diffattn/layers/initialization.hpp"
+#include "diffattn/layers/linear.hpp"
+#include "diffattn/layers/parameters.hpp"
+#include "diffattn/layers/rms_norm.hpp"
+#include "diffattn/models/feed_forward.hpp"
+
+namespace diffattn::inline v0_1 {
+
+template <typename Attention>
+struct DecoderConfig {
+  Index vocab_size = 0;
+  Index num_layers = 0;
+  Index hidden_dim = 0;                    ///< inner width of the feed-forward layers
+  typename Attention::Config attention{};  ///< of every layer; depth and seed are set for each
+  bool tied_head = false;                  ///< the logits are products with the embedding
+  double norm_eps = 1e-5;                  ///< of the norms before attention, before feed-forward, before the head
+  std::uint64_t seed = 0;                  ///< of the initial parameters
+};
+
+/// One layer of a Decoder: x += attention(attention_norm(x)); x += feed_forward(feed_forward_norm(x)).
+template <typename Scalar, typename Attention>
+struct DecoderBlock {
+  using Weight = typename Attention::WeightMatrix;
+
+  DecoderBlock(const typename Attention::Config& config, Index hidden_dim, double norm_eps)
+      : attention_norm(config.embed_dim, norm_eps),
+        attention(config),
+        feed_forward_norm(config.embed_dim, norm_eps),
+        feed_forward(config.embed_dim, hidden_dim) {}
+
+  template <typename Self, typename Visitor>
+  static void visit(Self& self, Visitor& visitor) {
+    detail::visit_part("input_layernorm", self.attention_norm, visitor);
+    detail::visit_part("self_attn", self.attention, visitor);
+    detail::visit_part("post_attention_layernorm", self.feed_forward_norm, visitor);
+    detail::visit_part("mlp", self.feed_forward, visitor);
+  }
+
+  RmsNorm<Scalar> attention_norm;
+  Attention attention;
+  RmsNorm<Scalar> feed_forward_norm;
+  FeedForward<Scalar, Weight> feed_forward;
+};
+
+template <typename Scalar, typename Attention>
+class Decoder {
+ public:
+  using Config = DecoderConfig<Attention>;
+  using Block = DecoderBlock<Scalar, Attention>;
+  using Weight = typename Attention::WeightMatrix;
+
+  /// Initial parameters: embedding N(0, 0.02²), linear layers as nn.Linear, norms 1, attention as its layer says.
+  explicit Decoder(const Config& config)
+      : config_(checked(config)),
+        embedding(config_.vocab_size, config_.attention.embed_dim),
+        norm(config_.attention.embed_dim, config_.norm_eps) {
+    Initializer random(config_.seed);
+    random.normal(embedding, 0.02);
+    blocks.reserve(static_cast<std::size_t>(config_.num_layers));
+    for (Index layer = 0; layer < config_.num_layers; ++layer) {
+      blocks.emplace_back(attention_config(layer), config_.hidden_dim, config_.norm_eps);
+      blocks.back().feed_forward.initialize(random);
+    }
+    if (!config_.tied_head) {
+      head.emplace(config_.attention.embed_dim, config_.vocab_size);
+      head->initialize(random);
+    }
+  }
+
+  const Config& config() const { return config_; }
+
+  /// (tokens x vocab_size): row i scores what follows token i.
+  template <typename Tokens>
+  Matrix<Scalar> logits(const Tokens& tokens) const {
+    Workspace workspace;
+    Matrix<Scalar> result(static_cast<Index>(std::size(tokens)), config_.vocab_size);
+    logits_into(result, tokens, workspace);
+    return result;
+  }
+  Matrix<Scalar> logits(std::initializer_list<Index> tokens) const { return logits(std::span(tokens)); }
+
+  /// The same into a matrix of yours, with scratch from `workspace` and work spread over `executor`.
+  template <typename Y, typename Tokens, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, Workspace& workspace, E&& executor = {}) const {
+    const Index n = static_cast<Index>(std::size(tokens));
+    detail::check_shape(kName, "logits", y, n, config_.vocab_size);
+    const auto frame = workspace.frame();
+    detail::MatrixMap<Scalar> x(workspace.take<Scalar>(n * embedding.cols()), n, embedding.cols());
+    hidden_into(x, tokens, workspace, executor);
+    head_into(y, x, workspace, executor);
+  }
+
+  /// x (tokens x embed_dim): what the head is multiplied with, after the last norm.
+  template <typename Tokens, Executor E = Serial>
+  void hidden_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens, Workspace& workspace, E&& executor = {}) const {
+    embed_into(x, tokens);
+    run_blocks(x, workspace, executor, [&](const Block& block, Index /*layer*/, auto& y, const auto& normed) {
+      block.attention.forward_into(y, normed, CausalMask{}, workspace, executor);
+    });
+  }
+
+  /// y (n x vocab_size) = x (n x embed_dim) W_headᵀ.
+  template <typename Y, typename X, Executor E = Serial>
+  void head_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Workspace& workspace,
+                 E&& executor = {}) const {
+    detail::check_shape(kName, "x", x, x.rows(), embedding.cols());
+    detail::check_shape(kName, "logits", y, x.rows(), embedding.rows());
+    if (head) return head->forward_into(y, x, workspace, executor);
+    linear_into<Scalar>(y, x, embedding, workspace, executor);
+  }
+
+  template <typename Self, typename Visitor>
+  static void visit(Self& self, Visitor& visitor) {
+    visitor("embed_tokens.weight", self.embedding);
+    for (std::size_t layer = 0; layer < self.blocks.size(); ++layer) {
+      detail::visit_part("layers." + std::to_string(layer), self.blocks[layer], visitor);
+    }
+    detail::visit_part("norm", self.norm, visitor);
+    if (self.head) detail::visit_part("lm_head", *self.head, visitor);
+  }
+
+ private:
+  static constexpr const char* kName = "Decoder";
+
+  static Config checked(Config config) {
+    detail::check_positive(kName, "vocab_size", config.vocab_size);
+    detail::check_positive(kName, "num_layers", config.num_layers);
+    detail::check_positive(kName, "hidden_dim", config.hidden_dim);
+    detail::check_positive(kName, "attention.embed_dim", config.attention.embed_dim);
+    return config;
+  }
+
+  typename Attention::Config attention_config(Index layer) const {
+    typename Attention::Config config = config_.attention;
+    if constexpr (requires { config.depth; }) config.depth = layer;
+    config.seed = config_.seed + 1 + static_cast<std::uint64_t>(layer);
+    return config;
+  }
+
+  /// Copies the embeddings of the tokens, all of which are checked before.
+  template <typename Tokens>
+  void embed_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens) const {
+    const auto* const ids = std::data(tokens);
+    for (Index i = 0; i < x.rows(); ++i) {
+      const auto id = static_cast<Index>(ids[i]);
+      if (id < 0 || id >= config_.vocab_size) {
+        detail::throw_invalid({kName, ": token ", i, " is ", id, ", outside the vocabulary of ", config_.vocab_size});
+      }
+    }
+    for (Index i = 0; i < x.rows(); ++i) x.row(i) = embedding.row(static_cast<Index>(ids[i]));
+  }
+
+  /// All blocks and the last norm on x in place; attend(block, layer, y, normed) is the attention.
+  template <Executor E, typename Attend>
+  void run_blocks(detail::MatrixMap<Scalar>& x, Workspace& workspace, E& executor, Attend&& attend) const {
+    const auto frame = workspace.frame();
+    detail::MatrixMap<Scalar> normed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
+    detail::MatrixMap<Scalar> y(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
+    const auto normalize = [&](const RmsNorm<Scalar>& with, detail::MatrixMap<Scalar>& to) {
+      detail::for_each_row_block(x.rows(), executor, [&](Index row, Index count) {
+        if (&to != &x) detail::rows_of(to, row, count) = detail::rows_of(x, row, count);
+        for (Index i = row; i < row + count; ++i) with.apply(&to(i, 0));
+      });
+    };
+    for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
+      const Block& block = blocks[layer];
+      normalize(block.attention_norm, normed);
+      attend(block, static_cast<Index>(layer), y, normed);
+      x += y;
+      normalize(block.feed_forward_norm, normed);
+      block.feed_forward.forward_into(y, normed, workspace, executor);
+      x += y;
+    }
+    normalize(norm, x);
+  }
+
+  Config config_;
+
+ public:
+  Weight embedding;  ///< vocab_size x embed_dim
+  std::vector<Block> blocks;
+  RmsNorm<Scalar> norm;                        ///< before the head
+  std::optional<Linear<Scalar, Weight>> head;  ///< vocab_size x embed_dim; empty if tied
+};
+
+}  // namespace diffattn::inline v0_1

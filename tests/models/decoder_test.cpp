@@ -1,0 +1,153 @@
+#include <diffattn/layers/multihead_attention.hpp>
+#include <diffattn/layers/multihead_diff_attention.hpp>
+#include <diffattn/layers/multihead_diff_attention_v2.hpp>
+#include <diffattn/models/decoder.hpp>
+
+#include "diffattn/core/parallel_threads.hpp"
+#include "support/catch.hpp"
+#include "support/random.hpp"
+#include "support/throws.hpp"
+#include "support/tolerances.hpp"
+
+namespace {
+
+using diffattn::Decoder;
+using diffattn::Index;
+using diffattn::Matrix;
+using diffattn::MultiheadAttention;
+using diffattn::MultiheadDiffAttention;
+using diffattn::MultiheadDiffAttentionV2;
+using diffattn::RotaryConfig;
+using support::identical;
+
+template <typename Attention>
+diffattn::DecoderConfig<Attention> small(bool tied) {
+  return {.vocab_size = 31,
+          .num_layers = 3,
+          .hidden_dim = 20,
+          .attention = {.embed_dim = 16, .num_heads = 2, .rotary = RotaryConfig{}},
+          .tied_head = tied,
+          .norm_eps = 1e-3,
+          .seed = 5};
+}
+
+/// x / sqrt(mean(x²) + eps) · w, row by row, in plain loops.
+Matrix<double> norm(const Matrix<double>& x, const diffattn::Vector<double>& weight, double eps) {
+  Matrix<double> y = x;
+  for (Index i = 0; i < x.rows(); ++i) {
+    const double scale = 1 / std::sqrt(x.row(i).squaredNorm() / static_cast<double>(x.cols()) + eps);
+    for (Index c = 0; c < x.cols(); ++c) y(i, c) = x(i, c) * scale * weight[c];
+  }
+  return y;
+}
+
+/// The decoder written out as the paper has it, attention by the layer of a known quality.
+template <typename Attention>
+Matrix<double> written_out(const Decoder<double, Attention>& model, const std::vector<int>& tokens) {
+  Matrix<double> x(static_cast<Index>(tokens.size()), model.embedding.cols());
+  for (Index i = 0; i < x.rows(); ++i) x.row(i) = model.embedding.row(tokens[static_cast<std::size_t>(i)]);
+  for (const auto& block : model.blocks) {
+    x += block.attention.forward(norm(x, block.attention_norm.weight, 1e-3));
+    const Matrix<double> normed = norm(x, block.feed_forward_norm.weight, 1e-3);
+    Matrix<double> gate = normed * block.feed_forward.gate_proj.weight.transpose();
+    const Matrix<double> up = normed * block.feed_forward.up_proj.weight.transpose();
+    for (Index i = 0; i < gate.size(); ++i) gate.data()[i] *= up.data()[i] / (1 + std::exp(-gate.data()[i]));
+    x += gate * block.feed_forward.down_proj.weight.transpose();
+  }
+  return norm(x, model.norm.weight, 1e-3) * (model.head ? model.head->weight : model.embedding).transpose();
+}
+
+template <typename Model>
+void randomize_norms(Model& model) {
+  auto rng = support::make_rng();
+  for (auto& block : model.blocks) {
+    block.attention_norm.weight = support::random_matrix<double>(16, 1, rng);
+    block.feed_forward_norm.weight = support::random_matrix<double>(16, 1, rng);
+  }
+  model.norm.weight = support::random_matrix<double>(16, 1, rng);
+  model.embedding *= 20;  // 0.02 would leave the norms' eps in charge
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("A decoder is embedding, pre-norm blocks, norm and head", "[models][decoder]",
+                   MultiheadDiffAttention<double>, MultiheadDiffAttentionV2<double>, MultiheadAttention<double>) {
+  for (const bool tied : {false, true}) {
+    Decoder<double, TestType> model(small<TestType>(tied));
+    randomize_norms(model);
+    const std::vector<int> tokens = {0, 30, 7, 7, 12, 1, 29};
+    const Matrix<double> logits = model.logits(tokens);
+    CHECK((logits - written_out(model, tokens)).cwiseAbs().maxCoeff() < 1e-12 * logits.cwiseAbs().maxCoeff());
+
+    const diffattn::Vector<std::int64_t> column = Eigen::VectorXi::Map(tokens.data(), 7).cast<std::int64_t>();
+    CHECK(identical(model.logits(column), logits));
+    CHECK(identical(model.logits({0, 30, 7, 7, 12, 1, 29}), logits));
+    CHECK(model.logits(std::vector<int>{}).rows() == 0);
+
+    diffattn::ThreadPool pool(3);
+    diffattn::Workspace workspace;
+    Matrix<double> threaded(7, 31);
+    model.logits_into(threaded, tokens, workspace, pool);
+    CHECK(identical(threaded, logits));
+    const std::size_t scratch = workspace.capacity();
+    model.logits_into(threaded, tokens, workspace, pool);
+    CHECK(workspace.capacity() == scratch);
+  }
+}
+
+TEST_CASE("The seed fixes a decoder's parameters, and depth sets λ_init layer by layer", "[models][decoder]") {
+  using Model = Decoder<double, MultiheadDiffAttention<double>>;
+  const auto config = small<MultiheadDiffAttention<double>>(false);
+  const Model model(config), again(config);
+  CHECK(identical(model.logits({1, 2, 3}), again.logits({1, 2, 3})));
+  CHECK_FALSE(identical(model.blocks[0].attention.q_proj.weight, model.blocks[1].attention.q_proj.weight));
+  CHECK_FALSE(identical(model.blocks[0].feed_forward.up_proj.weight, model.blocks[1].feed_forward.up_proj.weight));
+  for (const Index layer : {0, 1, 2}) {
+    CHECK(model.blocks[static_cast<std::size_t>(layer)].attention.lambda.init ==
+          diffattn::lambda_init(static_cast<double>(layer)));
+  }
+  auto other = config;
+  other.seed = 6;
+  CHECK_FALSE(identical(Model(other).logits({1, 2, 3}), model.logits({1, 2, 3})));
+}
+
+TEST_CASE("A decoder's parameters are named as Hugging Face names them", "[models][decoder]") {
+  auto config = small<MultiheadAttention<float>>(true);
+  config.num_layers = 1;
+  std::vector<std::string> names;
+  const Decoder<float, MultiheadAttention<float>> tied(config);
+  const auto collect = [&](std::string_view name, const auto& parameter) {
+    names.push_back(std::string(name) + " " + std::to_string(parameter.rows()) + "x" +
+                    std::to_string(parameter.cols()));
+  };
+  visit_parameters(tied, collect);
+  CHECK(names == std::vector<std::string>{
+                     "embed_tokens.weight 31x16", "layers.0.input_layernorm.weight 16x1",
+                     "layers.0.self_attn.q_proj.weight 16x16", "layers.0.self_attn.k_proj.weight 16x16",
+                     "layers.0.self_attn.v_proj.weight 16x16", "layers.0.self_attn.out_proj.weight 16x16",
+                     "layers.0.post_attention_layernorm.weight 16x1", "layers.0.mlp.gate_proj.weight 20x16",
+                     "layers.0.mlp.up_proj.weight 20x16", "layers.0.mlp.down_proj.weight 16x20", "norm.weight 16x1"});
+  config.tied_head = false;
+  names.clear();
+  const Decoder<float, MultiheadAttention<float>> with_head(config);
+  visit_parameters(with_head, collect);
+  CHECK(names.back() == "lm_head.weight 31x16");
+}
+
+TEST_CASE("A decoder refuses what cannot be by name", "[models][decoder]") {
+  using Attention = MultiheadAttention<float>;
+  const Decoder<float, Attention> model(small<Attention>(false));
+  const auto refusal = [](auto&& f) { return support::thrown_by<std::invalid_argument>(f); };
+  CHECK(refusal([&] { model.logits({3, 31}); }) == "Decoder: token 1 is 31, outside the vocabulary of 31");
+  CHECK(refusal([&] { model.logits({-1}); }) == "Decoder: token 0 is -1, outside the vocabulary of 31");
+  const auto with = [](auto change) {
+    auto config = small<Attention>(false);
+    change(config);
+    Decoder<float, Attention> refused(config);
+  };
+  CHECK(refusal([&] { with([](auto& c) { c.vocab_size = 0; }); }) == "Decoder: vocab_size must be at least 1, got 0");
+  CHECK(refusal([&] { with([](auto& c) { c.num_layers = -1; }); }) == "Decoder: num_layers must be at least 1, got -1");
+  CHECK(refusal([&] { with([](auto& c) { c.hidden_dim = 0; }); }) == "Decoder: hidden_dim must be at least 1, got 0");
+  CHECK(refusal([&] { with([](auto& c) { c.attention.embed_dim = 0; }); }) ==
+        "Decoder: attention.embed_dim must be at least 1, got 0");
+}
