@@ -6,7 +6,9 @@
 #include <Eigen/Core>
 
 #include <bit>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "diffattn/core/matrix.hpp"
@@ -31,6 +33,40 @@ template <typename Scalar>
 EIGEN_ALWAYS_INLINE Packet<Scalar> loadu(const Scalar* p) {
   return Eigen::internal::ploadu<Packet<Scalar>>(p);
 }
+/// The compilers' own vector of kBytes bytes: Eigen has packets of 16-bit types on some targets only.
+template <typename T, std::size_t kBytes>
+struct CompilerVector {
+  typedef T Type __attribute__((vector_size(kBytes)));
+};
+
+/// kLanes<Scalar> values that are stored as T, which is no wider: they are widened exactly. Any alignment.
+template <typename Scalar, typename T>
+EIGEN_ALWAYS_INLINE Packet<Scalar> load_as(const T* p) {
+  constexpr bool kSixteenBits = std::is_same_v<T, Eigen::bfloat16> || std::is_same_v<T, Eigen::half>;
+  if constexpr (std::is_same_v<Scalar, T>) {
+    return loadu(p);
+  } else if constexpr (kSixteenBits && std::is_same_v<Scalar, float> && kLanes<float> > 1) {
+    using Bits = typename CompilerVector<std::uint32_t, sizeof(float) * kLanes<float>>::Type;
+    typename CompilerVector<std::uint16_t, sizeof(T) * kLanes<float>>::Type narrow;
+    std::memcpy(&narrow, p, sizeof(narrow));
+    const Bits bits = __builtin_convertvector(narrow, Bits);
+    if constexpr (std::is_same_v<T, Eigen::bfloat16>) {
+      return __builtin_bit_cast(Packet<float>, bits << 16);
+    } else {
+      // Exponent and fraction move into place; a multiplication corrects the bias, and normalises what is subnormal.
+      const Bits magnitude = (bits & 0x7fffu) << 13;
+      const auto scaled = Eigen::internal::pmul(__builtin_bit_cast(Packet<float>, magnitude),
+                                                Eigen::internal::pset1<Packet<float>>(0x1p112f));
+      const Bits infinite = __builtin_bit_cast(Bits, magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+      return __builtin_bit_cast(Packet<float>, __builtin_bit_cast(Bits, scaled) | infinite | ((bits & 0x8000u) << 16));
+    }
+  } else {
+    alignas(64) Scalar wide[kLanes<Scalar>];
+    for (Index i = 0; i < kLanes<Scalar>; ++i) wide[i] = static_cast<Scalar>(p[i]);
+    return load(wide);
+  }
+}
+
 template <typename Scalar>
 EIGEN_ALWAYS_INLINE Packet<Scalar> broadcast(const Scalar& value) {
   return Eigen::internal::pset1<Packet<Scalar>>(value);

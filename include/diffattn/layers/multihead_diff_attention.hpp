@@ -25,10 +25,12 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/decode.hpp"
 #include "diffattn/kernels/diff_attention.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
+#include "diffattn/layers/kv_cache.hpp"
 #include "diffattn/layers/lambda.hpp"
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/parameters.hpp"
@@ -93,6 +95,16 @@ class MultiheadDiffAttention {
     return y;
   }
 
+  /// y for the tokens that follow those in `cache`: appends them, and each attends to all up to itself (or to the last
+  /// `window`, if the cache has one). The same numbers whether a prompt comes whole, in chunks or token by token.
+  template <typename Storage>
+  Matrix<Scalar> forward(const Matrix<Scalar>& x, KvCache<Storage>& cache) const {
+    Workspace workspace;
+    Matrix<Scalar> y(x.rows(), config_.embed_dim);
+    forward_into(y, x, cache, workspace);
+    return y;
+  }
+
   /// The same into a matrix of yours, with scratch from `workspace` and work spread over `executor`.
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
@@ -104,40 +116,37 @@ class MultiheadDiffAttention {
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
                     std::span<const Index> lengths, Workspace& workspace, E&& executor = {}) const {
-    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads;
     detail::check_shape(kName, "x", x, n, config_.embed_dim);
     detail::check_shape(kName, "y", y, n, config_.embed_dim);
     detail::check_lengths(kName, lengths, n);
 
-    const auto frame = workspace.frame();
-    const auto scratch = [&](Index cols) {
-      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
-    };
-    auto q = scratch(heads * 2 * d), k = scratch(kv_heads * 2 * d), v = scratch(kv_heads * 2 * d);
-    auto attended = scratch(heads * 2 * d);
-    q_proj.forward_into(q, x, workspace, executor);
-    k_proj.forward_into(k, x, workspace, executor);
-    v_proj.forward_into(v, x, workspace, executor);
+    run(y, x, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
+      detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
+        detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, first, tokens, 0, executor);
+        multihead_diff_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
+                                      detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens),
+                                      lambda.value(), Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace,
+                                      executor);
+      });
+    });
+  }
 
-    const Scalar lambda_value = lambda.value();
-    detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
-      if (rotary_) {
-        detail::for_each_row_block(tokens, executor, [&](Index row, Index count) {
-          rotary_->apply(detail::writable_view_of(detail::rows_of(q, first + row, count)), 2 * heads, row);
-          rotary_->apply(detail::writable_view_of(detail::rows_of(k, first + row, count)), 2 * kv_heads, row);
-        });
-      }
-      multihead_diff_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
-                                    detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens), lambda_value,
-                                    Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace, executor);
+  template <typename Y, typename X, typename Storage, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
+                    Workspace& workspace, E&& executor = {}) const {
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
+    detail::check_shape(kName, "x", x, n, config_.embed_dim);
+    detail::check_shape(kName, "y", y, n, config_.embed_dim);
+    if (n == 0) return;
+    cache.template prepare<Scalar>(kName, kv_heads, 2, d, 2 * d, n);
+    run(y, x, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
+      detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, 0, n, cache.position(), executor);
+      cache.write(detail::view_of(k), detail::view_of(v), executor);
+      decode_diff_attention_into(attended, q, cache.packed(n), lambda.value(), Heads{heads, kv_heads},
+                                 cache.options().window, AttentionOptions{}, workspace, executor);
     });
-    const Scalar head_scale = static_cast<Scalar>(1 - lambda.init);
-    detail::for_each_row_block(n, executor, [&](Index row, Index count) {
-      for (Index i = row; i < row + count; ++i) {
-        for (Index h = 0; h < heads; ++h) subln.apply(&attended(i, h * 2 * d), head_scale);
-      }
-    });
-    out_proj.forward_into(y, attended, workspace, executor);
+    cache.commit(n);
   }
 
   template <typename Self, typename Visitor>
@@ -152,6 +161,30 @@ class MultiheadDiffAttention {
 
  private:
   static constexpr const char* kName = "MultiheadDiffAttention";
+
+  /// Projects x, lets `attend` fill what the heads have attended to (from q, k and v), and projects that to y.
+  template <typename Y, typename X, Executor E, typename Attend>
+  void run(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Workspace& workspace, E& executor,
+           Attend&& attend) const {
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
+    const auto frame = workspace.frame();
+    const auto scratch = [&](Index cols) {
+      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
+    };
+    auto q = scratch(heads * 2 * d), k = scratch(kv_heads * 2 * d), v = scratch(kv_heads * 2 * d);
+    auto attended = scratch(heads * 2 * d);
+    q_proj.forward_into(q, x, workspace, executor);
+    k_proj.forward_into(k, x, workspace, executor);
+    v_proj.forward_into(v, x, workspace, executor);
+    attend(attended, q, k, v);
+    const Scalar head_scale = static_cast<Scalar>(1 - lambda.init);
+    detail::for_each_row_block(n, executor, [&](Index row, Index count) {
+      for (Index i = row; i < row + count; ++i) {
+        for (Index h = 0; h < heads; ++h) subln.apply(&attended(i, h * 2 * d), head_scale);
+      }
+    });
+    out_proj.forward_into(y, attended, workspace, executor);
+  }
 
   static Config checked(Config config) {
     detail::check_positive(kName, "num_heads", config.num_heads);

@@ -19,10 +19,12 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/decode.hpp"
 #include "diffattn/kernels/diff_attention.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
+#include "diffattn/layers/kv_cache.hpp"
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/rotary.hpp"
@@ -79,6 +81,16 @@ class MultiheadDiffAttentionV2 {
     return y;
   }
 
+  /// y for the tokens that follow those in `cache`: appends them, and each attends to all up to itself (or to the last
+  /// `window`, if the cache has one). The same numbers whether a prompt comes whole, in chunks or token by token.
+  template <typename Storage>
+  Matrix<Scalar> forward(const Matrix<Scalar>& x, KvCache<Storage>& cache) const {
+    Workspace workspace;
+    Matrix<Scalar> y(x.rows(), config_.embed_dim);
+    forward_into(y, x, cache, workspace);
+    return y;
+  }
+
   /// The same into a matrix of yours, with scratch from `workspace` and work spread over `executor`.
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
@@ -90,36 +102,37 @@ class MultiheadDiffAttentionV2 {
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
                     std::span<const Index> lengths, Workspace& workspace, E&& executor = {}) const {
-    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = config_.head_dim;
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads;
     detail::check_shape(kName, "x", x, n, config_.embed_dim);
     detail::check_shape(kName, "y", y, n, config_.embed_dim);
     detail::check_lengths(kName, lengths, n);
 
-    const auto frame = workspace.frame();
-    const auto scratch = [&](Index cols) {
-      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
-    };
-    auto q = scratch(2 * heads * d), k = scratch(kv_heads * d), v = scratch(kv_heads * d);
-    auto lambda = scratch(heads), attended = scratch(heads * d);
-    q_proj.forward_into(q, x, workspace, executor);
-    k_proj.forward_into(k, x, workspace, executor);
-    v_proj.forward_into(v, x, workspace, executor);
-    lambda_proj.forward_into(lambda, x, workspace, executor);
-    lambda = (Scalar(1) + (-lambda.array()).exp()).inverse();
-
-    detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
-      if (rotary_) {
-        detail::for_each_row_block(tokens, executor, [&](Index row, Index count) {
-          rotary_->apply(detail::writable_view_of(detail::rows_of(q, first + row, count)), 2 * heads, row);
-          rotary_->apply(detail::writable_view_of(detail::rows_of(k, first + row, count)), kv_heads, row);
-        });
-      }
-      multihead_diff_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
-                                    detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens),
-                                    detail::rows_of(lambda, first, tokens), Heads{heads, kv_heads}, mask,
-                                    AttentionOptions{}, workspace, executor);
+    run(y, x, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v, auto& lambda) {
+      detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
+        detail::rotate_rows(rotary_, q, 2 * heads, k, kv_heads, first, tokens, 0, executor);
+        multihead_diff_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
+                                      detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens),
+                                      detail::rows_of(lambda, first, tokens), Heads{heads, kv_heads}, mask,
+                                      AttentionOptions{}, workspace, executor);
+      });
     });
-    o_proj.forward_into(y, attended, workspace, executor);
+  }
+
+  template <typename Y, typename X, typename Storage, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
+                    Workspace& workspace, E&& executor = {}) const {
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = config_.head_dim;
+    detail::check_shape(kName, "x", x, n, config_.embed_dim);
+    detail::check_shape(kName, "y", y, n, config_.embed_dim);
+    if (n == 0) return;
+    cache.template prepare<Scalar>(kName, kv_heads, 1, d, d, n);
+    run(y, x, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v, auto& lambda) {
+      detail::rotate_rows(rotary_, q, 2 * heads, k, kv_heads, 0, n, cache.position(), executor);
+      cache.write(detail::view_of(k), detail::view_of(v), executor);
+      decode_diff_attention_into(attended, q, cache.packed(n), lambda, Heads{heads, kv_heads}, cache.options().window,
+                                 AttentionOptions{}, workspace, executor);
+    });
+    cache.commit(n);
   }
 
   template <typename Self, typename Visitor>
@@ -133,6 +146,26 @@ class MultiheadDiffAttentionV2 {
 
  private:
   static constexpr const char* kName = "MultiheadDiffAttentionV2";
+
+  /// Projects x, lets `attend` fill what the heads have attended to (from q, k, v and λ), and projects that to y.
+  template <typename Y, typename X, Executor E, typename Attend>
+  void run(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Workspace& workspace, E& executor,
+           Attend&& attend) const {
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = config_.head_dim;
+    const auto frame = workspace.frame();
+    const auto scratch = [&](Index cols) {
+      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
+    };
+    auto q = scratch(2 * heads * d), k = scratch(kv_heads * d), v = scratch(kv_heads * d);
+    auto lambda = scratch(heads), attended = scratch(heads * d);
+    q_proj.forward_into(q, x, workspace, executor);
+    k_proj.forward_into(k, x, workspace, executor);
+    v_proj.forward_into(v, x, workspace, executor);
+    lambda_proj.forward_into(lambda, x, workspace, executor);
+    lambda = (Scalar(1) + (-lambda.array()).exp()).inverse();
+    attend(attended, q, k, v, lambda);
+    o_proj.forward_into(y, attended, workspace, executor);
+  }
 
   static Config checked(Config config) {
     detail::check_positive(kName, "embed_dim", config.embed_dim);

@@ -1,0 +1,80 @@
+#pragma once
+
+// How a call against packed pages becomes tasks: a few queries go page by page (decode_rows.hpp), more of them in row
+// blocks, as head_schedule.hpp has them, but with nothing left to pack.
+
+#include <algorithm>
+#include <numbers>
+#include <type_traits>
+
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/decode_rows.hpp"
+#include "diffattn/kernels/detail/head_operands.hpp"
+#include "diffattn/kernels/detail/packed_pages.hpp"
+#include "diffattn/kernels/detail/row_block.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+/// count values of `from`, widened to Scalar.
+template <typename Scalar, typename Storage>
+void widen(Scalar* to, const Storage* from, Index count) {
+  for (Index i = 0; i < count; i += simd::kLanes<Scalar>) simd::store(to + i, simd::load_as<Scalar>(from + i));
+}
+
+template <typename Block, typename Scalar, typename Storage, typename Mask, Executor E>
+void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const PackedPages<Storage>& cache, const Mask& mask,
+                      Workspace& workspace, E& executor) {
+  constexpr Index kDecodeQueries = 4, kCols = Tile<Scalar>::kCols;
+  const Index n_q = in.q[0].rows, n_k = cache.n_k;
+  if (n_q == 0) return;
+  if (n_q <= kDecodeQueries || n_k == 0) {
+    return DecodeRows<Scalar, Storage, Block::kMaps, Mask>::run(in, cache, mask, workspace, executor);
+  }
+
+  const auto frame = workspace.frame();
+  const Index group = in.heads.num_heads / in.heads.num_kv_heads, blocks = divide_up(n_q, Block::kBlockRows);
+  const Index pages = divide_up(n_k, kPageKeys), key_maps = cache.shape.key_maps;
+  PackedHead<Scalar> packed;
+  packed.value_stride = packed.n_k = n_k;
+  packed.d = in.d;
+  packed.dv = in.dv;
+  auto* const keys = workspace.take<Scalar>(key_maps * pages * cache.shape.keys_size());
+  auto* const values = workspace.take<Scalar>(n_k * round_up(in.dv, kCols));
+  for (Index map = 0; map < Block::kMaps; ++map) {
+    packed.keys[map] = keys + std::min(map, key_maps - 1) * pages * cache.shape.keys_size();
+  }
+  packed.values = values;
+  auto* const scratch = workspace.take<Block>(executor.concurrency());
+  for (Index worker = 0; worker < executor.concurrency(); ++worker) {
+    new (scratch + worker) Block(workspace, packed, n_k);
+  }
+
+  for (Index head = 0; head < in.heads.num_kv_heads; ++head) {
+    executor.run(pages, [&](Index page, Index /*worker*/) {
+      const Index first = page * kPageKeys, present = std::min(kPageKeys, n_k - first), size = cache.shape.keys_size();
+      for (Index map = 0; map < key_maps; ++map) {
+        widen(keys + (map * pages + page) * size, cache.keys(page, head, map), size);
+      }
+      const Storage* from = cache.values(page, head);
+      for (Index col = 0; col < in.dv; col += kCols, from += kPageKeys * kCols) {
+        widen(values + col * n_k + first * kCols, from, present * kCols);
+      }
+    });
+    packed.finite_values = true;
+    for (Index page = 0; page < pages; ++page) packed.finite_values &= cache.finite_values(page, head);
+
+    executor.run(group * blocks, [&](Index task, Index worker) {
+      const Index first = (blocks - 1 - task % blocks) * Block::kBlockRows, query_head = head * group + task / blocks;
+      const RowRange<Mask> rows{mask, first, std::min(Block::kBlockRows, n_q - first), n_q, n_k};
+      StridedView<const Scalar> q[Block::kMaps];
+      for (Index map = 0; map < Block::kMaps; ++map) {
+        q[map] = in.q[map].block(first, query_head * in.q_step, rows.count, in.d);
+      }
+      scratch[worker].run(in.out.block(first, query_head * in.dv, rows.count, in.dv), q, packed, rows,
+                          in.scale * std::numbers::log2e_v<Scalar>, in.lambda, in.lse, query_head);
+    });
+  }
+}
+
+}  // namespace diffattn::inline v0_1::detail
