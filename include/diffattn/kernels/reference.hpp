@@ -11,6 +11,8 @@
 // runs over the keys that the mask shows, and a row that sees none is 0. The difference is not renormalised: its rows
 // sum to 1 − λ. λ is any number, or an n_q x 1 column with one for every query (DIFF V2).
 //
+//   attention_backward, diff_attention_backward       their gradients, by the chain rule from the same maps
+//
 // Shapes: q, q1, q2 (n_q x d) · k, k1, k2 (n_k x d) · v (n_k x dv). Any mismatch throws ShapeError.
 // Cost: O(n_q·n_k·(d + dv)) time, O(n_q·n_k) memory.
 
@@ -19,6 +21,7 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/kernels/gradients.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 
@@ -106,6 +109,105 @@ Matrix<typename Q1::Scalar> diff_attention(const Eigen::MatrixBase<Q1>& q1, cons
     difference = p1 - lambda.asDiagonal() * p2;
   }
   return apply_map(difference, v, mask);
+}
+
+/// Calls f(i, j) for every query i and key j that it sees.
+template <typename Mask, typename F>
+void for_each_visible(Index n_q, Index n_k, const Mask& mask, F&& f) {
+  for (Index i = 0; i < n_q; ++i) {
+    const auto [begin, end] = mask.visible_keys(i, n_q, n_k);
+    for (Index j = begin; j < end; ++j) {
+      if (detail::bias_shows(mask, i, j, n_q, n_k)) f(i, j);
+    }
+  }
+}
+
+/// dA = dout·Vᵀ, 0 where the mask hides a key.
+template <typename Scalar, typename V, typename G, typename Mask>
+Matrix<Scalar> map_gradient(const Eigen::MatrixBase<V>& v, const Eigen::MatrixBase<G>& dout, const Mask& mask) {
+  Matrix<Scalar> da = Matrix<Scalar>::Zero(dout.rows(), v.rows());
+  for_each_visible(dout.rows(), v.rows(), mask, [&](Index i, Index j) {
+    for (Index c = 0; c < v.cols(); ++c) da(i, j) += dout(i, c) * v(j, c);
+  });
+  return da;
+}
+
+/// dV = Aᵀ·dout.
+template <typename Scalar, typename G, typename Mask>
+Matrix<Scalar> value_gradient(const Matrix<Scalar>& a, const Eigen::MatrixBase<G>& dout, const Mask& mask) {
+  Matrix<Scalar> dv = Matrix<Scalar>::Zero(a.cols(), dout.cols());
+  for_each_visible(a.rows(), a.cols(), mask, [&](Index i, Index j) { dv.row(j) += a(i, j) * dout.row(i); });
+  return dv;
+}
+
+/// From the map P and the gradient dP = factor·dA of each row: dS = P∘(dP − rowsum(P∘dP)), dQ = s·dS K, dK = s·dSᵀ Q.
+/// Returns rowsum(P∘dA).
+template <typename Scalar, typename Q, typename K, typename Mask>
+Vector<Scalar> softmax_backward(Matrix<Scalar>& dq, Matrix<Scalar>& dk, const Eigen::MatrixBase<Q>& q,
+                                const Eigen::MatrixBase<K>& k, const Matrix<Scalar>& p, const Matrix<Scalar>& da,
+                                const Vector<Scalar>& factor, const Mask& mask, Scalar scale) {
+  Vector<Scalar> sum = Vector<Scalar>::Zero(p.rows());
+  for_each_visible(p.rows(), p.cols(), mask, [&](Index i, Index j) { sum[i] += p(i, j) * da(i, j); });
+  dq = Matrix<Scalar>::Zero(q.rows(), q.cols());
+  dk = Matrix<Scalar>::Zero(k.rows(), k.cols());
+  for_each_visible(p.rows(), p.cols(), mask, [&](Index i, Index j) {
+    const Scalar ds = factor[i] * p(i, j) * (da(i, j) - sum[i]);
+    dq.row(i) += scale * ds * k.row(j);
+    dk.row(j) += scale * ds * q.row(i);
+  });
+  return sum;
+}
+
+template <typename Q, typename K, typename V, typename G, typename Mask = FullMask>
+AttentionGradients<typename Q::Scalar> attention_backward(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
+                                                          const Eigen::MatrixBase<V>& v,
+                                                          const Eigen::MatrixBase<G>& dout, const Mask& mask = {},
+                                                          const AttentionOptions& options = {}) {
+  using Scalar = typename Q::Scalar;
+  detail::check_shape("attention_backward", "v", v, k.rows(), v.cols());
+  detail::check_shape("attention_backward", "dout", dout, q.rows(), v.cols());
+  const Matrix<Scalar> p = attention_map(q, k, mask, options);
+  const Matrix<Scalar> da = map_gradient<Scalar>(v, dout, mask);
+  AttentionGradients<Scalar> grad;
+  grad.dv = value_gradient(p, dout, mask);
+  softmax_backward<Scalar>(grad.dq, grad.dk, q, k, p, da, Vector<Scalar>::Ones(q.rows()), mask,
+                           detail::scale_of<Scalar>(options, q.cols()));
+  return grad;
+}
+
+template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename G,
+          typename Mask = FullMask>
+DiffAttentionGradients<typename Q1::Scalar, Lambda> diff_attention_backward(
+    const Eigen::MatrixBase<Q1>& q1, const Eigen::MatrixBase<K1>& k1, const Eigen::MatrixBase<Q2>& q2,
+    const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
+    const Eigen::MatrixBase<G>& dout, const Mask& mask = {}, const AttentionOptions& options = {}) {
+  using Scalar = typename Q1::Scalar;
+  const Index n_q = q1.rows(), n_k = k1.rows(), d = q1.cols();
+  detail::check_shape("diff_attention_backward", "q2", q2, n_q, d);
+  detail::check_shape("diff_attention_backward", "k2", k2, n_k, d);
+  detail::check_shape("diff_attention_backward", "v", v, n_k, v.cols());
+  detail::check_shape("diff_attention_backward", "dout", dout, n_q, v.cols());
+  Vector<Scalar> lambda_rows(n_q);
+  if constexpr (detail::is_scalar_lambda<Lambda>) {
+    lambda_rows.setConstant(static_cast<Scalar>(lambda));
+  } else {
+    detail::check_shape("diff_attention_backward", "lambda", lambda, n_q, 1);
+    lambda_rows = lambda;
+  }
+
+  const Matrix<Scalar> p1 = attention_map(q1, k1, mask, options), p2 = attention_map(q2, k2, mask, options);
+  const Matrix<Scalar> da = map_gradient<Scalar>(v, dout, mask);
+  const Scalar scale = detail::scale_of<Scalar>(options, d);
+  DiffAttentionGradients<Scalar, Lambda> grad;
+  grad.dv = value_gradient<Scalar>(p1 - lambda_rows.asDiagonal() * p2, dout, mask);
+  softmax_backward<Scalar>(grad.dq1, grad.dk1, q1, k1, p1, da, Vector<Scalar>::Ones(n_q), mask, scale);
+  const Vector<Scalar> second = softmax_backward<Scalar>(grad.dq2, grad.dk2, q2, k2, p2, da, -lambda_rows, mask, scale);
+  if constexpr (detail::is_scalar_lambda<Lambda>) {
+    grad.dlambda = -second.sum();
+  } else {
+    grad.dlambda = -second;
+  }
+  return grad;
 }
 
 }  // namespace diffattn::inline v0_1::reference

@@ -1,0 +1,329 @@
+#pragma once
+
+// The gradients of attention, standard (kMaps = 1) and differential (kMaps = 2), for a block of query rows. With
+// g the gradient of the output, P_m the softmax of map m and A = P_1 − λ·P_2:
+//
+//   dA = g Vᵀ            D_m = rowsum(P_m ∘ dA)            dS_1 = P_1 ∘ (dA − D_1),   dS_2 = −λ·P_2 ∘ (dA − D_2)
+//   dV += Aᵀ g           dQ_m = s·dS_m K_m                 dK_m += s·dS_mᵀ Q_m        dλ = −D_2
+//
+// D needs whole rows, so weights and dA of the block are kept for all keys in a panel, like the weights of the forward
+// kernel; nothing is computed twice and nothing but the operands is needed from the forward pass. A second walk over
+// the panel turns P and dA into A and dS in place and multiplies each with what it meets. dA, dV cost differential
+// attention no more than one map.
+
+#include <numbers>
+
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/row_block.hpp"
+#include "diffattn/kernels/options.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+/// Keys and values of one head, packed once and read by every block of its query rows.
+template <typename Scalar, Index kMaps>
+struct BackwardHead {
+  const Scalar* keys[kMaps] = {};         // strips of keys, for the scores
+  const Scalar* key_columns[kMaps] = {};  // strips of columns, for dQ
+  const Scalar* values = nullptr;         // strips of keys, for dA
+  Index n_k = 0;
+  Index d = 0;
+  Index dv = 0;
+  bool finite = true;  // everything in it
+};
+
+/// Where dK / s and dV of one head add up: [strip of columns][key][kCols]. The same dk twice when the maps share keys.
+template <typename Scalar, Index kMaps>
+struct KeyValueSums {
+  Scalar* dk[kMaps] = {};
+  Scalar* dv = nullptr;
+  Index padded_keys = 0;
+};
+
+/// The operands and results of one block: its rows of each.
+template <typename Scalar, Index kMaps>
+struct BackwardRows {
+  StridedView<const Scalar> q[kMaps];
+  StridedView<const Scalar> dout;
+  StridedView<Scalar> dq[kMaps];
+  Scalar* d2 = nullptr;  // one value a row: D of the second map
+  LambdaView<Scalar> lambda;
+  Index head_index = 0;  // of λ
+};
+
+/// out += a · b for up to kRows rows and any number of columns. out: strips of kCols columns, `strip_size` apart; b:
+/// strips over `depth`, b_strip apart.
+template <Index kRowStep, Index kDepthStep, typename Scalar>
+void add_products(Scalar* out, Index out_strip, const Scalar* a, const Scalar* b, Index b_strip, Index rows, Index cols,
+                  Index depth) {
+  constexpr Index kCols = Tile<Scalar>::kCols;
+  for (Index col = 0; col < cols; col += kCols, out += out_strip, b += b_strip) {
+    with_tile<Scalar>(rows, cols - col, [&](auto height, auto packets) {
+      TileSums<Scalar, height, packets> tile;
+      tile.load(out, kCols);
+      tile.template add_product<kRowStep, kDepthStep>(a, b, depth);
+      tile.store(out, kCols);
+    });
+  }
+}
+
+template <typename Scalar, Index kMaps>
+class BackwardBlock {
+  static constexpr Index kRows = Tile<Scalar>::kRows;
+  static constexpr Index kCols = Tile<Scalar>::kCols;
+  static constexpr Index kLanes = Tile<Scalar>::kLanes;
+  static constexpr Index kPaddedRows = RowSoftmax<Scalar>::kPaddedRows;
+
+ public:
+  static constexpr Index kBlockRows = 24;
+  using Head = BackwardHead<Scalar, kMaps>;
+  using Sums = KeyValueSums<Scalar, kMaps>;
+  using Rows = BackwardRows<Scalar, kMaps>;
+
+  /// Takes the scratch of one worker; no block will see more than `max_keys` keys.
+  BackwardBlock(Workspace& workspace, const Head& shape, Index max_keys) {
+    const Index chunks = divide_up(max_keys, kChunk) + 1;
+    panel_ = workspace.take<Scalar>(chunks * kPanels * kTile);
+    chunk_max_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
+    chunk_dot_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
+    for (Index map = 0; map < kMaps; ++map) {
+      q_rows_[map] = workspace.take<Scalar>(packed_rows_size<Scalar>(kBlockRows, shape.d));
+      q_columns_[map] = workspace.take<Scalar>(packed_strips_size<Scalar>(shape.d, kBlockRows));
+      dq_[map] = workspace.take<Scalar>(kGroups * group_size(shape.d));
+      softmax_[map] = workspace.take<RowSoftmax<Scalar>>(kGroups);
+    }
+    dout_rows_ = workspace.take<Scalar>(packed_rows_size<Scalar>(kBlockRows, shape.dv));
+    dout_columns_ = workspace.take<Scalar>(packed_strips_size<Scalar>(shape.dv, kBlockRows));
+  }
+
+  /// Writes dQ and D_2 of the block's rows and adds what they contribute to dK / s and dV.
+  template <typename Mask>
+  void run(const Rows& block, const Head& head, const Sums& sums, const RowRange<Mask>& rows, Scalar scale) {
+    const Index groups = divide_up(rows.count, kRows);
+    bool finite = head.finite;
+    for (Index map = 0; map < kMaps; ++map) {
+      pack_rows(q_rows_[map], block.q[map], scale * std::numbers::log2e_v<Scalar>);
+      finite &= pack_columns(q_columns_[map], rows.count, block.q[map]);
+      for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
+      std::fill(dq_[map], dq_[map] + groups * group_size(head.d), Scalar(0));
+    }
+    pack_rows(dout_rows_, block.dout, Scalar(1));
+    finite &= pack_columns(dout_columns_, rows.count, block.dout);
+
+    const KeyRange keys = rows.keys_of_any();
+    const Index begin = keys.begin / kChunk * kChunk;
+    for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
+      const KeyRange columns = columns_of(keys, first_key);
+      for (Index g = 0; g < groups; ++g) {
+        fill_panel(head, rows.rows(g * kRows, kRows), g, first_key, chunk, columns);
+      }
+    }
+    finite &= set_factors(block, rows, divide_up(keys.end - begin, kChunk));
+    for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
+      const KeyRange columns = columns_of(keys, first_key);
+      differentiate(rows.count, chunk, columns);
+      if (finite) {
+        add_gradients(head, sums, rows.count, first_key, chunk, columns);
+      } else {
+        add_visible_gradients(head, sums, rows, first_key, chunk, columns);
+      }
+    }
+
+    Scalar scales[kRows];
+    std::fill(scales, scales + kRows, scale);
+    for (Index map = 0; map < kMaps; ++map) {
+      for (Index g = 0; g < groups; ++g) {
+        const Index present = std::min(kRows, rows.count - g * kRows);
+        write_rows(block.dq[map].middle_rows(g * kRows, present), dq_[map] + g * group_size(head.d), scales);
+      }
+    }
+  }
+
+ private:
+  static constexpr Index kGroups = divide_up(kBlockRows, kRows);
+  static constexpr Index kTile = kGroups * kRows * kChunk;  // a block of rows and a chunk of keys
+  static constexpr Index kPanels = kMaps + 1;               // weights of each map, then dA
+
+  static Index group_size(Index width) { return kRows * round_up(width, kCols); }
+  static Index slot(Index chunk, Index map) { return (chunk * kMaps + map) * kGroups * kPaddedRows; }
+  /// Map m's weights, later dS_m; panel kMaps is dA, later A. [kBlockRows][kChunk].
+  Scalar* panel(Index chunk, Index p) const { return panel_ + (chunk * kPanels + p) * kTile; }
+
+  /// The columns of a chunk that some row of the block sees, up to the end of a packet and of a lowest tile.
+  static KeyRange columns_of(const KeyRange& keys, Index first_key) {
+    constexpr Index kStep = std::max(kLanes, kRows / 3);
+    const Index begin = std::max<Index>(keys.begin - first_key, 0) / kCols * kCols;
+    return {begin, std::min(round_up(keys.end - first_key, kStep), kChunk)};
+  }
+
+  /// Weights, relative to the maximum so far, dA, and Σ weight · dA, of one group and chunk.
+  template <typename Mask>
+  void fill_panel(const Head& head, const RowRange<Mask>& rows, Index g, Index first_key, Index chunk,
+                  const KeyRange& columns) {
+    const Index at = g * kRows * kChunk;
+    Scalar* const da = panel(chunk, kMaps) + at;
+    for (Index c = columns.begin; c < columns.end; c += kCols) {
+      with_tile<Scalar>(rows.count, columns.end - c, [&](auto height, auto packets) {
+        TileSums<Scalar, height, packets> tile;
+        tile.set_zero();
+        tile.template add_product<1, kRows>(dout_rows_ + g * kRows * head.dv, head.values + (first_key + c) * head.dv,
+                                            head.dv);
+        tile.store(da + c, kChunk);
+      });
+    }
+    const KeyRange all = rows.keys_of_all();
+    if (HasBias<Mask> || first_key + columns.begin < all.begin || first_key + columns.end > all.end) {
+      clear_masked(da, rows, first_key, columns);
+    }
+    for (Index map = 0; map < kMaps; ++map) {
+      Scalar* const weights = panel(chunk, map) + at;
+      score_chunk(weights, q_rows_[map] + g * kRows * head.d, head.keys[map], head.d, rows, first_key, columns);
+      softmax_[map][g].add_chunk(weights, kChunk, rows.count, columns.begin, columns.end);
+      const Index values = slot(chunk, map) + g * kPaddedRows;
+      std::copy(softmax_[map][g].max, softmax_[map][g].max + kPaddedRows, chunk_max_ + values);
+      for (Index r = 0; r < rows.count; ++r) {
+        auto dot = simd::broadcast(Scalar(0));
+        for (Index c = r * kChunk + columns.begin; c < r * kChunk + columns.end; c += kLanes) {
+          dot = simd::fma(simd::load(weights + c), simd::load(da + c), dot);
+        }
+        chunk_dot_[values + r] = simd::reduce_add(dot);
+      }
+    }
+  }
+
+  /// Calls f(r, k) for every visible pair of the columns of a chunk.
+  template <typename Mask, typename F>
+  static void for_each_visible(const RowRange<Mask>& rows, Index first_key, const KeyRange& columns, F&& f) {
+    for (Index r = 0; r < rows.count; ++r) {
+      const KeyRange keys = rows.keys_of(rows.first + r);
+      const Index end = std::min(keys.end - first_key, columns.end);
+      for (Index k = std::max(keys.begin - first_key, columns.begin); k < end; ++k) {
+        if (bias_shows(rows.mask, rows.first + r, first_key + k, rows.n_q, rows.n_k)) f(r, k);
+      }
+    }
+  }
+
+  /// 0 in the place of what a row does not see: 0 · (NaN − D) would not be 0.
+  template <typename Mask>
+  static void clear_masked(Scalar* values, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
+    for (Index r = 0; r < rows.count; ++r) {
+      const KeyRange keys = rows.keys_of(rows.first + r);
+      const Index begin = std::clamp(keys.begin - first_key, columns.begin, columns.end);
+      const Index end = std::clamp(keys.end - first_key, begin, columns.end);
+      Scalar* const row = values + r * kChunk;
+      std::fill(row + columns.begin, row + begin, Scalar(0));
+      std::fill(row + end, row + columns.end, Scalar(0));
+      for (Index c = begin; HasBias<Mask> && c < end; ++c) {
+        if (!bias_shows(rows.mask, rows.first + r, first_key + c, rows.n_q, rows.n_k)) row[c] = Scalar(0);
+      }
+    }
+  }
+
+  /// 1/l_1, −λ/l_2 and D_m of every row; 0 for a row that saw no key. Returns whether all are finite.
+  template <typename Mask>
+  bool set_factors(const Rows& block, const RowRange<Mask>& rows, Index chunks) {
+    Scalar not_finite = 0;  // x · 0 is 0, or NaN
+    for (Index row = 0; row < rows.count; ++row) {
+      const Index g = row / kRows, r = row % kRows;
+      for (Index map = 0; map < kMaps; ++map) {
+        const Scalar sum = softmax_[map][g].sum(r);
+        const Scalar inverse = sum == Scalar(0) ? Scalar(0) : Scalar(1) / sum;
+        Scalar dot = 0;
+        for (Index chunk = 0; chunk < chunks; ++chunk) {
+          Scalar* const value = chunk_max_ + slot(chunk, map) + g * kPaddedRows + r;
+          // What turns the weights of the chunk into probabilities; 0 while the row has seen no key.
+          *value = *value == kMinusInfinity<Scalar> ? Scalar(0) : std::exp2(*value - softmax_[map][g].max[r]) * inverse;
+          dot += chunk_dot_[slot(chunk, map) + g * kPaddedRows + r] * *value;
+          if (map == 1) *value *= -block.lambda(rows.first + row, block.head_index);
+          not_finite += *value * Scalar(0);
+        }
+        dots_[map][row] = dot;
+        not_finite += dot * Scalar(0);
+        if (map == 1) block.d2[row] = dot;
+      }
+    }
+    return not_finite == Scalar(0);
+  }
+
+  /// Turns the weights and dA of a chunk into dS and A, in place.
+  void differentiate(Index rows, Index chunk, const KeyRange& columns) {
+    for (Index row = 0; row < rows; ++row) {
+      const Index value = row / kRows * kPaddedRows + row % kRows;
+      simd::Packet<Scalar> factor[kMaps], dot[kMaps];
+      for (Index map = 0; map < kMaps; ++map) {
+        factor[map] = simd::broadcast(chunk_max_[slot(chunk, map) + value]);
+        dot[map] = simd::broadcast(dots_[map][row]);
+      }
+      Scalar* const a = panel(chunk, kMaps) + row * kChunk;
+      for (Index c = columns.begin; c < columns.end; c += kLanes) {
+        const auto da = simd::load(a + c);
+        auto sum = simd::broadcast(Scalar(0));
+        for (Index map = 0; map < kMaps; ++map) {
+          Scalar* const weight = panel(chunk, map) + row * kChunk + c;
+          const auto p = simd::mul(simd::load(weight), factor[map]);
+          sum = map == 0 ? p : simd::add(sum, p);
+          simd::store(weight, simd::mul(p, simd::sub(da, dot[map])));
+        }
+        simd::store(a + c, sum);
+      }
+    }
+  }
+
+  /// dQ += dS K, dK += dSᵀ Q, dV += Aᵀ g for one chunk.
+  void add_gradients(const Head& head, const Sums& sums, Index rows, Index first_key, Index chunk,
+                     const KeyRange& columns) {
+    const Index present = std::min(columns.end, head.n_k - first_key) - columns.begin;
+    const auto add_transposed = [&](Scalar* to, const Scalar* a, const Scalar* b, Index width) {
+      for (Index k = columns.begin; k < columns.end; k += kRows) {
+        add_products<1, kChunk>(to + (first_key + k) * kCols, sums.padded_keys * kCols, a + k, b, rows * kCols,
+                                std::min(kRows, columns.end - k), width, rows);
+      }
+    };
+    add_transposed(sums.dv, panel(chunk, kMaps), dout_columns_, head.dv);
+    for (Index map = 0; map < kMaps; ++map) {
+      Scalar* const ds = panel(chunk, map);
+      add_transposed(sums.dk[map], ds, q_columns_[map], head.d);
+      for (Index row = 0; row < rows; row += kRows) {
+        add_products<kChunk, 1>(dq_[map] + row / kRows * group_size(head.d), kRows * kCols,
+                                ds + row * kChunk + columns.begin,
+                                head.key_columns[map] + (first_key + columns.begin) * kCols, head.n_k * kCols,
+                                std::min(kRows, rows - row), head.d, present);
+      }
+    }
+  }
+
+  /// The same where something is not finite: a weight of 0 does not keep a NaN or Inf out, so only visible pairs meet.
+  template <typename Mask>
+  void add_visible_gradients(const Head& head, const Sums& sums, const RowRange<Mask>& rows, Index first_key,
+                             Index chunk, const KeyRange& columns) {
+    const auto add_row = [](Scalar* to, Index to_strip, Scalar factor, const Scalar* from, Index from_strip,
+                            Index width) {
+      for (Index c = 0; c < width; ++c) {
+        to[c / kCols * to_strip + c % kCols] += factor * from[c / kCols * from_strip + c % kCols];
+      }
+    };
+    const Index dk_strip = sums.padded_keys * kCols;
+    for_each_visible(rows, first_key, columns, [&](Index r, Index k) {
+      const Index key = (first_key + k) * kCols, at = r * kChunk + k;
+      add_row(sums.dv + key, dk_strip, panel(chunk, kMaps)[at], dout_columns_ + r * kCols, rows.count * kCols, head.dv);
+      for (Index map = 0; map < kMaps; ++map) {
+        const Scalar ds = panel(chunk, map)[at];
+        add_row(sums.dk[map] + key, dk_strip, ds, q_columns_[map] + r * kCols, rows.count * kCols, head.d);
+        add_row(dq_[map] + r / kRows * group_size(head.d) + r % kRows * kCols, kRows * kCols, ds,
+                head.key_columns[map] + key, head.n_k * kCols, head.d);
+      }
+    });
+  }
+
+  Scalar* panel_;             // [chunk][panel][kBlockRows][kChunk]
+  Scalar* chunk_max_;         // [chunk][map][group][kPaddedRows]: what weights are relative to, then their factor
+  Scalar* chunk_dot_;         // the same of Σ weight · dA
+  Scalar* q_rows_[kMaps];     // [group][d][kRows], scaled
+  Scalar* q_columns_[kMaps];  // [strip of d][row][kCols]
+  Scalar* dq_[kMaps];         // [group][strip of d][kRows][kCols]: dQ / s
+  Scalar* dout_rows_;         // [group][dv][kRows]
+  Scalar* dout_columns_;      // [strip of dv][row][kCols]
+  RowSoftmax<Scalar>* softmax_[kMaps];   // [group]
+  Scalar dots_[kMaps][kGroups * kRows];  // D_m
+};
+
+}  // namespace diffattn::inline v0_1::detail
