@@ -38,7 +38,11 @@ struct StridedView {
   }
   StridedView middle_rows(Index row, Index num_rows) const { return block(row, 0, num_rows, cols); }
   StridedView middle_cols(Index col, Index num_cols) const { return block(0, col, rows, num_cols); }
+  StridedView transposed() const { return {data, cols, rows, col_stride, row_stride}; }
 };
+
+/// Whether a result replaces what its matrix holds or is added to it.
+enum class Store { overwrite, add };
 
 template <typename Derived>
 inline constexpr bool has_direct_access = (int(Derived::Flags) & int(Eigen::DirectAccessBit)) != 0;

@@ -28,6 +28,19 @@ void linear_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, c
                                     workspace, executor);
 }
 
+/// The gradients of linear_into: dx = dy · weight, or dx += …, and dweight += dyᵀ · x. Shapes already checked.
+template <typename Scalar, typename DX, typename DY, typename X, typename Weight, Executor E>
+void linear_backward_into(const Eigen::MatrixBase<DX>& dx, Weight& dweight, const Eigen::MatrixBase<DY>& dy,
+                          const Eigen::MatrixBase<X>& x, const Weight& weight, detail::Store store,
+                          Workspace& workspace, E& executor) {
+  const detail::Readable<DY> dy_read(dy.derived());
+  const detail::Readable<X> x_read(x.derived());
+  const auto dy_view = detail::view_of(dy_read);
+  detail::matmul(detail::writable_view_of(dx), dy_view, detail::view_of(weight), store, workspace, executor);
+  detail::matmul(detail::writable_view_of(dweight), dy_view.transposed(), detail::view_of(x_read), detail::Store::add,
+                 workspace, executor);
+}
+
 /// Weight is the matrix type of the weight: Matrix<Scalar>, which can be trained.
 template <typename Scalar, typename Weight = Matrix<Scalar>>
 class Linear {
@@ -50,6 +63,27 @@ class Linear {
     detail::check_shape("Linear", "x", x, x.rows(), weight.cols());
     detail::check_shape("Linear", "y", y, x.rows(), weight.rows());
     linear_into<Scalar>(y, x, weight, workspace, executor, bias.size() == 0 ? nullptr : bias.data());
+  }
+
+  /// From dy, the gradient of y, and the x that forward was given: dx = dy W, or dx += dy W, and into `grad`, a layer
+  /// of the same shape, weight += dyᵀ x and bias += the sum of dy's rows. dx must not overlap dy or x.
+  template <typename DX, typename DY, typename X, Executor E = Serial>
+  void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Eigen::MatrixBase<X>& x,
+                     Linear& grad, Workspace& workspace, E&& executor = {},
+                     detail::Store store = detail::Store::overwrite) const {
+    const Index n = x.rows();
+    detail::check_shape("Linear", "x", x, n, weight.cols());
+    detail::check_shape("Linear", "dy", dy, n, weight.rows());
+    detail::check_shape("Linear", "dx", dx, n, weight.cols());
+    check_gradient(grad);
+    linear_backward_into<Scalar>(dx, grad.weight, dy, x, weight, store, workspace, executor);
+    for (Index i = 0; bias.size() != 0 && i < n; ++i) grad.bias += dy.row(i).transpose();
+  }
+
+  /// Throws ShapeError unless `grad` has the shape of this layer.
+  void check_gradient(const Linear& grad) const {
+    detail::check_shape("Linear", "the gradient's weight", grad.weight, weight.rows(), weight.cols());
+    detail::check_shape("Linear", "the gradient's bias", grad.bias, bias.rows(), 1);
   }
 
   template <typename Self, typename Visitor>

@@ -3,11 +3,14 @@
 // RmsNorm: y = x / sqrt(mean(x²) + eps) · w for every row, as the official rms_norm.py has it: eps inside the root, no
 // mean subtracted, w learned or absent.
 
+#include <algorithm>
 #include <cmath>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
 #include "diffattn/core/simd.hpp"
+#include "diffattn/core/workspace.hpp"
 #include "diffattn/layers/parameters.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -38,6 +41,60 @@ class RmsNorm {
     } else {
       const Scalar* const w = weight.data();
       for (Index i = 0; i < width_; ++i) row[i] *= scale * w[i];
+    }
+  }
+
+  /// The gradient of apply on one row: from dy and the x that it was given, dx, which may be dy, and dweight += … where
+  /// there is a weight.
+  ///
+  ///   y = c·x∘w,  c = factor / sqrt(m),  m = mean(x²) + eps
+  ///   dx = c·(w∘dy − x·Σ(w∘dy∘x) / (width·m)),  dw = c·dy∘x
+  void apply_backward(Scalar* dx, const Scalar* dy, const Scalar* x, Scalar* dweight, Scalar factor = Scalar(1),
+                      detail::Store store = detail::Store::overwrite) const {
+    constexpr Index kLanes = simd::kLanes<Scalar>;
+    const Scalar* const w = weight.size() == 0 ? nullptr : weight.data();
+    auto squares = simd::broadcast(Scalar(0)), products = squares;
+    Index c = 0;
+    for (; c + kLanes <= width_; c += kLanes) {
+      const auto x_c = simd::loadu(x + c);
+      auto dy_c = simd::loadu(dy + c);
+      if (w != nullptr) dy_c = simd::mul(dy_c, simd::loadu(w + c));
+      squares = simd::fma(x_c, x_c, squares);
+      products = simd::fma(x_c, dy_c, products);
+    }
+    Scalar sum = simd::reduce_add(squares), dot = simd::reduce_add(products);
+    for (; c < width_; ++c) {
+      sum += x[c] * x[c];
+      dot += x[c] * (w == nullptr ? dy[c] : dy[c] * w[c]);
+    }
+    const Scalar mean = sum / static_cast<Scalar>(width_) + static_cast<Scalar>(eps);
+    const Scalar scale = factor / std::sqrt(mean), along = scale * dot / (static_cast<Scalar>(width_) * mean);
+    for (Index i = 0; i < width_; ++i) {
+      const Scalar dy_i = dy[i], x_i = x[i], dx_i = scale * (w == nullptr ? dy_i : w[i] * dy_i) - along * x_i;
+      dx[i] = store == detail::Store::add ? dx[i] + dx_i : dx_i;
+      if (w != nullptr) dweight[i] += scale * dy_i * x_i;
+    }
+  }
+
+  /// The same on `rows` rows, one after another in memory, the weight's gradient added to `grad`: the same bits for any
+  /// executor.
+  template <Executor E>
+  void backward_rows(Scalar* dx, const Scalar* dy, const Scalar* x, Index rows, RmsNorm& grad, Scalar factor,
+                     detail::Store store, Workspace& workspace, E& executor) const {
+    detail::check_shape("RmsNorm", "the gradient's weight", grad.weight, weight.rows(), 1);
+    constexpr Index kRows = 64;
+    const Index blocks = (rows + kRows - 1) / kRows;
+    const auto frame = workspace.frame();
+    auto* const sums = workspace.take<Scalar>(blocks * width_);
+    executor.run(blocks, [&](Index task, Index /*worker*/) {
+      std::fill_n(sums + task * width_, width_, Scalar(0));
+      for (Index row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) {
+        const Index at = row * width_;
+        apply_backward(dx + at, dy + at, x + at, sums + task * width_, factor, store);
+      }
+    });
+    for (Index block = 0; weight.size() != 0 && block < blocks; ++block) {
+      grad.weight += Eigen::Map<const Vector<Scalar>>(sums + block * width_, width_);
     }
   }
 

@@ -2,9 +2,8 @@
 
 // y = x Wᵀ + b: the product of every linear layer, on the register tile of the attention kernels.
 //
-// x is packed like queries and W, (out x in) as PyTorch stores it, like keys. Depth is taken kDepth steps at a time, so
-// that a strip of W and a group of x stay in the nearest caches. A few rows (decoding) are bound by reading W once:
-// they read it where it is. Blocks do not depend on the number of threads, so neither does the result.
+// x is packed like queries and W, (out x in) as PyTorch stores it, like keys. A few rows (decoding) are bound by
+// reading W once: they read it where it is.
 
 #include <algorithm>
 
@@ -12,6 +11,7 @@
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/packed.hpp"
+#include "diffattn/kernels/detail/packed_product.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
@@ -65,10 +65,7 @@ class RowByRowProduct {
 template <typename Scalar, Executor E>
 void matmul_transposed(const StridedView<Scalar>& y, const StridedView<const Scalar>& x,
                        const StridedView<const Scalar>& w, const Scalar* bias, Workspace& workspace, E& executor) {
-  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
-  constexpr Index kDepth = 256;            // depth of one pass over a tile
-  constexpr Index kBlockRows = 8 * kRows;  // rows of x that share a strip of W
-  constexpr Index kBlockCols = 8 * kCols;  // columns of y in one task
+  constexpr Index kBlockRows = ProductBlock<Scalar>::kRows, kBlockCols = ProductBlock<Scalar>::kCols;
   const Index n = x.rows, depth = x.cols, outputs = w.rows;
   if (n == 0 || outputs == 0) return;
 
@@ -84,7 +81,6 @@ void matmul_transposed(const StridedView<Scalar>& y, const StridedView<const Sca
   const auto frame = workspace.frame();
   auto* const rows = workspace.take<Scalar>(packed_rows_size<Scalar>(n, depth));
   auto* const strips = workspace.take<Scalar>(packed_strips_size<Scalar>(outputs, depth));
-  auto* const sums = workspace.take<Scalar>(executor.concurrency() * kBlockRows * kBlockCols);
   const Index row_blocks = divide_up(n, kBlockRows), col_blocks = divide_up(outputs, kBlockCols);
   executor.run(row_blocks + col_blocks, [&](Index task, Index /*worker*/) {
     if (task < row_blocks) {
@@ -96,40 +92,7 @@ void matmul_transposed(const StridedView<Scalar>& y, const StridedView<const Sca
     }
   });
 
-  executor.run(row_blocks * col_blocks, [&](Index task, Index worker) {
-    const Index row = task / col_blocks * kBlockRows, col = task % col_blocks * kBlockCols;
-    const Index row_end = std::min(row + kBlockRows, n), col_end = std::min(col + kBlockCols, outputs);
-    Scalar* const block = sums + worker * kBlockRows * kBlockCols;  // [strip][group][kRows][kCols]
-    for (Index k = 0; k == 0 || k < depth; k += kDepth) {
-      Scalar* at = block;
-      for (Index c = col; c < col_end; c += kCols) {
-        for (Index r = row; r < row_end; r += kRows, at += kRows * kCols) {
-          TileSums<Scalar> tile;
-          if (k == 0) {
-            tile.set_zero();
-          } else {
-            tile.load(at, kCols);
-          }
-          tile.template add_product<1, kRows>(rows + r * depth + k * kRows, strips + c * depth + k * kCols,
-                                              std::min(kDepth, depth - k));
-          tile.store(at, kCols);
-        }
-      }
-    }
-    const Scalar* at = block;
-    for (Index c = col; c < col_end; c += kCols) {
-      const Index present = std::min(kCols, col_end - c);
-      for (Index r = row; r < row_end; ++r, at += kCols) {
-        Scalar* const to = &y(r, c);
-        if (bias == nullptr) {
-          for (Index i = 0; i < present; ++i) to[i * y.col_stride] = at[i];
-        } else {
-          for (Index i = 0; i < present; ++i) to[i * y.col_stride] = at[i] + bias[c + i];
-        }
-      }
-      at += (round_up(row_end - row, kRows) - (row_end - row)) * kCols;
-    }
-  });
+  multiply_packed(y, rows, strips, depth, bias, Store::overwrite, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1::detail

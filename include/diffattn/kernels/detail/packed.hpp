@@ -26,11 +26,21 @@ constexpr Index packed_strips_size(Index cols, Index depth) {
   return round_up(cols, Tile<Scalar>::kCols) * depth;
 }
 
-/// rows · factor → [group][depth][kRows]. Contiguous rows are transposed in registers. What a last group lacks repeats
-/// its last row.
+/// rows · factor → [group][depth][kRows]. Contiguous rows are transposed in registers, contiguous columns copied. What
+/// a last group lacks repeats its last row.
 template <typename Scalar, typename T>
 void pack_rows(Scalar* to, const StridedView<const T>& rows, Scalar factor) {
   constexpr Index kRows = Tile<Scalar>::kRows, kLanes = Tile<Scalar>::kLanes;
+  if (rows.row_stride == 1 && rows.rows % kRows == 0) {
+    for (Index k = 0; k < rows.cols; ++k) {
+      const T* const from = &rows(0, k);
+      for (Index group = 0; group < rows.rows; group += kRows) {
+        Scalar* const step = to + group * rows.cols + k * kRows;
+        for (Index r = 0; r < kRows; ++r) step[r] = static_cast<Scalar>(from[group + r]) * factor;
+      }
+    }
+    return;
+  }
   for (Index group = 0; group < rows.rows; group += kRows, to += rows.cols * kRows) {
     const Index last = std::min(group + kRows, rows.rows) - 1;
     Index k = 0;
