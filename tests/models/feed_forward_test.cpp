@@ -1,0 +1,112 @@
+#include <diffattn/core/parallel_threads.hpp>
+#include <diffattn/models/feed_forward.hpp>
+
+#include "layers/layer_checks.hpp"
+#include "support/numerical_gradient.hpp"
+
+namespace {
+
+using diffattn::FeedForward;
+using diffattn::Index;
+using diffattn::Matrix;
+using support::excess;
+using support::numerical_gradient;
+
+template <typename S>
+FeedForward<S> random_layer(Index embed_dim, Index hidden_dim, std::mt19937_64& rng) {
+  FeedForward<S> layer(embed_dim, hidden_dim);
+  layer_checks::randomize(layer, rng, 0.5);
+  return layer;
+}
+
+template <typename S>
+FeedForward<S> zeros_like(const FeedForward<S>& layer) {
+  return FeedForward<S>(layer.gate_proj.weight.cols(), layer.gate_proj.weight.rows());
+}
+
+}  // namespace
+
+TEST_CASE("SwiGLU is the formula", "[models][feed_forward]") {
+  auto rng = make_rng();
+  const auto layer = random_layer<double>(6, 10, rng);
+  const Matrix<double> x = random_matrix<double>(9, 6, rng);
+  Matrix<double> inner(9, 10);
+  for (Index i = 0; i < 9; ++i) {
+    for (Index j = 0; j < 10; ++j) {
+      const double gate = x.row(i).dot(layer.gate_proj.weight.row(j)), up = x.row(i).dot(layer.up_proj.weight.row(j));
+      inner(i, j) = gate / (1 + std::exp(-gate)) * up;
+    }
+  }
+  CHECK(layer.forward(x).isApprox(inner * layer.down_proj.weight.transpose(), 1e-14));
+}
+
+TEST_CASE("SwiGLU's gradients are what differences say", "[models][feed_forward]") {
+  auto rng = make_rng();
+  auto layer = random_layer<double>(5, 7, rng), grad = random_layer<double>(5, 7, rng);
+  const auto before = grad;
+  Matrix<double> x = 2 * random_matrix<double>(6, 5, rng);
+  const Matrix<double> dy = random_matrix<double>(6, 5, rng);
+  const auto loss = [&] { return layer.forward(x).cwiseProduct(dy).sum(); };
+
+  FeedForward<double>::Tape tape;
+  layer.forward(x, tape);
+  CHECK(excess(layer.backward(dy, tape, grad), numerical_gradient(x, loss)) <= 0);
+  CHECK(excess(grad.gate_proj.weight - before.gate_proj.weight, numerical_gradient(layer.gate_proj.weight, loss)) <= 0);
+  CHECK(excess(grad.up_proj.weight - before.up_proj.weight, numerical_gradient(layer.up_proj.weight, loss)) <= 0);
+  CHECK(excess(grad.down_proj.weight - before.down_proj.weight, numerical_gradient(layer.down_proj.weight, loss)) <= 0);
+}
+
+TEMPLATE_TEST_CASE("SwiGLU with a tape, in place, and on any number of threads", "[models][feed_forward]", float,
+                   double) {
+  using S = TestType;
+  auto rng = make_rng();
+  const auto layer = random_layer<S>(37, 50, rng);
+  const Matrix<S> x = random_matrix<S>(150, 37, rng), dy = random_matrix<S>(150, 37, rng);
+  typename FeedForward<S>::Tape tape;
+  CHECK(identical(layer.forward(x, tape), layer.forward(x)));
+  auto grad = zeros_like(layer);
+  const Matrix<S> dx = layer.backward(dy, tape, grad);
+
+  const S* const memory[] = {tape.x.data(), tape.gate.data(), tape.up.data()};
+  diffattn::Workspace workspace;
+  for (const Index threads : {1, 2, 4}) {
+    diffattn::ThreadPool pool(threads);
+    auto other = zeros_like(layer);
+    Matrix<S> y(150, 37), in_place = dy;
+    layer.forward_into(y, x, tape, workspace, pool);
+    layer.backward_into(in_place, in_place, tape, other, workspace, pool);
+    CHECK(identical(y, layer.forward(x)));
+    CHECK(identical(in_place, dx));
+    CHECK(identical(other.gate_proj.weight, grad.gate_proj.weight));
+    CHECK(identical(other.up_proj.weight, grad.up_proj.weight));
+    CHECK(identical(other.down_proj.weight, grad.down_proj.weight));
+  }
+  CHECK(memory[0] == tape.x.data());  // used again
+  CHECK(memory[1] == tape.gate.data());
+  CHECK(memory[2] == tape.up.data());
+
+  // Gates so large that exp overflows or vanishes.
+  const Matrix<S> large = S(1e4) * x;
+  layer.forward(large, tape);
+  CHECK(layer.backward(dy, tape, grad).allFinite());
+  CHECK(layer.forward(Matrix<S>(0, 37), tape).rows() == 0);
+  CHECK(layer.backward(Matrix<S>(0, 37), tape, grad).rows() == 0);
+}
+
+TEST_CASE("SwiGLU refuses what does not fit", "[models][feed_forward]") {
+  const FeedForward<float> layer(4, 6);
+  FeedForward<float> grad(4, 6), narrow(4, 5);
+  FeedForward<float>::Tape tape, other;
+  const Matrix<float> x = Matrix<float>::Ones(3, 4);
+  CHECK(message_of<diffattn::ShapeError>([&] { layer.backward(x, tape, grad); }) ==
+        "FeedForward: the tape's x must be 3 x 4, got 0 x 0");
+  layer.forward(x, tape);
+  FeedForward<float>(4, 5).forward(x, other);
+  CHECK(message_of<diffattn::ShapeError>([&] { layer.backward(x, other, grad); }) ==
+        "FeedForward: the tape's gate must be 3 x 6, got 3 x 5");
+  CHECK(message_of<diffattn::ShapeError>([&] { layer.backward(x.topRows(2), tape, grad); }) ==
+        "FeedForward: the tape's x must be 2 x 4, got 3 x 4");
+  CHECK(message_of<diffattn::ShapeError>([&] { layer.backward(x, tape, narrow); }) ==
+        "Linear: the gradient's weight must be 6 x 4, got 5 x 4");
+  CHECK(grad.down_proj.weight.isZero(0));
+}
