@@ -9,6 +9,8 @@ using diffattn::Matrix;
 using diffattn::Rotary;
 using diffattn::RotaryConfig;
 using diffattn::RotaryPairing;
+using diffattn::RotaryScaling;
+using Kind = diffattn::RotaryScaling::Kind;
 
 template <typename S>
 Matrix<S> rotated(const RotaryConfig& config, Matrix<S> x, Index head_dim, Index first_position = 0) {
@@ -17,7 +19,79 @@ Matrix<S> rotated(const RotaryConfig& config, Matrix<S> x, Index head_dim, Index
   return x;
 }
 
+/// By how much each pair turns from one position to the next: (1, 0) turns to (cos, sin).
+std::vector<double> frequencies(const RotaryScaling& scaling, Index head_dim, double base, Index sequence = 2) {
+  const Rotary<double> rotary({.base = base, .scaling = scaling}, head_dim);
+  Matrix<double> x = Matrix<double>::Zero(2, head_dim);
+  for (Index i = 0; i < head_dim; i += 2) x(1, i) = 1;
+  rotary.apply(diffattn::detail::writable_view_of(x), 1, 0, sequence);
+  std::vector<double> result;
+  for (Index i = 0; i < head_dim; i += 2) result.push_back(std::atan2(x(1, i + 1), x(1, i)));
+  return result;
+}
+
 }  // namespace
+
+TEST_CASE("Scaled rotary frequencies are those of Hugging Face", "[layers][rotary]") {
+  const Index head_dim = GENERATE(4, 8, 64);
+  const double base = GENERATE(10000.0, 500000.0);
+  const auto plain = frequencies({}, head_dim, base);
+  for (std::size_t i = 0; i < plain.size(); ++i) {
+    const double expected = std::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
+    CHECK(std::abs(plain[i] / expected - 1) < 1e-12);
+  }
+
+  const auto linear = frequencies({.kind = Kind::linear, .factor = 4}, head_dim, base);
+  for (std::size_t i = 0; i < plain.size(); ++i) CHECK(std::abs(linear[i] / (plain[i] / 4) - 1) < 1e-12);
+
+  const RotaryScaling dynamic{.kind = Kind::dynamic, .factor = 2, .context = 100};
+  CHECK(frequencies(dynamic, head_dim, base, 100) == plain);
+  const double longer =
+      base * std::pow(2.0 * 250 / 100 - 1, static_cast<double>(head_dim) / static_cast<double>(head_dim - 2));
+  const auto expected = frequencies({}, head_dim, longer), extended = frequencies(dynamic, head_dim, base, 250);
+  for (std::size_t i = 0; i < plain.size(); ++i) CHECK(std::abs(extended[i] / expected[i] - 1) < 1e-12);
+
+  // Llama 3.2: its three bands, by the wavelength.
+  const RotaryScaling llama3{
+      .kind = Kind::llama3, .factor = 32, .context = 8192, .low_freq_factor = 1, .high_freq_factor = 4};
+  const auto scaled = frequencies(llama3, head_dim, base);
+  for (std::size_t i = 0; i < plain.size(); ++i) {
+    const double wavelength = 2 * std::numbers::pi / plain[i];
+    const double smooth = (8192 / wavelength - 1) / (4 - 1);
+    const double expected_frequency = wavelength < 8192.0 / 4   ? plain[i]
+                                      : wavelength > 8192.0 / 1 ? plain[i] / 32
+                                                                : (1 - smooth) * plain[i] / 32 + smooth * plain[i];
+    CHECK(std::abs(scaled[i] / expected_frequency - 1) < 1e-12);
+  }
+}
+
+TEST_CASE("Dynamic scaling follows the last position when nobody says how long the sequence is", "[layers][rotary]") {
+  auto rng = make_rng();
+  const Rotary<float> rotary({.scaling = {.kind = Kind::dynamic, .factor = 2, .context = 10}}, 8);
+  const Matrix<float> x = random_matrix<float>(15, 8, rng);
+  Matrix<float> whole = x, told = x.topRows(5), untold = x.topRows(5);
+  rotary.apply(diffattn::detail::writable_view_of(whole), 1);
+  rotary.apply(diffattn::detail::writable_view_of(told), 1, 0, 15);
+  rotary.apply(diffattn::detail::writable_view_of(untold), 1);
+  CHECK(identical(told, whole.topRows(5)));
+  CHECK_FALSE(identical(untold, whole.topRows(5)));
+}
+
+TEST_CASE("A scaling that cannot be is refused by name", "[layers][rotary]") {
+  const auto message = [](const RotaryScaling& scaling, Index head_dim = 8) {
+    return message_of<std::invalid_argument>([&] { Rotary<float>({.scaling = scaling}, head_dim); });
+  };
+  CHECK(message({.kind = Kind::linear, .factor = 0.5}) == "Rotary: scaling.factor must be at least 1, got 0.500000");
+  CHECK(message({.kind = Kind::linear, .factor = std::numeric_limits<double>::infinity()}) ==
+        "Rotary: scaling.factor must be at least 1, got inf");
+  CHECK(message({.kind = Kind::dynamic, .factor = 2}) == "Rotary: scaling.context must be at least 1, got 0.000000");
+  CHECK(message({.kind = Kind::dynamic, .factor = 2, .context = 8}, 2) ==
+        "Rotary: dynamic scaling needs a dim of at least 4, got 2");
+  CHECK(message({.kind = Kind::llama3, .factor = 2, .context = 8, .low_freq_factor = 0}) ==
+        "Rotary: scaling.low_freq_factor must be positive, got 0.000000");
+  CHECK(message({.kind = Kind::llama3, .factor = 2, .context = 8, .low_freq_factor = 4}) ==
+        "Rotary: scaling.high_freq_factor must be more than low_freq_factor, got 4.000000");
+}
 
 TEMPLATE_TEST_CASE("Rotary turns each pair as a complex number", "[layers][rotary]", float, double) {
   using S = TestType;
