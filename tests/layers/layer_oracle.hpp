@@ -108,7 +108,7 @@ template <typename S, typename Config, typename Mask>
 Matrix<S> multihead_diff_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
                                    const Mask& mask) {
   const Index heads = config.num_heads, kv_heads = config.num_kv_heads == 0 ? heads : config.num_kv_heads;
-  const Index d = config.embed_dim / heads / 2;
+  const Index d = config.head_dim == 0 ? config.embed_dim / heads / 2 : config.head_dim;
   const double init = config.lambda_init ? *config.lambda_init : lambda_init(config.depth);
   Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", x);
   const Matrix<S> v = linear(weights, "v_proj", x);
@@ -117,7 +117,7 @@ Matrix<S> multihead_diff_attention(const Weights<S>& weights, const Config& conf
     rotate(k, d, *config.rotary);
   }
   const S l = lambda(weights, init);
-  Matrix<S> heads_out(x.rows(), config.embed_dim);
+  Matrix<S> heads_out(x.rows(), 2 * heads * d);
   for (Index h = 0; h < heads; ++h) {
     const Index g = h / (heads / kv_heads);
     heads_out.middleCols(2 * h * d, 2 * d) = diffattn::reference::diff_attention(

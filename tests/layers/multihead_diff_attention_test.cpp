@@ -51,7 +51,8 @@ TEST_CASE("MultiheadDiffAttention agrees with plain loops", "[layers][multihead_
              .lambda_init = -0.25,
              .rotary = RotaryConfig{.base = 50, .dim = 4},
              .norm_eps = 0.1,
-             .norm_weight = false});
+             .norm_weight = false},
+      Config{.embed_dim = 10, .num_heads = 3, .num_kv_heads = 1, .rotary = RotaryConfig{}, .head_dim = 4});
   layer_checks::accuracy_at_all_lengths<MultiheadDiffAttention>(config, plain_loops, rng);
 }
 

@@ -6,16 +6,16 @@
 //   head_h = (1 − λ_init) · RMSNorm((P1_h − λ·P2_h) V_g)                                      eq. (1), (3)
 //   y      = Concat(head_1 … head_H) W_Oᵀ                                                     eq. (3)
 //
-// num_heads (H) counts differential heads, half a Transformer's. d = embed_dim / (2H). Packed query head 2h is Q1_h and
-// 2h + 1 is Q2_h, each d wide; keys likewise for num_kv_heads (G); V_g is one slab of 2d columns. Head h reads key and
-// value head g = h / (H/G): the pairing of the flash variants, to which every other implementation keeps (the official
-// naive file differs when G < H). Rotary turns each packed head. The norm weight and λ are shared by all heads.
+// num_heads (H) counts differential heads, half a Transformer's. d = embed_dim / (2H), or as head_dim says. Packed
+// query head 2h is Q1_h and 2h + 1 is Q2_h, each d wide; keys likewise for num_kv_heads (G); V_g is one slab of 2d
+// columns. Head h reads key and value head g = h / (H/G): the pairing of the flash variants, to which every other
+// implementation keeps (the official naive file differs when G < H). Rotary turns each packed head. The norm weight and
+// λ are shared by all heads.
 //
 // Parameters (visit_parameters): q_proj, k_proj, v_proj, out_proj, lambda_q1, lambda_k1, lambda_q2, lambda_k2, subln.
 // Shapes     x, y (tokens x embed_dim). Zero rows give an empty result.
 // Errors     std::invalid_argument for a configuration that cannot be, ShapeError for an x that does not fit; before
-// any
-//            work. Const functions may be called from several threads, each with a workspace of its own.
+//            any work. Const functions may be called from several threads, each with a workspace of its own.
 
 #include <cstdint>
 #include <optional>
@@ -50,6 +50,7 @@ struct MultiheadDiffAttentionConfig {
   bool bias = false;        ///< biases on the four projections
   bool norm_weight = true;  ///< whether the head norm has a learned weight
   std::uint64_t seed = 0;   ///< of the initial parameters
+  Index head_dim = 0;       ///< d; 0 = embed_dim / (2·num_heads)
 };
 
 /// Weight: the matrix type of the projections' weights, as linear.hpp says.
@@ -62,11 +63,11 @@ class MultiheadDiffAttention {
   /// Initial parameters are those of the official code: projections as nn.Linear, λ vectors N(0, 0.1²), norm weight 1.
   explicit MultiheadDiffAttention(const Config& config)
       : config_(checked(config)),
-        head_dim_(config_.embed_dim / config_.num_heads / 2),
-        q_proj(config_.embed_dim, config_.embed_dim, config_.bias),
+        head_dim_(config_.head_dim),
+        q_proj(config_.embed_dim, config_.num_heads * 2 * head_dim_, config_.bias),
         k_proj(config_.embed_dim, config_.num_kv_heads * 2 * head_dim_, config_.bias),
         v_proj(config_.embed_dim, config_.num_kv_heads * 2 * head_dim_, config_.bias),
-        out_proj(config_.embed_dim, config_.embed_dim, config_.bias),
+        out_proj(config_.num_heads * 2 * head_dim_, config_.embed_dim, config_.bias),
         lambda(head_dim_, config_.lambda_init.value_or(diffattn::lambda_init(static_cast<double>(config_.depth)))),
         subln(2 * head_dim_, config_.norm_eps, config_.norm_weight),
         rotary_(detail::make_rotary<Scalar>(config_.rotary, head_dim_)) {
@@ -188,7 +189,11 @@ class MultiheadDiffAttention {
 
   static Config checked(Config config) {
     detail::check_positive(kName, "num_heads", config.num_heads);
-    detail::checked_head_dim(kName, config.embed_dim, "2·num_heads", 2 * config.num_heads);
+    detail::check_positive(kName, "embed_dim", config.embed_dim);
+    if (config.head_dim == 0) {
+      config.head_dim = detail::checked_head_dim(kName, config.embed_dim, "2·num_heads", 2 * config.num_heads);
+    }
+    detail::check_positive(kName, "head_dim", config.head_dim);
     config.num_kv_heads = detail::checked_heads(kName, {config.num_heads, config.num_kv_heads}).num_kv_heads;
     return config;
   }
