@@ -4,6 +4,7 @@
 
 namespace {
 
+using diffattn::FrozenMatrix;
 using diffattn::Index;
 using diffattn::Linear;
 using diffattn::Matrix;
@@ -16,8 +17,8 @@ Linear<S> random_linear(Index in, Index out, bool bias, std::mt19937_64& rng) {
   return linear;
 }
 
-template <typename S>
-Matrix<S> apply(const Linear<S>& linear, const Matrix<S>& x) {
+template <typename S, typename Weight>
+Matrix<S> apply(const Linear<S, Weight>& linear, const Matrix<S>& x) {
   diffattn::Workspace workspace;
   Matrix<S> y(x.rows(), linear.weight.rows());
   linear.forward_into(y, x, workspace);
@@ -85,6 +86,55 @@ TEMPLATE_TEST_CASE("Linear reads and writes any strides, and nothing beside its 
     linear.forward_into(y, x + Matrix<S>::Zero(n, 19), workspace);
     CHECK(identical(y, expected));
   }
+}
+
+TEMPLATE_TEST_CASE("Weights of another type multiply as their widened values", "[layers][linear]", float, double) {
+  using S = TestType;
+  auto rng = make_rng();
+  for (const Index in : {1, 17, 64, 300}) {
+    for (const Index out : {1, 5, 130}) {
+      const auto check = [&]<typename Stored>(Stored) {
+        const Matrix<Stored> stored = random_matrix<S>(out, in, rng).template cast<Stored>();
+        Linear<S> wide(in, out, true);
+        wide.weight = stored.template cast<S>();
+        wide.bias = random_matrix<S>(out, 1, rng);
+        Linear<S, Matrix<Stored>> narrow(in, out, true);
+        narrow.weight = stored;
+        narrow.bias = wide.bias;
+        Linear<S, FrozenMatrix> frozen(in, out, true);
+        frozen.weight = FrozenMatrix(stored);
+        frozen.bias = wide.bias;
+        CHECK(frozen.weight.memory_bytes() == static_cast<std::size_t>(in * out) * sizeof(Stored));
+        CHECK(identical(frozen.weight.template to_matrix<S>(), wide.weight));
+        for (const Index n : {0, 1, 3, 50}) {
+          INFO("in " << in << ", out " << out << ", n " << n << ", bytes a weight " << sizeof(Stored));
+          const Matrix<S> x = random_matrix<S>(n, in, rng), expected = apply(wide, x);
+          CHECK(identical(apply(narrow, x), expected));
+          CHECK(identical(apply(frozen, x), expected));
+        }
+      };
+      check(Eigen::bfloat16{});
+      check(Eigen::half{});
+      check(float{});
+      check(S{});
+    }
+  }
+}
+
+TEST_CASE("A frozen weight shares what it is given, and is refused while it is not", "[layers][linear]") {
+  auto values = std::make_shared<Matrix<float>>(Matrix<float>::Constant(3, 4, 2));
+  Linear<float, FrozenMatrix> linear(4, 3);
+  const Matrix<float> x = Matrix<float>::Ones(1, 4);
+  CHECK(message_of<std::invalid_argument>([&] { apply(linear, x); }) == "FrozenMatrix: has no values yet");
+  const std::weak_ptr<Matrix<float>> alive = values;
+  linear.weight = FrozenMatrix(std::shared_ptr<const float>(values, values->data()), 3, 4);
+  values->setConstant(3);
+  values.reset();
+  CHECK(apply(linear, x)(0, 2) == 12);
+  const auto copy = linear;
+  linear.weight = FrozenMatrix(3, 4);
+  CHECK(apply(copy, x)(0, 0) == 12);
+  CHECK_FALSE(alive.expired());
 }
 
 TEST_CASE("Linear gives the same bits for any number of threads", "[layers][linear]") {

@@ -2,17 +2,23 @@
 
 // Linear: y = x Wᵀ + b, with W (out x in) and b (out) as PyTorch's nn.Linear stores them.
 //
+// The weight is a Matrix<Scalar>, which can be trained; or a Matrix<Eigen::bfloat16> or Matrix<Eigen::half>, or a
+// FrozenMatrix, which is read-only and can be a mapped file. Whatever it holds, arithmetic is done in Scalar: 16-bit
+// weights are widened as they are read, so that decoding, which is bound by reading them, takes half the time.
+//
 // Shapes   x (n x in) → y (n x out), n >= 0. Any strides; contiguous rows are fastest.
 // Errors   ShapeError before any work.
 // Memory   packed copies of x and W from the workspace; none for a few rows, which read W once where it is.
 
 #include <cmath>
+#include <type_traits>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/matmul.hpp"
+#include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/parameters.hpp"
 
@@ -24,8 +30,15 @@ template <typename Scalar, typename Y, typename X, typename Weight, Executor E>
 void linear_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Weight& weight,
                  Workspace& workspace, E& executor, const Scalar* bias = nullptr) {
   const detail::Readable<X> x_read(x.derived());
-  detail::matmul_transposed<Scalar>(detail::writable_view_of(y), detail::view_of(x_read), detail::view_of(weight), bias,
-                                    workspace, executor);
+  const auto multiply = [&](const auto& view) {
+    detail::matmul_transposed<Scalar>(detail::writable_view_of(y), detail::view_of(x_read), view, bias, workspace,
+                                      executor);
+  };
+  if constexpr (std::is_same_v<Weight, FrozenMatrix>) {
+    weight.visit(multiply);
+  } else {
+    multiply(detail::view_of(weight));
+  }
 }
 
 /// The gradients of linear_into: dx = dy · weight, or dx += …, and dweight += dyᵀ · x. Shapes already checked.
@@ -41,19 +54,19 @@ void linear_backward_into(const Eigen::MatrixBase<DX>& dx, Weight& dweight, cons
                  workspace, executor);
 }
 
-/// Weight is the matrix type of the weight: Matrix<Scalar>, which can be trained.
+/// Weight is the matrix type of the weight. A FrozenMatrix has no initial values: it is assigned.
 template <typename Scalar, typename Weight = Matrix<Scalar>>
 class Linear {
  public:
   Linear(Index in, Index out, bool with_bias = false) : weight(out, in), bias(with_bias ? out : 0) {
-    weight.setZero();
+    if constexpr (!kFrozen) weight.setZero();
     bias.setZero();
   }
 
   /// The default of nn.Linear: weight and bias from U(-1/sqrt(in), 1/sqrt(in)).
   void initialize(Initializer& random) {
     const double bound = 1 / std::sqrt(static_cast<double>(weight.cols()));
-    random.uniform(weight, bound);
+    if constexpr (!kFrozen) random.uniform(weight, bound);
     random.uniform(bias, bound);
   }
 
@@ -91,6 +104,8 @@ class Linear {
     visitor("weight", self.weight);
     if (self.bias.size() != 0) visitor("bias", self.bias);
   }
+
+  static constexpr bool kFrozen = std::is_same_v<Weight, FrozenMatrix>;
 
   Weight weight;        ///< out x in
   Vector<Scalar> bias;  ///< out, or empty

@@ -23,6 +23,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
@@ -31,6 +32,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
+#include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/parameters.hpp"
@@ -88,7 +90,7 @@ class Decoder {
         embedding(config_.vocab_size, config_.attention.embed_dim),
         norm(config_.attention.embed_dim, config_.norm_eps) {
     Initializer random(config_.seed);
-    random.normal(embedding, 0.02);
+    if constexpr (!kFrozen) random.normal(embedding, 0.02);
     blocks.reserve(static_cast<std::size_t>(config_.num_layers));
     for (Index layer = 0; layer < config_.num_layers; ++layer) {
       blocks.emplace_back(attention_config(layer), config_.hidden_dim, config_.norm_eps);
@@ -154,6 +156,7 @@ class Decoder {
 
  private:
   static constexpr const char* kName = "Decoder";
+  static constexpr bool kFrozen = std::is_same_v<Weight, FrozenMatrix>;
 
   static Config checked(Config config) {
     detail::check_positive(kName, "vocab_size", config.vocab_size);
@@ -180,7 +183,14 @@ class Decoder {
         detail::throw_invalid({kName, ": token ", i, " is ", id, ", outside the vocabulary of ", config_.vocab_size});
       }
     }
-    for (Index i = 0; i < x.rows(); ++i) x.row(i) = embedding.row(static_cast<Index>(ids[i]));
+    for (Index i = 0; i < x.rows(); ++i) {
+      const auto id = static_cast<Index>(ids[i]);
+      if constexpr (kFrozen) {
+        embedding.copy_row(id, &x(i, 0));
+      } else {
+        x.row(i) = embedding.row(id).template cast<Scalar>();
+      }
+    }
   }
 
   /// All blocks and the last norm on x in place; attend(block, layer, y, normed) is the attention.

@@ -15,8 +15,9 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// y = x Wᵀ for a few rows of x: dot products over rows of W, which must be contiguous, as must x and y.
-template <typename Scalar>
+/// y = x Wᵀ for a few rows of x: dot products over rows of W, which must be contiguous, as must x and y. W is stored as
+/// Stored and widened as it is read.
+template <typename Scalar, typename Stored>
 class RowByRowProduct {
   static constexpr Index kLanes = simd::kLanes<Scalar>;
   static constexpr Index kOutputs = 4;  // rows of W read side by side, to have that many sums in flight
@@ -25,11 +26,11 @@ class RowByRowProduct {
   static constexpr Index kMostRows = 4;
 
   /// Outputs [first, first + count) of every row.
-  static void run(const StridedView<Scalar>& y, const StridedView<const Scalar>& x, const StridedView<const Scalar>& w,
+  static void run(const StridedView<Scalar>& y, const StridedView<const Scalar>& x, const StridedView<const Stored>& w,
                   const Scalar* bias, Index first, Index count) {
     for (Index out = first; out < first + count; out += kOutputs) {
       const Index present = std::min(kOutputs, first + count - out);
-      const Scalar* rows[kOutputs];
+      const Stored* rows[kOutputs];
       for (Index o = 0; o < kOutputs; ++o) rows[o] = &w(out + std::min(o, present - 1), 0);
       for (Index i = 0; i < x.rows; ++i) {
         Scalar dots[kOutputs];
@@ -40,7 +41,7 @@ class RowByRowProduct {
   }
 
  private:
-  static void dot(Scalar (&dots)[kOutputs], const Scalar* const (&rows)[kOutputs], const Scalar* x, Index depth) {
+  static void dot(Scalar (&dots)[kOutputs], const Stored* const (&rows)[kOutputs], const Scalar* x, Index depth) {
     simd::Packet<Scalar> sums[kOutputs][2];
     for (auto& sum : sums) sum[0] = sum[1] = simd::broadcast(Scalar(0));
     Index k = 0;
@@ -50,30 +51,30 @@ class RowByRowProduct {
         const auto right = simd::loadu(x + k + p * kLanes);
 #pragma GCC unroll 4
         for (Index o = 0; o < kOutputs; ++o) {
-          sums[o][p] = simd::fma(simd::loadu(rows[o] + k + p * kLanes), right, sums[o][p]);
+          sums[o][p] = simd::fma(simd::load_as<Scalar>(rows[o] + k + p * kLanes), right, sums[o][p]);
         }
       }
     }
     for (Index o = 0; o < kOutputs; ++o) {
       dots[o] = simd::reduce_add(simd::add(sums[o][0], sums[o][1]));
-      for (Index tail = k; tail < depth; ++tail) dots[o] += rows[o][tail] * x[tail];
+      for (Index tail = k; tail < depth; ++tail) dots[o] += static_cast<Scalar>(rows[o][tail]) * x[tail];
     }
   }
 };
 
 /// y (n x out) = x (n x in) · w (out x in)ᵀ + bias (out values, or null).
-template <typename Scalar, Executor E>
+template <typename Scalar, typename Stored, Executor E>
 void matmul_transposed(const StridedView<Scalar>& y, const StridedView<const Scalar>& x,
-                       const StridedView<const Scalar>& w, const Scalar* bias, Workspace& workspace, E& executor) {
+                       const StridedView<const Stored>& w, const Scalar* bias, Workspace& workspace, E& executor) {
   constexpr Index kBlockRows = ProductBlock<Scalar>::kRows, kBlockCols = ProductBlock<Scalar>::kCols;
   const Index n = x.rows, depth = x.cols, outputs = w.rows;
   if (n == 0 || outputs == 0) return;
 
   const bool contiguous = x.col_stride == 1 && w.col_stride == 1 && y.col_stride == 1;
-  if (n <= RowByRowProduct<Scalar>::kMostRows && contiguous) {
+  if (n <= RowByRowProduct<Scalar, Stored>::kMostRows && contiguous) {
     constexpr Index kPiece = 64;
     executor.run(divide_up(outputs, kPiece), [&](Index task, Index /*worker*/) {
-      RowByRowProduct<Scalar>::run(y, x, w, bias, task * kPiece, std::min(kPiece, outputs - task * kPiece));
+      RowByRowProduct<Scalar, Stored>::run(y, x, w, bias, task * kPiece, std::min(kPiece, outputs - task * kPiece));
     });
     return;
   }

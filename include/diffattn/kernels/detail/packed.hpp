@@ -79,15 +79,13 @@ void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index
   constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
   const Index depth = source.cols, last = first + present - 1, width = round_up(present, kLanes);
   Index k = 0;
-  if constexpr (std::is_same_v<Scalar, T>) {
-    if (source.col_stride == 1) {
-      for (; k + kLanes <= depth; k += kLanes) {
-        for (Index c = 0; c < width; c += kLanes) {
-          simd::Packet<Scalar> block[kLanes];
-          for (Index r = 0; r < kLanes; ++r) block[r] = simd::loadu(&source(std::min(first + c + r, last), k));
-          simd::transpose<Scalar>(block);
-          for (Index r = 0; r < kLanes; ++r) simd::store(to + (k + r) * kCols + c, block[r]);
-        }
+  if (source.col_stride == 1) {
+    for (; k + kLanes <= depth; k += kLanes) {
+      for (Index c = 0; c < width; c += kLanes) {
+        simd::Packet<Scalar> block[kLanes];
+        for (Index r = 0; r < kLanes; ++r) block[r] = simd::load_as<Scalar>(&source(std::min(first + c + r, last), k));
+        simd::transpose<Scalar>(block);
+        for (Index r = 0; r < kLanes; ++r) simd::store(to + (k + r) * kCols + c, block[r]);
       }
     }
   }

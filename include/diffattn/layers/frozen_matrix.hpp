@@ -1,0 +1,84 @@
+#pragma once
+
+// FrozenMatrix: a weight that is read and never changed, whose element type is known only at run time: double, float,
+// bfloat16 or half. It owns its values, or shares somebody else's, such as a file that is mapped into memory; a copy
+// shares them too. Linear<float, FrozenMatrix> multiplies with it in float, whatever it holds: 16-bit weights are
+// widened as they are read, so that decoding reads half the bytes.
+//
+//   FrozenMatrix w(weights.cast<Eigen::bfloat16>().eval());          owns
+//   FrozenMatrix w(file.mapped<float>("name"), rows, cols);          shares, and keeps the file alive
+//
+// Layout   row-major, rows without a gap between them.
+// Errors   std::invalid_argument from what reads a FrozenMatrix that has a shape but no values yet.
+
+#include <memory>
+#include <utility>
+#include <variant>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+
+namespace diffattn::inline v0_1 {
+
+class FrozenMatrix {
+ public:
+  /// A shape whose values are given later, by assignment.
+  explicit FrozenMatrix(Index rows = 0, Index cols = 0) : rows_(rows), cols_(cols) {}
+
+  template <typename T>
+  explicit FrozenMatrix(Matrix<T> values) : rows_(values.rows()), cols_(values.cols()) {
+    auto owner = std::make_shared<Matrix<T>>(std::move(values));
+    values_ = std::shared_ptr<const T>(owner, owner->data());
+  }
+
+  /// Shares rows · cols values with whoever holds them.
+  template <typename T>
+  FrozenMatrix(std::shared_ptr<const T> values, Index rows, Index cols)
+      : rows_(rows), cols_(cols), values_(std::move(values)) {}
+
+  Index rows() const { return rows_; }
+  Index cols() const { return cols_; }
+  Index size() const { return rows_ * cols_; }
+
+  /// Calls f with a view of the values in the type that they have.
+  template <typename F>
+  decltype(auto) visit(F&& f) const {
+    return std::visit(
+        [&]<typename T>(const std::shared_ptr<const T>& values) -> decltype(auto) {
+          if (values == nullptr && size() != 0) detail::throw_invalid({"FrozenMatrix: has no values yet"});
+          return f(detail::StridedView<const T>{values.get(), rows_, cols_, cols_, 1});
+        },
+        values_);
+  }
+
+  /// Bytes of the values.
+  std::size_t memory_bytes() const {
+    return visit(
+        [&]<typename T>(const detail::StridedView<const T>&) { return static_cast<std::size_t>(size()) * sizeof(T); });
+  }
+
+  /// Row `row`, converted.
+  template <typename Scalar>
+  void copy_row(Index row, Scalar* to) const {
+    visit([&](const auto& view) {
+      for (Index c = 0; c < cols_; ++c) to[c] = static_cast<Scalar>(view(row, c));
+    });
+  }
+
+  template <typename Scalar>
+  Matrix<Scalar> to_matrix() const {
+    Matrix<Scalar> result(rows_, cols_);
+    for (Index row = 0; row < rows_; ++row) copy_row(row, result.data() + row * cols_);
+    return result;
+  }
+
+ private:
+  template <typename T>
+  using Values = std::shared_ptr<const T>;
+
+  Index rows_;
+  Index cols_;
+  std::variant<Values<float>, Values<double>, Values<Eigen::bfloat16>, Values<Eigen::half>> values_;
+};
+
+}  // namespace diffattn::inline v0_1
