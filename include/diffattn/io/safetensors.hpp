@@ -4,6 +4,7 @@
 //
 //   Safetensors file(path);                        maps the file and checks its whole header, strictly
 //   file.matrix<float>("q_proj.weight")            a copy, converted to the scalar asked for
+//   file.mapped<float>("q_proj.weight")            the same values where the file has them, without a copy
 //   file.metadata().at("depth")                    the strings stored beside the tensors
 //   load_parameters(layer, file, "weight.");       every parameter that visit_parameters(layer, …) names
 //
@@ -18,13 +19,16 @@
 //          be opened or written. std::invalid_argument: a writer is given what a file cannot hold.
 //          load_parameters reports every missing, surplus and mis-shaped tensor in one FormatError and changes nothing.
 //          save() writes beside the target and renames: a file is there whole or not at all.
-// Cost     opening reads the header only; matrix() reads that tensor.
+// Cost     opening reads the header only; matrix() reads that tensor. A copy of a Safetensors shares the mapped file,
+//          which stays for as long as a copy or a mapped tensor does.
 
 #include <bit>
+#include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -44,8 +48,8 @@ class Safetensors {
  public:
   explicit Safetensors(const std::filesystem::path& path)
       : path_(path.string()),
-        file_(path),
-        header_(detail::SafetensorsHeaderParser(file_.data(), file_.size(), path_).parse()) {}
+        file_(std::make_shared<const detail::FileBytes>(path)),
+        header_(detail::SafetensorsHeaderParser(file_->data(), file_->size(), path_).parse()) {}
 
   const std::string& path() const { return path_; }
   const std::map<std::string, std::string>& metadata() const { return header_.metadata; }
@@ -81,12 +85,22 @@ class Safetensors {
     return result;
   }
 
+  /// The tensor's values in the mapped file, row-major, or null if they are of another type or not aligned for T. Keeps
+  /// the file alive.
+  template <typename T>
+  std::shared_ptr<const T> mapped(const std::string& name) const {
+    const TensorInfo& tensor = info(name);
+    const std::byte* const at = file_->data() + header_.data_begin + tensor.begin;
+    if (tensor.dtype != detail::dtype_of<T>() || reinterpret_cast<std::uintptr_t>(at) % alignof(T) != 0) return nullptr;
+    return std::shared_ptr<const T>(file_, reinterpret_cast<const T*>(at));
+  }
+
   /// Writes the tensor's values, converted, to `to`, which has room for all of them.
   template <typename T>
   void read(const std::string& name, T* to) const {
     const TensorInfo& tensor = info(name);
     if (tensor.begin == tensor.end) return;
-    const std::byte* const from = file_.data() + header_.data_begin + tensor.begin;
+    const std::byte* const from = file_->data() + header_.data_begin + tensor.begin;
     detail::with_type_of(tensor.dtype, [&]<typename Stored>(Stored) {
       const std::size_t count = (tensor.end - tensor.begin) / sizeof(Stored);
       if constexpr (std::is_same_v<Stored, T>) {
@@ -129,7 +143,7 @@ class Safetensors {
   }
 
   std::string path_;
-  detail::FileBytes file_;
+  std::shared_ptr<const detail::FileBytes> file_;
   detail::SafetensorsHeader header_;
 };
 

@@ -1,0 +1,282 @@
+#pragma once
+
+// DiffLlama: the checkpoints of Hugging Face's DiffLlamaForCausalLM, read, run and written.
+//
+//   auto model = DiffLlama<float>::load("DiffLlama-0.3B-handcut");
+//   Matrix<float> logits = model.logits(tokens);                          (tokens x vocab_size)
+//   std::vector<Index> text = model.generate(prompt, {.max_new_tokens = 100});
+//   model.save(directory);                                                config.json and model.safetensors
+//
+// Reads    config.json (diffllama_config.hpp) and model.safetensors, or the sharded form with its index; F64, F32, F16
+//          and BF16; a tied or free head; biases; any number of key and value heads that divides the query heads.
+// Weights  stay as the file has them, 16 bits included, and are multiplied in Scalar. They are mapped, not copied, but
+//          for q, k and v (about a tenth of a model), whose heads are put into our order (diffllama_layout.hpp), and
+//          for what is not aligned. The model keeps the files alive.
+// Errors   FormatError naming the file and the field or tensors: missing, surplus, of the wrong shape or type, before
+//          anything is read. std::invalid_argument for a token id outside the vocabulary and for a sequence longer than
+//          max_position_embeddings (times the factor of linear scaling; without limit for dynamic).
+// Const functions may be called from several threads, each with a workspace and a cache of its own.
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <initializer_list>
+#include <iterator>
+#include <map>
+#include <span>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/io/sharded_safetensors.hpp"
+#include "diffattn/layers/frozen_matrix.hpp"
+#include "diffattn/layers/multihead_diff_attention.hpp"
+#include "diffattn/models/decoder.hpp"
+#include "diffattn/models/diffllama_config.hpp"
+#include "diffattn/models/diffllama_layout.hpp"
+
+namespace diffattn::inline v0_1 {
+
+template <typename Scalar>
+class DiffLlama {
+ public:
+  using Attention = MultiheadDiffAttention<Scalar, FrozenMatrix>;
+  using Model = Decoder<Scalar, Attention>;
+
+  static DiffLlama load(const std::filesystem::path& directory) {
+    const std::filesystem::path config_path = directory / "config.json";
+    const auto config = DiffLlamaConfig::parse(detail::read_text(config_path), config_path.string());
+    const ShardedSafetensors tensors(directory);
+    check_tensors(config, tensors);
+    DiffLlama model(config);
+    model.read(tensors);
+    return model;
+  }
+
+  const DiffLlamaConfig& config() const { return config_; }
+  const Model& decoder() const { return decoder_; }
+
+  /// (tokens x vocab_size): row i scores what follows token i. Tokens are any contiguous integers.
+  template <typename Tokens>
+  Matrix<Scalar> logits(const Tokens& tokens) const {
+    check_length(static_cast<Index>(std::size(tokens)));
+    return decoder_.logits(tokens);
+  }
+  Matrix<Scalar> logits(std::initializer_list<Index> tokens) const { return logits(std::span(tokens)); }
+
+  /// Writes config.json and model.safetensors, in the element types that were read. The directory is made if it is not
+  /// there. Holds a copy of the weights while it writes.
+  void save(const std::filesystem::path& directory) const {
+    SafetensorsWriter writer(std::map<std::string, std::string>{{"format", "pt"}});
+    for_each_parameter(*this, [&](const std::string& name, const auto& parameter, const std::vector<Index>* heads) {
+      add_to(writer, name, parameter, heads);
+    });
+    const std::string dtype = decoder_.embedding.visit([]<typename T>(const detail::StridedView<const T>&) {
+      return std::is_same_v<T, double>            ? "float64"
+             : std::is_same_v<T, float>           ? "float32"
+             : std::is_same_v<T, Eigen::bfloat16> ? "bfloat16"
+                                                  : "float16";
+    });
+    std::filesystem::create_directories(directory);
+    writer.save(directory / "model.safetensors");
+    detail::write_text(directory / "config.json", config_.to_json(dtype));
+  }
+
+ private:
+  explicit DiffLlama(const DiffLlamaConfig& config) : config_(config), decoder_(decoder_config(config)) {}
+
+  static typename Model::Config decoder_config(const DiffLlamaConfig& config) {
+    typename Attention::Config attention{.embed_dim = config.hidden_size, .num_heads = config.num_attention_heads / 2};
+    attention.num_kv_heads = heads_of(config).groups();
+    attention.rotary = RotaryConfig{.base = config.rope_theta,
+                                    .pairing = RotaryPairing::half,
+                                    .table_positions = std::min<Index>(config.max_tokens(), 4096),
+                                    .scaling = config.rope_scaling};
+    attention.norm_eps = config.rms_norm_eps;
+    attention.bias = config.attention_bias;
+    attention.norm_weight = false;
+    attention.head_dim = config.head_dim;
+    return {.vocab_size = config.vocab_size,
+            .num_layers = config.num_hidden_layers,
+            .hidden_dim = config.intermediate_size,
+            .attention = attention,
+            .tied_head = config.tie_word_embeddings,
+            .norm_eps = config.rms_norm_eps};
+  }
+
+  static detail::DiffLlamaHeads heads_of(const DiffLlamaConfig& config) {
+    return {config.num_attention_heads, config.num_key_value_heads};
+  }
+
+  /// Calls f(name, shape) for every tensor of a checkpoint.
+  template <typename F>
+  static void for_each_tensor(const DiffLlamaConfig& c, F&& add) {
+    const auto f = [&](const std::string& name, std::vector<Index> shape) { add(name, shape); };
+    const Index hidden = c.hidden_size, q = c.num_attention_heads * c.head_dim, kv = c.num_key_value_heads * c.head_dim;
+    f("model.embed_tokens.weight", {c.vocab_size, hidden});
+    for (Index layer = 0; layer < c.num_hidden_layers; ++layer) {
+      const std::string prefix = layer_prefix(layer), attention = prefix + "self_attn.", mlp = prefix + "mlp.";
+      f(prefix + "input_layernorm.weight", {hidden});
+      for (const auto& [name, out, in] : {std::tuple<const char*, Index, Index>{"q_proj", q, hidden},
+                                          {"k_proj", kv, hidden},
+                                          {"v_proj", kv, hidden},
+                                          {"o_proj", hidden, q}}) {
+        f(attention + name + ".weight", {out, in});
+        if (c.attention_bias) f(attention + name + ".bias", {out});
+      }
+      for (const char* const name : {"lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}) {
+        f(attention + name, {c.head_dim});
+      }
+      f(prefix + "post_attention_layernorm.weight", {hidden});
+      f(mlp + "gate_proj.weight", {c.intermediate_size, hidden});
+      f(mlp + "up_proj.weight", {c.intermediate_size, hidden});
+      f(mlp + "down_proj.weight", {hidden, c.intermediate_size});
+    }
+    f("model.norm.weight", {hidden});
+    if (!c.tie_word_embeddings) f("lm_head.weight", {c.vocab_size, hidden});
+  }
+
+  static std::string layer_prefix(Index layer) { return "model.layers." + std::to_string(layer) + "."; }
+
+  /// Throws FormatError unless the tensors are those of the configuration, no more and no less.
+  static void check_tensors(const DiffLlamaConfig& config, const ShardedSafetensors& tensors) {
+    constexpr int kMostProblems = 16;
+    std::string problems;
+    int count = 0;
+    const auto add = [&](const std::string& problem) {
+      if (count++ < kMostProblems) problems += "\n  " + problem;
+    };
+    if (static_cast<std::size_t>(config.num_hidden_layers) > tensors.tensors().size()) {
+      throw FormatError(tensors.path() + ": has " + std::to_string(tensors.tensors().size()) +
+                        " tensors, too few for num_hidden_layers = " + std::to_string(config.num_hidden_layers));
+    }
+    std::map<std::string, bool> expected;
+    for_each_tensor(config, [&](const std::string& name, const std::vector<Index>& shape) {
+      expected[name] = true;
+      if (!tensors.contains(name)) return add("missing: " + detail::in_quotes(name));
+      const TensorInfo& info = tensors.info(name);
+      if (info.shape != shape) {
+        add("shape: " + detail::in_quotes(name) + " must be " + detail::shape_text(shape) + ", got " +
+            detail::shape_text(info.shape));
+      } else if (detail::is_integer(info.dtype)) {
+        add("type: " + detail::in_quotes(name) + " must hold floating-point values, got " +
+            std::string(detail::describe(info.dtype).name));
+      }
+    });
+    for (const auto& [name, file] : tensors.tensors()) {
+      if (expected.count(name) == 0) add("surplus: " + detail::in_quotes(name));
+    }
+    if (count > kMostProblems) problems += "\n  and " + std::to_string(count - kMostProblems) + " more";
+    if (count != 0) throw FormatError(tensors.path() + ": does not hold the tensors of its config.json" + problems);
+  }
+
+  /// Calls f(name in a checkpoint, parameter, heads) for every parameter: a FrozenMatrix or a Vector. heads says which
+  /// head of the checkpoint each of ours is; null where the order is the same.
+  template <typename Self, typename F>
+  static void for_each_parameter(Self& self, F&& f) {
+    const std::vector<Index> queries = heads_of(self.config_).queries(), keys = heads_of(self.config_).keys();
+    auto& decoder = self.decoder_;
+    f("model.embed_tokens.weight", decoder.embedding, nullptr);
+    for (std::size_t layer = 0; layer < decoder.blocks.size(); ++layer) {
+      auto& block = decoder.blocks[layer];
+      const std::string prefix = layer_prefix(static_cast<Index>(layer)), attention = prefix + "self_attn.";
+      const auto projection = [&](const std::string& name, auto& linear, const std::vector<Index>* heads) {
+        f(name + ".weight", linear.weight, heads);
+        if (linear.bias.size() != 0) f(name + ".bias", linear.bias, heads);
+      };
+      f(prefix + "input_layernorm.weight", block.attention_norm.weight, nullptr);
+      projection(attention + "q_proj", block.attention.q_proj, &queries);
+      projection(attention + "k_proj", block.attention.k_proj, &keys);
+      projection(attention + "v_proj", block.attention.v_proj, &keys);
+      projection(attention + "o_proj", block.attention.out_proj, nullptr);
+      f(attention + "lambda_q1", block.attention.lambda.q1, nullptr);
+      f(attention + "lambda_k1", block.attention.lambda.k1, nullptr);
+      f(attention + "lambda_q2", block.attention.lambda.q2, nullptr);
+      f(attention + "lambda_k2", block.attention.lambda.k2, nullptr);
+      f(prefix + "post_attention_layernorm.weight", block.feed_forward_norm.weight, nullptr);
+      projection(prefix + "mlp.gate_proj", block.feed_forward.gate_proj, nullptr);
+      projection(prefix + "mlp.up_proj", block.feed_forward.up_proj, nullptr);
+      projection(prefix + "mlp.down_proj", block.feed_forward.down_proj, nullptr);
+    }
+    f("model.norm.weight", decoder.norm.weight, nullptr);
+    if (decoder.head) f("lm_head.weight", decoder.head->weight, nullptr);
+  }
+
+  void read(const ShardedSafetensors& tensors) {
+    for_each_parameter(*this, [&](const std::string& name, auto& parameter, const std::vector<Index>* heads) {
+      const Safetensors& file = tensors.file_of(name);
+      if constexpr (std::is_same_v<std::remove_reference_t<decltype(parameter)>, FrozenMatrix>) {
+        detail::with_type_of(file.info(name).dtype, [&]<typename T>(T) {
+          // What is wider than the arithmetic would only be narrowed again and again.
+          using Kept = std::conditional_t<(sizeof(T) > sizeof(Scalar)) || std::is_integral_v<T>, Scalar, T>;
+          parameter = weight<Kept>(file, name, heads);
+        });
+      } else {
+        const Vector<Scalar> values = file.vector<Scalar>(name);
+        if (heads == nullptr) {
+          parameter = values;
+        } else {
+          detail::gather_heads(parameter, values, *heads, config_.head_dim);
+        }
+        vector_types_[name] = file.info(name).dtype;
+      }
+    });
+  }
+
+  template <typename T>
+  FrozenMatrix weight(const Safetensors& file, const std::string& name, const std::vector<Index>* heads) const {
+    const Index rows = file.info(name).shape[0], cols = file.info(name).shape[1];
+    std::shared_ptr<const T> mapped = file.mapped<T>(name);
+    if (heads == nullptr && mapped != nullptr) return FrozenMatrix(std::move(mapped), rows, cols);
+    if (heads == nullptr) return FrozenMatrix(file.matrix<T>(name));
+    Matrix<T> ordered(static_cast<Index>(heads->size()) * config_.head_dim, cols);
+    if (mapped != nullptr) {
+      detail::gather_heads(ordered, Eigen::Map<const Matrix<T>>(mapped.get(), rows, cols), *heads, config_.head_dim);
+    } else {
+      detail::gather_heads(ordered, file.matrix<T>(name), *heads, config_.head_dim);
+    }
+    return FrozenMatrix(std::move(ordered));
+  }
+
+  void add_to(SafetensorsWriter& writer, const std::string& name, const FrozenMatrix& weight,
+              const std::vector<Index>* heads) const {
+    weight.visit([&]<typename T>(const detail::StridedView<const T>& view) {
+      add_in_order(writer, name, Eigen::Map<const Matrix<T>>(view.data, view.rows, view.cols), heads);
+    });
+  }
+  void add_to(SafetensorsWriter& writer, const std::string& name, const Vector<Scalar>& vector,
+              const std::vector<Index>* heads) const {
+    const auto type = vector_types_.find(name);
+    detail::with_type_of(type == vector_types_.end() ? Dtype::F32 : type->second, [&]<typename T>(T) {
+      add_in_order(writer, name, Vector<T>(vector.template cast<T>()), heads);
+    });
+  }
+
+  /// Adds a tensor with its heads in the order of the checkpoint.
+  template <typename Values>
+  void add_in_order(SafetensorsWriter& writer, const std::string& name, const Values& values,
+                    const std::vector<Index>* heads) const {
+    if (heads == nullptr) return writer.add(name, values);
+    const auto back = detail::first_of_each(*heads, 1 + *std::max_element(heads->begin(), heads->end()));
+    typename Values::PlainObject ordered(static_cast<Index>(back.size()) * config_.head_dim, values.cols());
+    detail::gather_heads(ordered, values, back, config_.head_dim);
+    writer.add(name, ordered);
+  }
+
+  void check_length(Index tokens) const {
+    if (tokens > config_.max_tokens()) {
+      detail::throw_invalid({"DiffLlama: a sequence of ", tokens, " tokens is longer than the ", config_.max_tokens(),
+                             " positions that the model has"});
+    }
+  }
+
+  DiffLlamaConfig config_;
+  Model decoder_;
+  std::map<std::string, Dtype> vector_types_;  // as they were stored
+};
+
+}  // namespace diffattn::inline v0_1
