@@ -30,9 +30,13 @@ template <typename Scalar, typename Y, typename X, typename Weight, Executor E>
 void linear_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Weight& weight,
                  Workspace& workspace, E& executor, const Scalar* bias = nullptr) {
   const detail::Readable<X> x_read(x.derived());
-  const auto multiply = [&](const auto& view) {
-    detail::matmul_transposed<Scalar>(detail::writable_view_of(y), detail::view_of(x_read), view, bias, workspace,
-                                      executor);
+  const auto multiply = [&]<typename Stored>(const detail::StridedView<const Stored>& view) {
+    if constexpr (sizeof(Stored) <= sizeof(Scalar)) {
+      detail::matmul_transposed<Scalar>(detail::writable_view_of(y), detail::view_of(x_read), view, bias, workspace,
+                                        executor);
+    } else {
+      detail::throw_invalid({"Linear: the weight is of a wider type than the arithmetic; convert it once"});
+    }
   };
   if constexpr (std::is_same_v<Weight, FrozenMatrix>) {
     weight.visit(multiply);

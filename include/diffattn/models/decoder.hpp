@@ -17,6 +17,7 @@
 //          any work. Const functions may be called from several threads, each with a workspace of its own.
 // Memory   (tokens x (embed_dim and hidden_dim)) scratch from the workspace; after a first call no heap.
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <iterator>
@@ -37,6 +38,7 @@
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/rms_norm.hpp"
+#include "diffattn/models/decoder_cache.hpp"
 #include "diffattn/models/feed_forward.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -103,6 +105,7 @@ class Decoder {
   }
 
   const Config& config() const { return config_; }
+  Index num_layers() const { return config_.num_layers; }
 
   /// (tokens x vocab_size): row i scores what follows token i.
   template <typename Tokens>
@@ -113,6 +116,23 @@ class Decoder {
     return result;
   }
   Matrix<Scalar> logits(std::initializer_list<Index> tokens) const { return logits(std::span(tokens)); }
+
+  /// The same for the tokens that follow those in `cache`, which they join.
+  template <typename Tokens, typename Storage>
+  Matrix<Scalar> logits(const Tokens& tokens, DecoderCache<Storage>& cache) const {
+    const Index n = static_cast<Index>(std::size(tokens));
+    Workspace workspace;
+    const auto frame = workspace.frame();
+    detail::MatrixMap<Scalar> x(workspace.take<Scalar>(n * embedding.cols()), n, embedding.cols());
+    Matrix<Scalar> result(n, config_.vocab_size);
+    hidden_into(x, tokens, cache, workspace);
+    head_into(result, x, workspace);
+    return result;
+  }
+  template <typename Storage>
+  Matrix<Scalar> logits(std::initializer_list<Index> tokens, DecoderCache<Storage>& cache) const {
+    return logits(std::span(tokens), cache);
+  }
 
   /// The same into a matrix of yours, with scratch from `workspace` and work spread over `executor`.
   template <typename Y, typename Tokens, Executor E = Serial>
@@ -129,9 +149,26 @@ class Decoder {
   template <typename Tokens, Executor E = Serial>
   void hidden_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens, Workspace& workspace, E&& executor = {}) const {
     embed_into(x, tokens);
-    run_blocks(x, workspace, executor, [&](const Block& block, Index /*layer*/, auto& y, const auto& normed) {
+    run_blocks(x, workspace, executor, [&](const Block& block, std::size_t /*layer*/, auto& y, const auto& normed) {
       block.attention.forward_into(y, normed, CausalMask{}, workspace, executor);
     });
+  }
+
+  /// The same for the tokens that follow those in `cache`.
+  template <typename Tokens, typename Storage, Executor E = Serial>
+  void hidden_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens, DecoderCache<Storage>& cache,
+                   Workspace& workspace, E&& executor = {}) const {
+    check_cache(cache, x.rows());
+    embed_into(x, tokens);
+    const Index before = cache.position();
+    try {
+      run_blocks(x, workspace, executor, [&](const Block& block, std::size_t layer, auto& y, const auto& normed) {
+        block.attention.forward_into(y, normed, cache.layers[layer], workspace, executor);
+      });
+    } catch (...) {
+      cache.roll_back(before);
+      throw;
+    }
   }
 
   /// y (n x vocab_size) = x (n x embed_dim) W_headᵀ.
@@ -142,6 +179,32 @@ class Decoder {
     detail::check_shape(kName, "logits", y, x.rows(), embedding.rows());
     if (head) return head->forward_into(y, x, workspace, executor);
     linear_into<Scalar>(y, x, embedding, workspace, executor);
+  }
+
+  /// Throws std::invalid_argument unless all tokens are in the vocabulary.
+  template <typename Tokens>
+  void check_tokens(const Tokens& tokens) const {
+    const auto* const ids = std::data(tokens);
+    for (Index i = 0; i < static_cast<Index>(std::size(tokens)); ++i) {
+      const auto id = static_cast<Index>(ids[i]);
+      if (id < 0 || id >= config_.vocab_size) {
+        detail::throw_invalid({kName, ": token ", i, " is ", id, ", outside the vocabulary of ", config_.vocab_size});
+      }
+    }
+  }
+
+  /// Throws std::invalid_argument unless the cache is one for this model and has room for the tokens.
+  template <typename Storage>
+  void check_cache(const DecoderCache<Storage>& cache, Index tokens) const {
+    if (cache.layers.size() != blocks.size()) {
+      detail::throw_invalid({kName, ": the cache must have ", config_.num_layers, " layers, got ",
+                             static_cast<Index>(cache.layers.size())});
+    }
+    const Index most = cache.options().max_tokens;
+    if (most != 0 && tokens > most - cache.position()) {
+      detail::throw_invalid({kName, ": the cache holds at most ", most, " tokens and has ", cache.position(),
+                             ", cannot append ", tokens});
+    }
   }
 
   template <typename Self, typename Visitor>
@@ -176,13 +239,8 @@ class Decoder {
   /// Copies the embeddings of the tokens, all of which are checked before.
   template <typename Tokens>
   void embed_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens) const {
+    check_tokens(tokens);
     const auto* const ids = std::data(tokens);
-    for (Index i = 0; i < x.rows(); ++i) {
-      const auto id = static_cast<Index>(ids[i]);
-      if (id < 0 || id >= config_.vocab_size) {
-        detail::throw_invalid({kName, ": token ", i, " is ", id, ", outside the vocabulary of ", config_.vocab_size});
-      }
-    }
     for (Index i = 0; i < x.rows(); ++i) {
       const auto id = static_cast<Index>(ids[i]);
       if constexpr (kFrozen) {
@@ -208,7 +266,7 @@ class Decoder {
     for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
       const Block& block = blocks[layer];
       normalize(block.attention_norm, normed);
-      attend(block, static_cast<Index>(layer), y, normed);
+      attend(block, layer, y, normed);
       x += y;
       normalize(block.feed_forward_norm, normed);
       block.feed_forward.forward_into(y, normed, workspace, executor);

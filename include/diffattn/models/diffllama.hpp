@@ -38,6 +38,7 @@
 #include "diffattn/models/decoder.hpp"
 #include "diffattn/models/diffllama_config.hpp"
 #include "diffattn/models/diffllama_layout.hpp"
+#include "diffattn/models/generate.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -67,6 +68,42 @@ class DiffLlama {
     return decoder_.logits(tokens);
   }
   Matrix<Scalar> logits(std::initializer_list<Index> tokens) const { return logits(std::span(tokens)); }
+
+  /// The same for the tokens that follow those in `cache`, which they join.
+  template <typename Tokens, typename Storage>
+  Matrix<Scalar> logits(const Tokens& tokens, DecoderCache<Storage>& cache) const {
+    check_length(cache.position() + static_cast<Index>(std::size(tokens)));
+    return decoder_.logits(tokens, cache);
+  }
+  template <typename Storage>
+  Matrix<Scalar> logits(std::initializer_list<Index> tokens, DecoderCache<Storage>& cache) const {
+    return logits(std::span(tokens), cache);
+  }
+
+  /// A cache for this model, whose storage type is free: make_cache<Eigen::bfloat16>().
+  template <typename Storage = Scalar>
+  DecoderCache<Storage> make_cache(const KvCacheOptions& options = {}) const {
+    return DecoderCache<Storage>(decoder_.num_layers(), options);
+  }
+
+  /// The tokens that follow the prompt, as generate.hpp says. If no stop tokens are given, they are the eos_token_id of
+  /// the configuration.
+  template <typename Tokens>
+  std::vector<Index> generate(const Tokens& prompt, const GenerateOptions& options = {}) const {
+    DecoderCache<Scalar> cache = make_cache();
+    return generate(prompt, options, cache);
+  }
+  std::vector<Index> generate(std::initializer_list<Index> prompt, const GenerateOptions& options = {}) const {
+    return generate(std::span(prompt), options);
+  }
+  template <typename Tokens, typename Storage, Executor E = Serial>
+  std::vector<Index> generate(const Tokens& prompt, GenerateOptions options, DecoderCache<Storage>& cache,
+                              E&& executor = {}) const {
+    if (options.stop_tokens.empty()) options.stop_tokens = config_.eos_token_ids;
+    const Index most = config_.max_tokens();
+    options.max_length = options.max_length == 0 ? most : std::min(options.max_length, most);
+    return diffattn::generate(decoder_, prompt, options, cache, executor);
+  }
 
   /// Writes config.json and model.safetensors, in the element types that were read. The directory is made if it is not
   /// there. Holds a copy of the weights while it writes.

@@ -87,8 +87,8 @@ void rotate_rows(const std::optional<Rotary<Scalar>>& rotary, MatrixMap<Scalar>&
                  Index k_heads, Index first, Index tokens, Index position, E& executor) {
   if (!rotary) return;
   for_each_row_block(tokens, executor, [&](Index row, Index count) {
-    rotary->apply(writable_view_of(rows_of(q, first + row, count)), q_heads, position + row);
-    rotary->apply(writable_view_of(rows_of(k, first + row, count)), k_heads, position + row);
+    rotary->apply(writable_view_of(rows_of(q, first + row, count)), q_heads, position + row, position + tokens);
+    rotary->apply(writable_view_of(rows_of(k, first + row, count)), k_heads, position + row, position + tokens);
   });
 }
 
