@@ -94,10 +94,11 @@ void add_case(Errors& errors, const Kernel& kernel, const Operands<Scalar>& x, c
 inline constexpr double kNaiveFactor = 1.5;
 inline constexpr double kRmsFloor = 0.7;
 
-/// More draws where a shape has few scores.
+/// More draws where a shape has few scores, or few results to take the root mean square of.
 template <typename Scalar>
 Index draws(const Shape& shape) {
-  return std::is_same_v<Scalar, float> ? std::min<Index>(20, 1 + 600 / (shape.n_q * shape.n_k)) : 1;
+  const Index fewest = shape.n_q * std::min(shape.n_k, shape.dv);
+  return std::is_same_v<Scalar, float> ? std::min<Index>(20, 1 + 600 / fewest) : 1;
 }
 
 /// Runs add(errors, x, rng) for every shape and draw; returns the errors of everything together.
