@@ -11,6 +11,7 @@
 // Parameters (visit_parameters): q_proj, k_proj, v_proj, lambda_proj, o_proj.
 // Shapes, errors, threads: as multihead_diff_attention.hpp says.
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -162,7 +163,8 @@ class MultiheadDiffAttentionV2 {
     k_proj.forward_into(k, x, workspace, executor);
     v_proj.forward_into(v, x, workspace, executor);
     lambda_proj.forward_into(lambda, x, workspace, executor);
-    lambda = (Scalar(1) + (-lambda.array()).exp()).inverse();
+    // One at a time: Eigen's packets and their tails round differently, which a token would notice in other company.
+    lambda = lambda.unaryExpr([](Scalar x) { return Scalar(1) / (Scalar(1) + std::exp(-x)); });
     attend(attended, q, k, v, lambda);
     o_proj.forward_into(y, attended, workspace, executor);
   }
