@@ -164,7 +164,7 @@ class MultiheadDiffAttentionV2 {
     v_proj.forward_into(v, x, workspace, executor);
     lambda_proj.forward_into(lambda, x, workspace, executor);
     // One at a time: Eigen's packets and their tails round differently, which a token would notice in other company.
-    lambda = lambda.unaryExpr([](Scalar x) { return Scalar(1) / (Scalar(1) + std::exp(-x)); });
+    lambda = lambda.unaryExpr([](Scalar logit) { return Scalar(1) / (Scalar(1) + std::exp(-logit)); });
     attend(attended, q, k, v, lambda);
     o_proj.forward_into(y, attended, workspace, executor);
   }
