@@ -14,7 +14,7 @@
 //            the layout of the official multihead_flashdiff_*.py and, shared, of multihead_flashdiffv2.py.
 // λ          any number, negative and above 1 included; or one for every query, n_q x 1 (n_q x H for several heads).
 //            The difference is not renormalised: the rows of P1 − λ·P2 sum to 1 − λ.
-// Operands, masks, errors, memory, threads: as attention.hpp says, and a panel of 2 · 24 · n_k scores a worker besides.
+// Operands, masks, errors, memory, threads: as attention.hpp says, and a panel of 2 · 48 · n_k scores a worker besides.
 // Cost       4·n_q·n_k·d + 2·n_q·n_k·dv FLOP a head over visible keys: with dv = 2d, that of two standard heads.
 
 #include "diffattn/core/error.hpp"

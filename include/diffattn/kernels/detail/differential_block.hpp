@@ -24,7 +24,7 @@ class DifferentialBlock {
 
  public:
   static constexpr Index kMaps = 2;
-  static constexpr Index kBlockRows = 24;
+  static constexpr Index kBlockRows = 48;
   static constexpr Index kGroups = kBlockRows / kRows;
 
   /// Takes the scratch of one worker; no block will see more than `max_keys` keys.
@@ -33,9 +33,9 @@ class DifferentialBlock {
     // A range of max_keys keys touches one chunk more than it fills when it starts inside one.
     const Index chunks = divide_up(max_keys, kChunk) + 1;
     panel_ = workspace.take<Scalar>(chunks * 2 * kGroups * kTile);
-    chunk_max_ = workspace.take<Scalar>(chunks * 2 * kGroups * kPaddedRows);
+    chunk_base_ = workspace.take<Scalar>(chunks * 2 * kGroups * kPaddedRows);
     for (Index map = 0; map < 2; ++map) {
-      q_[map] = workspace.take<Scalar>(packed_rows_size<Scalar>(kBlockRows, shape.d));
+      q_[map] = workspace.take<Scalar>(kBlockRows * shape.d);
       softmax_[map] = workspace.take<RowSoftmax<Scalar>>(kGroups);
     }
     factors_ = workspace.take<Scalar>(2 * kGroups * kPaddedRows);
@@ -48,7 +48,7 @@ class DifferentialBlock {
            const StridedView<Scalar> (&lse)[2], Index head_index) {
     const Index groups = divide_up(rows.count, kRows);
     for (Index map = 0; map < 2; ++map) {
-      pack_rows(q_[map], q[map], scale);
+      copy_rows(q_[map], q[map], scale);
       for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
     }
     std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
@@ -82,16 +82,19 @@ class DifferentialBlock {
  private:
   Index slot(Index chunk, Index map, Index g) const { return (chunk * 2 + map) * kGroups + g; }
 
-  /// Scores of one group, map and chunk, turned into weights relative to the maximum so far.
+  /// Scores of one group, map and chunk, turned into weights relative to the base so far.
   template <typename Mask>
   void score(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index map, Index g, Index first_key,
              Index chunk) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
-    score_chunk(weights, q_[map] + g * kRows * head.d, head.keys[map], head.d, rows, first_key, columns);
-    softmax_[map][g].add_chunk(weights, kChunk, rows.count, columns.begin, columns.end);
-    std::copy(softmax_[map][g].max, softmax_[map][g].max + kPaddedRows, chunk_max_ + slot(chunk, map, g) * kPaddedRows);
+    const LeftOperand<Scalar> q{q_[map] + g * kRows * head.d, head.d, 1};
+    score_chunk(weights, q, head.keys[map], head.d, rows, first_key, columns);
+    RowSoftmax<Scalar>& softmax = softmax_[map][g];
+    Scalar growth[kRows];
+    softmax.add_chunk(weights, kChunk, rows.count, columns.begin, columns.end, growth);
+    std::copy(softmax.base, softmax.base + kPaddedRows, chunk_base_ + slot(chunk, map, g) * kPaddedRows);
   }
 
   /// 1/l1 and −λ/l2 for the rows of a group; 0 for a row that saw no key.
@@ -128,25 +131,21 @@ class DifferentialBlock {
     add_weighted_values(sums_ + g * group_sums_, p1, head, rows, first_key, columns);
   }
 
-  /// What turns the weights of a chunk into probabilities: exp2(m_chunk − m)/l, with −λ for the second map.
+  /// What turns the weights of a chunk into probabilities: exp2(its base − the last)/l, with −λ for the second map.
   void chunk_factors(Scalar* to, Index map, Index g, Index chunk) {
-    const Scalar* const chunk_max = chunk_max_ + slot(chunk, map, g) * kPaddedRows;
-    const Scalar* const max = softmax_[map][g].max;
-    for (Index r = 0; r < kPaddedRows; ++r) {
-      // Without a key so far the weights are all 0, and 0 is a factor that keeps them so.
-      to[r] = chunk_max[r] == kMinusInfinity<Scalar> ? kMinusInfinity<Scalar> : chunk_max[r] - max[r];
-    }
+    const Scalar* const chunk_base = chunk_base_ + slot(chunk, map, g) * kPaddedRows;
+    const Scalar* const base = softmax_[map][g].base;
     for (Index r = 0; r < kPaddedRows; r += simd::kLanes<Scalar>) {
-      const auto relative = exp2_nonpositive<Scalar>(simd::load(to + r));
+      const auto relative = exp2_nonpositive<Scalar>(simd::sub(simd::load(chunk_base + r), simd::load(base + r)));
       simd::store(to + r, simd::mul(relative, simd::load(factors(map, g) + r)));
     }
   }
 
-  Index group_sums_;   // values in the sums of one group
-  Scalar* sums_;       // [group][strip of dv][kRows][kCols]
-  Scalar* panel_;      // [chunk][map][group][kRows][kChunk]
-  Scalar* chunk_max_;  // [chunk][map][group][kPaddedRows]: the maximum that a chunk's weights are relative to
-  Scalar* q_[2];       // [group][d][kRows]
+  Index group_sums_;                // values in the sums of one group
+  Scalar* sums_;                    // [group][strip of dv][kRows][kCols]
+  Scalar* panel_;                   // [chunk][map][group][kRows][kChunk]
+  Scalar* chunk_base_;              // [chunk][map][group][kPaddedRows]: what a chunk's weights are relative to
+  Scalar* q_[2];                    // [row][d], scaled by s·log2(e)
   RowSoftmax<Scalar>* softmax_[2];  // [group]
   Scalar* factors_;                 // [map][group][kPaddedRows]
 };

@@ -1,6 +1,6 @@
 #pragma once
 
-// 2^x for x <= 0, the only exponential a softmax needs once log2(e) is folded into the scores.
+// 2^x for x that are negative or small, the only exponential a softmax needs once log2(e) is folded into the scores.
 //
 // x = n + f with n the nearest integer and |f| <= 1/2; 2^x = 2^n · p(f). Adding a large constant leaves n in the low
 // bits of a float's significand, and shifting them into the exponent gives 2^n: no conversion, no table. Below the
@@ -36,7 +36,7 @@ struct Exp2Constants<double> {
       5.5504108664819921475e-2,  2.4022650695910156205e-1, 6.9314718055994533046e-1};  // f^11 … f^1
 };
 
-/// 2^x in every lane, x <= 0 or NaN. 12 instructions for float with fused multiply-add.
+/// 2^x in every lane, x < 127 or NaN. 12 instructions for float with fused multiply-add.
 template <typename Scalar>
 EIGEN_ALWAYS_INLINE simd::Packet<Scalar> exp2_nonpositive(const simd::Packet<Scalar>& x) {
   using C = Exp2Constants<Scalar>;

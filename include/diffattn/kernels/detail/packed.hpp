@@ -71,6 +71,19 @@ void pack_rows(Scalar* to, const StridedView<const T>& rows, Scalar factor) {
   }
 }
 
+/// rows · factor, row by row, as they lie.
+template <typename Scalar, typename T>
+void copy_rows(Scalar* to, const StridedView<const T>& rows, Scalar factor) {
+  for (Index r = 0; r < rows.rows; ++r, to += rows.cols) {
+    const T* const from = &rows(r, 0);
+    if (rows.col_stride == 1) {
+      for (Index c = 0; c < rows.cols; ++c) to[c] = static_cast<Scalar>(from[c]) * factor;
+    } else {
+      for (Index c = 0; c < rows.cols; ++c) to[c] = static_cast<Scalar>(from[c * rows.col_stride]) * factor;
+    }
+  }
+}
+
 /// One strip of b(k, c) = source(first + c, k): keys to strips. Contiguous rows are transposed in registers, whole
 /// packets at a time. Past the `present` rows the strip repeats the last of them up to the end of a packet, finite
 /// wherever that is; what follows nobody reads.

@@ -6,6 +6,7 @@
 // Per step of depth it loads two packets of b, broadcasts kRows scalars of a, and does 2·kRows fused multiply-adds:
 // with 16 registers 12 FMAs for 8 loads, which keeps both FMA pipes of a core with two load ports busy.
 
+#include <algorithm>
 #include <type_traits>
 
 #include "diffattn/core/simd.hpp"
@@ -89,6 +90,57 @@ EIGEN_ALWAYS_INLINE void with_tile(Index rows, Index cols, F&& f) {
   };
   if (cols > Tile<Scalar>::kLanes) return with_height(integral_constant<Index, Tile<Scalar>::kPackets>{});
   return with_height(integral_constant<Index, 1>{});
+}
+
+/// The left operand of a product: a(r, k) = data[r·row_step + k·depth_step]. Rows up to the height of the tile are
+/// read.
+template <typename Scalar>
+struct LeftOperand {
+  const Scalar* data;
+  Index row_step;
+  Index depth_step;
+};
+
+template <typename Scalar, Index kHeight, Index kPackets>
+EIGEN_ALWAYS_INLINE void add_product_of_size(Scalar* to, Index stride, bool add, const LeftOperand<Scalar>& a,
+                                             const Scalar* b, Index depth) {
+  TileSums<Scalar, kHeight, kPackets> tile;
+  if (add) {
+    tile.load(to, stride);
+  } else {
+    tile.set_zero();
+  }
+  // Three pointers and one step, doubled and tripled in the address: what the general registers have room for.
+  constexpr Index kThird = divide_up(kHeight, 3);
+  const Index row = a.row_step;
+  const Scalar* rows[3] = {a.data, a.data + kThird * row, a.data + 2 * kThird * row};
+  for (Index k = 0; k < depth; ++k) {
+    simd::Packet<Scalar> right[kPackets];
+#pragma GCC unroll 2
+    for (Index p = 0; p < kPackets; ++p) right[p] = simd::load(b + p * Tile<Scalar>::kLanes);
+#pragma GCC unroll 16
+    for (Index r = 0; r < kHeight; ++r) {
+      const simd::Packet<Scalar> left = simd::broadcast(rows[r / kThird][(r % kThird) * row]);
+#pragma GCC unroll 2
+      for (Index p = 0; p < kPackets; ++p) tile.sums[r][p] = simd::fma(left, right[p], tile.sums[r][p]);
+    }
+#pragma GCC unroll 3
+    for (const Scalar*& third : rows) third += a.depth_step;
+    b += Tile<Scalar>::kCols;
+  }
+  tile.store(to, stride);
+}
+
+/// to(r, c) = Σ_k a(r, k) · b[k·kCols + c], or += with `add`, for the smallest tile that holds rows x cols: rows of
+/// `to` are `stride` apart and aligned to a packet; more columns than a tile has are as many as it has. A call of its
+/// own, compiled once for each scalar: beside the product it costs nothing, and compiling it at every use would cost
+/// seconds.
+template <typename Scalar>
+EIGEN_DONT_INLINE void add_product(Scalar* to, Index stride, bool add, const LeftOperand<Scalar>& a, const Scalar* b,
+                                   Index depth, Index rows, Index cols) {
+  with_tile<Scalar>(rows, cols, [&](auto height, auto packets) {
+    add_product_of_size<Scalar, height, packets>(to, stride, add, a, b, depth);
+  });
 }
 
 }  // namespace diffattn::inline v0_1::detail

@@ -75,18 +75,12 @@ void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, co
   }
 }
 
-/// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one packed group, scaled by s·log2(e).
+/// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one group, scaled by s·log2(e).
 template <typename Scalar, typename Mask>
-void score_chunk(Scalar* scores, const Scalar* q, const Scalar* keys, Index d, const RowRange<Mask>& rows,
+void score_chunk(Scalar* scores, const LeftOperand<Scalar>& q, const Scalar* keys, Index d, const RowRange<Mask>& rows,
                  Index first_key, const KeyRange& columns) {
-  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
-  for (Index c = columns.begin; c < columns.end; c += kCols) {
-    with_tile<Scalar>(rows.count, columns.end - c, [&](auto height, auto packets) {
-      TileSums<Scalar, height, packets> tile;
-      tile.set_zero();
-      tile.template add_product<1, kRows>(q, keys + (first_key + c) * d, d);
-      tile.store(scores + c, kChunk);
-    });
+  for (Index c = columns.begin; c < columns.end; c += Tile<Scalar>::kCols) {
+    add_product(scores + c, kChunk, false, q, keys + (first_key + c) * d, d, rows.count, columns.end - c);
   }
   const KeyRange all = rows.keys_of_all();
   const bool edge = first_key + columns.begin < all.begin || first_key + columns.end > all.end;
@@ -121,27 +115,28 @@ void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Sc
   constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
   const Index end = std::min(columns.end, head.n_k - first_key);
   if (!head.finite_values) return add_visible_values(out, weights, head, rows, first_key, {columns.begin, end});
+  const LeftOperand<Scalar> a{weights + columns.begin, kChunk, 1};
   for (Index col = 0; col < head.dv; col += kCols, out += kRows * kCols) {
-    const Scalar* const values = head.values + col * head.value_stride + first_key * kCols;
-    with_tile<Scalar>(rows.count, head.dv - col, [&](auto height, auto packets) {
-      TileSums<Scalar, height, packets> tile;
-      tile.load(out, kCols);
-      tile.template add_product<kChunk, 1>(weights + columns.begin, values + columns.begin * kCols,
-                                           end - columns.begin);
-      tile.store(out, kCols);
-    });
+    const Scalar* const values = head.values + col * head.value_stride + (first_key + columns.begin) * kCols;
+    add_product(out, kCols, true, a, values, end - columns.begin, rows.count, head.dv - col);
   }
 }
 
 /// out(r, c) = sums(r, c) · factors[r]. sums: [strip of dv][kRows][kCols].
 template <typename Scalar>
 void write_rows(const StridedView<Scalar>& out, const Scalar* sums, const Scalar* factors) {
-  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
   for (Index col = 0; col < out.cols; col += kCols, sums += kRows * kCols) {
     const Index present = std::min(kCols, out.cols - col);
     for (Index r = 0; r < out.rows; ++r) {
       Scalar* const to = &out(r, col);
-      for (Index c = 0; c < present; ++c) to[c * out.col_stride] = sums[r * kCols + c] * factors[r];
+      const Scalar* const from = sums + r * kCols;
+      const auto factor = simd::broadcast(factors[r]);
+      Index c = 0;
+      for (; out.col_stride == 1 && c + kLanes <= present; c += kLanes) {
+        simd::storeu(to + c, simd::mul(simd::load(from + c), factor));
+      }
+      for (; c < present; ++c) to[c * out.col_stride] = from[c] * factors[r];
     }
   }
 }

@@ -2,9 +2,10 @@
 
 // The softmax of a group of rows, one chunk of keys at a time, in the log2 domain.
 //
-// Each chunk of scores becomes exp2(score − m) in place, with m the largest score that its row has shown so far. A
-// chunk keeps the m it used; whoever reads it later multiplies by exp2(m − final m). Sums are kept per lane, so that a
-// row is reduced across lanes once for its maximum in each chunk, and once for its sum at the end.
+// Each chunk of scores becomes exp2(score − base) in place. The base of a row is a score it has seen: the largest of
+// its first chunk, and it moves only when a later score passes it by more than kHeadroom, which is rare, so that next
+// to nothing is ever rescaled and weights still stay below 2^kHeadroom. A chunk keeps the base it used; whoever reads
+// it later multiplies by exp2(base − final base). Sums are kept per lane and reduced across lanes once, at the end.
 
 #include <algorithm>
 #include <cmath>
@@ -25,53 +26,98 @@ Scalar finite_or_zero(Scalar max) {
   return max == kMinusInfinity<Scalar> ? Scalar(0) : max;
 }
 
-/// Running maximum and sum of kRows rows.
+/// Running base and sum of kRows rows.
 template <typename Scalar>
 struct RowSoftmax {
   static constexpr Index kRows = Tile<Scalar>::kRows;
   static constexpr Index kLanes = Tile<Scalar>::kLanes;
   /// Arrays with one value a row hold whole packets.
   static constexpr Index kPaddedRows = round_up(kRows, kLanes);
+  static constexpr Scalar kHeadroom = 8;
+  /// The base of a row that has seen no key: finite, so that -inf less the base is -inf and a weight of 0.
+  static constexpr Scalar kNoBase = std::numeric_limits<Scalar>::lowest();
 
-  alignas(64) Scalar max[kPaddedRows];
+  alignas(64) Scalar base[kPaddedRows];
   alignas(64) Scalar lane_sums[kRows][kLanes];
 
   void reset() {
-    std::fill(max, max + kPaddedRows, kMinusInfinity<Scalar>);
+    std::fill(base, base + kPaddedRows, kNoBase);
     std::fill(&lane_sums[0][0], &lane_sums[0][0] + kRows * kLanes, Scalar(0));
   }
 
-  /// scores: `rows` rows, `stride` apart; columns [begin, end), whole packets, become weights relative to max. Returns
-  /// whether the maximum of any row grew.
-  bool add_chunk(Scalar* scores, Index stride, Index rows, Index begin, Index end) {
-    bool grew = false;
+  /// scores: `rows` rows, `stride` apart; columns [begin, end), whole packets, become weights relative to base. Returns
+  /// whether the base of a row with weights moved; then growth[r] is what earlier weights of row r are to be multiplied
+  /// with.
+  bool add_chunk(Scalar* scores, Index stride, Index rows, Index begin, Index end, Scalar* growth) {
+    alignas(64) Scalar largest[kPaddedRows];
+    set_largest(largest, scores, stride, rows, begin, end);
+    bool passed = false;
+    for (Index r = 0; r < kRows; ++r) passed |= largest[r] > base[r] + kHeadroom;
+    const bool moved = passed && move_base(largest, growth);
+
     for (Index r = 0; r < rows; ++r) {
       Scalar* const row = scores + r * stride;
-      auto packet_max = simd::load(row + begin);
-      for (Index c = begin + kLanes; c < end; c += kLanes) packet_max = simd::max(packet_max, simd::load(row + c));
-      const Scalar chunk_max = simd::reduce_max(packet_max);
-
+      const auto row_base = simd::broadcast(base[r]);
       auto sums = simd::load(lane_sums[r]);
-      if (chunk_max > max[r]) {
-        grew = true;
-        sums = simd::mul(sums, exp2_nonpositive<Scalar>(simd::broadcast(max[r] - chunk_max)));
-        max[r] = chunk_max;
-      }
-      const auto base = simd::broadcast(finite_or_zero(max[r]));
+#pragma GCC unroll 4
       for (Index c = begin; c < end; c += kLanes) {
-        const auto weight = exp2_nonpositive<Scalar>(simd::sub(simd::load(row + c), base));
+        const auto weight = exp2_nonpositive<Scalar>(simd::sub(simd::load(row + c), row_base));
         simd::store(row + c, weight);
         sums = simd::add(sums, weight);
       }
       simd::store(lane_sums[r], sums);
     }
-    return grew;
+    return moved;
   }
 
   Scalar sum(Index r) const { return simd::reduce_add(simd::load(lane_sums[r])); }
 
   /// log2 Σ 2^score over what the row has seen; -inf for nothing.
-  Scalar log_sum_exp(Index r) const { return max[r] + std::log2(sum(r)); }
+  Scalar log_sum_exp(Index r) const { return base[r] + std::log2(sum(r)); }
+
+ private:
+  /// largest[r] = the largest score of row r. Several rows at a time, and reduced across lanes all together.
+  static void set_largest(Scalar* largest, const Scalar* scores, Index stride, Index rows, Index begin, Index end) {
+    constexpr Index kTogether = kRows > 6 ? 4 : 3;
+    simd::Packet<Scalar> packets[kPaddedRows];
+    for (auto& packet : packets) packet = simd::broadcast(kNoBase);
+    for (Index first = 0; first < rows; first += kTogether) {
+      const Scalar* row[kTogether];
+      simd::Packet<Scalar> together[kTogether];
+      for (Index i = 0; i < kTogether; ++i) {
+        row[i] = scores + std::min(first + i, rows - 1) * stride;
+        together[i] = simd::broadcast(kNoBase);
+      }
+      for (Index c = begin; c < end; c += kLanes) {
+#pragma GCC unroll 4
+        for (Index i = 0; i < kTogether; ++i) together[i] = simd::max(together[i], simd::load(row[i] + c));
+      }
+      for (Index i = 0; i < kTogether; ++i) packets[first + i] = together[i];
+    }
+    for (Index first = 0; first < kPaddedRows; first += kLanes) {
+      simd::Packet<Scalar> block[kLanes];
+      for (Index i = 0; i < kLanes; ++i) block[i] = packets[first + i];
+      simd::transpose<Scalar>(block);
+      for (Index half = kLanes / 2; half > 0; half /= 2) {
+        for (Index i = 0; i < half; ++i) block[i] = simd::max(block[i], block[i + half]);
+      }
+      simd::store(largest + first, block[0]);
+    }
+  }
+
+  bool move_base(const Scalar* largest, Scalar* growth) {
+    bool moved = false;
+    for (Index r = 0; r < kRows; ++r) {
+      growth[r] = 1;
+      if (!(largest[r] > base[r] + kHeadroom)) continue;
+      const auto factor = exp2_nonpositive<Scalar>(simd::broadcast(base[r] - largest[r]));
+      moved |= base[r] != kNoBase;
+      base[r] = largest[r];
+      growth[r] = simd::first(factor);
+      simd::store(lane_sums[r], simd::mul(simd::load(lane_sums[r]), factor));
+    }
+    return moved;
+  }
 };
 
 }  // namespace diffattn::inline v0_1::detail

@@ -1,7 +1,7 @@
 #pragma once
 
 // Standard attention for a block of query rows: softmax(s·Q Kᵀ) V in one pass over the keys. Scores of a chunk become
-// weights and meet V while they are in the L1 cache; when a row's maximum grows, the sums it has so far are rescaled
+// weights and meet V while they are in the L1 cache; when a row's base moves, the sums it has so far are rescaled
 // (online softmax, Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135).
 
 #include "diffattn/core/workspace.hpp"
@@ -22,7 +22,7 @@ class StandardBlock {
   /// Takes the scratch of one worker.
   StandardBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index /*max_keys*/)
       : group_sums_(kRows * round_up(shape.dv, kCols)),
-        q_(workspace.take<Scalar>(packed_rows_size<Scalar>(kBlockRows, shape.d))),
+        q_(workspace.take<Scalar>(kBlockRows * shape.d)),
         weights_(workspace.take<Scalar>(kRows * kChunk)),
         sums_(workspace.take<Scalar>(kBlockRows / kRows * group_sums_)),
         softmax_(workspace.take<RowSoftmax<Scalar>>(kBlockRows / kRows)) {}
@@ -33,7 +33,7 @@ class StandardBlock {
            const RowRange<Mask>& rows, Scalar scale, const LambdaView<Scalar>& /*lambda*/,
            const StridedView<Scalar> (&lse)[1], Index head_index) {
     const Index groups = divide_up(rows.count, kRows);
-    pack_rows(q_, q[0], scale);
+    copy_rows(q_, q[0], scale);
     std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
     for (Index g = 0; g < groups; ++g) softmax_[g].reset();
 
@@ -58,20 +58,18 @@ class StandardBlock {
   void add_chunk(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index first_key) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
-    score_chunk(weights_, q_ + g * kRows * head.d, head.keys[0], head.d, rows, first_key, columns);
-
-    Scalar old_max[kRows];
-    std::copy(softmax_[g].max, softmax_[g].max + kRows, old_max);
+    const LeftOperand<Scalar> q{q_ + g * kRows * head.d, head.d, 1};
+    score_chunk(weights_, q, head.keys[0], head.d, rows, first_key, columns);
+    Scalar growth[kRows];
     Scalar* const sums = sums_ + g * group_sums_;
-    if (softmax_[g].add_chunk(weights_, kChunk, rows.count, columns.begin, columns.end))
-      rescale(sums, old_max, softmax_[g].max);
+    if (softmax_[g].add_chunk(weights_, kChunk, rows.count, columns.begin, columns.end, growth)) rescale(sums, growth);
     add_weighted_values(sums, weights_, head, rows, first_key, columns);
   }
 
-  void rescale(Scalar* sums, const Scalar* old_max, const Scalar* max) const {
+  void rescale(Scalar* sums, const Scalar* growth) const {
     for (Index r = 0; r < kRows; ++r) {
-      if (old_max[r] == max[r] || old_max[r] == kMinusInfinity<Scalar>) continue;
-      const auto factor = exp2_nonpositive<Scalar>(simd::broadcast(old_max[r] - max[r]));
+      if (growth[r] == Scalar(1)) continue;
+      const auto factor = simd::broadcast(growth[r]);
       for (Index strip = 0; strip < group_sums_; strip += kRows * kCols) {
         for (Index c = 0; c < kCols; c += simd::kLanes<Scalar>) {
           Scalar* const at = sums + strip + r * kCols + c;
@@ -82,7 +80,7 @@ class StandardBlock {
   }
 
   Index group_sums_;             // values in the sums of one group
-  Scalar* q_;                    // [group][d][kRows]
+  Scalar* q_;                    // [row][d], scaled by s·log2(e)
   Scalar* weights_;              // [kRows][kChunk]
   Scalar* sums_;                 // [group][strip of dv][kRows][kCols]
   RowSoftmax<Scalar>* softmax_;  // [group]
