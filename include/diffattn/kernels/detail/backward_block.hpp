@@ -52,17 +52,12 @@ struct BackwardRows {
 
 /// out += a · b for up to kRows rows and any number of columns. out: strips of kCols columns, `strip_size` apart; b:
 /// strips over `depth`, b_strip apart.
-template <Index kRowStep, Index kDepthStep, typename Scalar>
-void add_products(Scalar* out, Index out_strip, const Scalar* a, const Scalar* b, Index b_strip, Index rows, Index cols,
-                  Index depth) {
+template <typename Scalar>
+void add_products(Scalar* out, Index out_strip, const LeftOperand<Scalar>& a, const Scalar* b, Index b_strip,
+                  Index rows, Index cols, Index depth) {
   constexpr Index kCols = Tile<Scalar>::kCols;
   for (Index col = 0; col < cols; col += kCols, out += out_strip, b += b_strip) {
-    with_tile<Scalar>(rows, cols - col, [&](auto height, auto packets) {
-      TileSums<Scalar, height, packets> tile;
-      tile.load(out, kCols);
-      tile.template add_product<kRowStep, kDepthStep>(a, b, depth);
-      tile.store(out, kCols);
-    });
+    add_product(out, kCols, true, a, b, depth, rows, cols - col);
   }
 }
 
@@ -83,7 +78,7 @@ class BackwardBlock {
   BackwardBlock(Workspace& workspace, const Head& shape, Index max_keys) {
     const Index chunks = divide_up(max_keys, kChunk) + 1;
     panel_ = workspace.take<Scalar>(chunks * kPanels * kTile);
-    chunk_max_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
+    chunk_factor_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     chunk_dot_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     for (Index map = 0; map < kMaps; ++map) {
       q_rows_[map] = workspace.take<Scalar>(packed_rows_size<Scalar>(kBlockRows, shape.d));
@@ -155,20 +150,16 @@ class BackwardBlock {
     return {begin, std::min(round_up(keys.end - first_key, kStep), kChunk)};
   }
 
-  /// Weights, relative to the maximum so far, dA, and Σ weight · dA, of one group and chunk.
+  /// Weights, relative to the base so far, dA, and Σ weight · dA, of one group and chunk.
   template <typename Mask>
   void fill_panel(const Head& head, const RowRange<Mask>& rows, Index g, Index first_key, Index chunk,
                   const KeyRange& columns) {
     const Index at = g * kRows * kChunk;
     Scalar* const da = panel(chunk, kMaps) + at;
     for (Index c = columns.begin; c < columns.end; c += kCols) {
-      with_tile<Scalar>(rows.count, columns.end - c, [&](auto height, auto packets) {
-        TileSums<Scalar, height, packets> tile;
-        tile.set_zero();
-        tile.template add_product<1, kRows>(dout_rows_ + g * kRows * head.dv, head.values + (first_key + c) * head.dv,
-                                            head.dv);
-        tile.store(da + c, kChunk);
-      });
+      const LeftOperand<Scalar> dout{dout_rows_ + g * kRows * head.dv, 1, kRows};
+      add_product(da + c, kChunk, false, dout, head.values + (first_key + c) * head.dv, head.dv, rows.count,
+                  columns.end - c);
     }
     const KeyRange all = rows.keys_of_all();
     if (HasBias<Mask> || first_key + columns.begin < all.begin || first_key + columns.end > all.end) {
@@ -176,10 +167,12 @@ class BackwardBlock {
     }
     for (Index map = 0; map < kMaps; ++map) {
       Scalar* const weights = panel(chunk, map) + at;
-      score_chunk(weights, q_rows_[map] + g * kRows * head.d, head.keys[map], head.d, rows, first_key, columns);
-      softmax_[map][g].add_chunk(weights, kChunk, rows.count, columns.begin, columns.end);
+      const LeftOperand<Scalar> q{q_rows_[map] + g * kRows * head.d, 1, kRows};
+      score_chunk(weights, q, head.keys[map], head.d, rows, first_key, columns);
+      Scalar growth[kRows];
+      softmax_[map][g].add_chunk(weights, kChunk, rows.count, columns.begin, columns.end, growth);
       const Index values = slot(chunk, map) + g * kPaddedRows;
-      std::copy(softmax_[map][g].max, softmax_[map][g].max + kPaddedRows, chunk_max_ + values);
+      std::copy(softmax_[map][g].base, softmax_[map][g].base + kPaddedRows, chunk_factor_ + values);
       for (Index r = 0; r < rows.count; ++r) {
         auto dot = simd::broadcast(Scalar(0));
         for (Index c = r * kChunk + columns.begin; c < r * kChunk + columns.end; c += kLanes) {
@@ -229,9 +222,9 @@ class BackwardBlock {
         const Scalar inverse = sum == Scalar(0) ? Scalar(0) : Scalar(1) / sum;
         Scalar dot = 0;
         for (Index chunk = 0; chunk < chunks; ++chunk) {
-          Scalar* const value = chunk_max_ + slot(chunk, map) + g * kPaddedRows + r;
+          Scalar* const value = chunk_factor_ + slot(chunk, map) + g * kPaddedRows + r;
           // What turns the weights of the chunk into probabilities; 0 while the row has seen no key.
-          *value = *value == kMinusInfinity<Scalar> ? Scalar(0) : std::exp2(*value - softmax_[map][g].max[r]) * inverse;
+          *value = std::exp2(*value - softmax_[map][g].base[r]) * inverse;
           dot += chunk_dot_[slot(chunk, map) + g * kPaddedRows + r] * *value;
           if (map == 1) *value *= -block.lambda(rows.first + row, block.head_index);
           not_finite += *value * Scalar(0);
@@ -250,7 +243,7 @@ class BackwardBlock {
       const Index value = row / kRows * kPaddedRows + row % kRows;
       simd::Packet<Scalar> factor[kMaps], dot[kMaps];
       for (Index map = 0; map < kMaps; ++map) {
-        factor[map] = simd::broadcast(chunk_max_[slot(chunk, map) + value]);
+        factor[map] = simd::broadcast(chunk_factor_[slot(chunk, map) + value]);
         dot[map] = simd::broadcast(dots_[map][row]);
       }
       Scalar* const a = panel(chunk, kMaps) + row * kChunk;
@@ -274,8 +267,8 @@ class BackwardBlock {
     const Index present = std::min(columns.end, head.n_k - first_key) - columns.begin;
     const auto add_transposed = [&](Scalar* to, const Scalar* a, const Scalar* b, Index width) {
       for (Index k = columns.begin; k < columns.end; k += kRows) {
-        add_products<1, kChunk>(to + (first_key + k) * kCols, sums.padded_keys * kCols, a + k, b, rows * kCols,
-                                std::min(kRows, columns.end - k), width, rows);
+        add_products(to + (first_key + k) * kCols, sums.padded_keys * kCols, {a + k, 1, kChunk}, b, rows * kCols,
+                     std::min(kRows, columns.end - k), width, rows);
       }
     };
     add_transposed(sums.dv, panel(chunk, kMaps), dout_columns_, head.dv);
@@ -283,10 +276,10 @@ class BackwardBlock {
       Scalar* const ds = panel(chunk, map);
       add_transposed(sums.dk[map], ds, q_columns_[map], head.d);
       for (Index row = 0; row < rows; row += kRows) {
-        add_products<kChunk, 1>(dq_[map] + row / kRows * group_size(head.d), kRows * kCols,
-                                ds + row * kChunk + columns.begin,
-                                head.key_columns[map] + (first_key + columns.begin) * kCols, head.n_k * kCols,
-                                std::min(kRows, rows - row), head.d, present);
+        add_products(dq_[map] + row / kRows * group_size(head.d), kRows * kCols,
+                     {ds + row * kChunk + columns.begin, kChunk, 1},
+                     head.key_columns[map] + (first_key + columns.begin) * kCols, head.n_k * kCols,
+                     std::min(kRows, rows - row), head.d, present);
       }
     }
   }
@@ -315,7 +308,7 @@ class BackwardBlock {
   }
 
   Scalar* panel_;             // [chunk][panel][kBlockRows][kChunk]
-  Scalar* chunk_max_;         // [chunk][map][group][kPaddedRows]: what weights are relative to, then their factor
+  Scalar* chunk_factor_;      // [chunk][map][group][kPaddedRows]: what weights are relative to, then their factor
   Scalar* chunk_dot_;         // the same of Σ weight · dA
   Scalar* q_rows_[kMaps];     // [group][d][kRows], scaled
   Scalar* q_columns_[kMaps];  // [strip of d][row][kCols]

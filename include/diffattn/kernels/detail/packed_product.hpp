@@ -38,15 +38,9 @@ void multiply_packed(const StridedView<Scalar>& y, const Scalar* rows, const Sca
       Scalar* at = block;
       for (Index c = col; c < col_end; c += kCols) {
         for (Index r = row; r < row_end; r += kRows, at += kRows * kCols) {
-          TileSums<Scalar> tile;
-          if (k == 0) {
-            tile.set_zero();
-          } else {
-            tile.load(at, kCols);
-          }
-          tile.template add_product<1, kRows>(rows + r * depth + k * kRows, strips + c * depth + k * kCols,
-                                              std::min(Block::kDepth, depth - k));
-          tile.store(at, kCols);
+          const LeftOperand<Scalar> a{rows + r * depth + k * kRows, 1, kRows};
+          add_product(at, kCols, k != 0, a, strips + c * depth + k * kCols, std::min(Block::kDepth, depth - k),
+                      row_end - r, col_end - c);
         }
       }
     }

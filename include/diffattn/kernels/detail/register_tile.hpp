@@ -6,7 +6,6 @@
 // Per step of depth it loads two packets of b, broadcasts kRows scalars of a, and does 2·kRows fused multiply-adds:
 // with 16 registers 12 FMAs for 8 loads, which keeps both FMA pipes of a core with two load ports busy.
 
-#include <algorithm>
 #include <type_traits>
 
 #include "diffattn/core/simd.hpp"
@@ -57,40 +56,7 @@ struct TileSums {
       }
     }
   }
-
-  /// sums(r, c) += Σ_k a[r·kRowStep + k·kDepthStep] · b[k·kCols + c], k in [0, depth).
-  template <Index kRowStep, Index kDepthStep>
-  EIGEN_ALWAYS_INLINE void add_product(const Scalar* a, const Scalar* b, Index depth) {
-    for (Index k = 0; k < depth; ++k) {
-      simd::Packet<Scalar> right[kPackets];
-#pragma GCC unroll 2
-      for (Index p = 0; p < kPackets; ++p) right[p] = simd::load(b + p * Tile<Scalar>::kLanes);
-#pragma GCC unroll 16
-      for (Index r = 0; r < kHeight; ++r) {
-        const simd::Packet<Scalar> left = simd::broadcast(a[r * kRowStep]);
-#pragma GCC unroll 2
-        for (Index p = 0; p < kPackets; ++p) sums[r][p] = simd::fma(left, right[p], sums[r][p]);
-      }
-      a += kDepthStep;
-      b += Tile<Scalar>::kCols;
-    }
-  }
 };
-
-/// Calls f(height, packets) with the size of the smallest tile that holds rows x cols, as constants: the ends of a
-/// matrix need not pay for a whole tile. rows <= kRows; more columns than a tile has are as many as it has.
-template <typename Scalar, typename F>
-EIGEN_ALWAYS_INLINE void with_tile(Index rows, Index cols, F&& f) {
-  constexpr Index kThird = Tile<Scalar>::kRows / 3;
-  using std::integral_constant;
-  const auto with_height = [&](auto packets) {
-    if (rows > 2 * kThird) return f(integral_constant<Index, Tile<Scalar>::kRows>{}, packets);
-    if (rows > kThird) return f(integral_constant<Index, 2 * kThird>{}, packets);
-    return f(integral_constant<Index, kThird>{}, packets);
-  };
-  if (cols > Tile<Scalar>::kLanes) return with_height(integral_constant<Index, Tile<Scalar>::kPackets>{});
-  return with_height(integral_constant<Index, 1>{});
-}
 
 /// The left operand of a product: a(r, k) = data[r·row_step + k·depth_step]. Rows up to the height of the tile are
 /// read.
@@ -138,9 +104,15 @@ EIGEN_ALWAYS_INLINE void add_product_of_size(Scalar* to, Index stride, bool add,
 template <typename Scalar>
 EIGEN_DONT_INLINE void add_product(Scalar* to, Index stride, bool add, const LeftOperand<Scalar>& a, const Scalar* b,
                                    Index depth, Index rows, Index cols) {
-  with_tile<Scalar>(rows, cols, [&](auto height, auto packets) {
-    add_product_of_size<Scalar, height, packets>(to, stride, add, a, b, depth);
-  });
+  constexpr Index kThird = Tile<Scalar>::kRows / 3;
+  const auto of_width = [&](auto packets) {
+    constexpr Index kPackets = decltype(packets)::value;
+    if (rows > 2 * kThird) return add_product_of_size<Scalar, 3 * kThird, kPackets>(to, stride, add, a, b, depth);
+    if (rows > kThird) return add_product_of_size<Scalar, 2 * kThird, kPackets>(to, stride, add, a, b, depth);
+    return add_product_of_size<Scalar, kThird, kPackets>(to, stride, add, a, b, depth);
+  };
+  if (cols > Tile<Scalar>::kLanes) return of_width(std::integral_constant<Index, Tile<Scalar>::kPackets>{});
+  return of_width(std::integral_constant<Index, 1>{});
 }
 
 }  // namespace diffattn::inline v0_1::detail
