@@ -84,6 +84,20 @@ TEST_CASE("DiffLlama reproduces recorded logits and greedy text", "[models][diff
   check_golden<float>(directory, 1e-4);
 }
 
+TEST_CASE("DiffLlama agrees with checkpoints that transformers wrote and evaluated", "[models][diffllama][golden]") {
+  int checkpoints = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(DIFFATTN_TEST_DATA "/models/transformers")) {
+    if (!entry.is_directory()) continue;
+    ++checkpoints;
+    INFO(entry.path().filename().string());
+    const Safetensors expected(entry.path() / "expected.safetensors");
+    // transformers rounds angles and softmax to float even in a double model.
+    CHECK(relative_error(DiffLlama<double>::load(entry.path()).logits(expected.vector<std::int64_t>("tokens")),
+                         expected.matrix<double>("logits")) < 1e-6);
+  }
+  CHECK(checkpoints == 7);
+}
+
 TEST_CASE("DiffLlama computes what Hugging Face's code does, whatever the configuration", "[models][diffllama]") {
   auto rng = support::make_rng();
   const DiffLlamaConfig config =
