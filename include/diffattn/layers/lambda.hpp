@@ -28,6 +28,15 @@ class DiffLambda {
   /// Any real number: nothing bounds it to [0, 1].
   Scalar value() const { return std::exp(dot(q1, k1)) - std::exp(dot(q2, k2)) + static_cast<Scalar>(init); }
 
+  /// From the gradient of value(): what its vectors get is added to those of `grad`. λ_init is a constant.
+  void backward(Scalar dvalue, DiffLambda& grad) const {
+    const Scalar first = dvalue * std::exp(dot(q1, k1)), second = -dvalue * std::exp(dot(q2, k2));
+    grad.q1 += first * k1;
+    grad.k1 += first * q1;
+    grad.q2 += second * k2;
+    grad.k2 += second * q2;
+  }
+
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
     visitor("lambda_q1", self.q1);

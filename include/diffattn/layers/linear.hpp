@@ -82,6 +82,36 @@ class Linear {
     linear_into<Scalar>(y, x, weight, workspace, executor, bias.size() == 0 ? nullptr : bias.data());
   }
 
+  /// What backward(dy, tape, grad) needs of forward(x, tape).
+  struct Tape {
+    Matrix<Scalar> x;
+    bool filled = false;
+  };
+
+  /// y = x Wᵀ + b.
+  Matrix<Scalar> forward(const Matrix<Scalar>& x) const {
+    Workspace workspace;
+    Matrix<Scalar> y(x.rows(), weight.rows());
+    forward_into(y, x, workspace);
+    return y;
+  }
+  Matrix<Scalar> forward(const Matrix<Scalar>& x, Tape& tape) const {
+    const Matrix<Scalar> y = forward(x);
+    tape.x = x;
+    tape.filled = true;
+    return y;
+  }
+
+  /// dx from dy, the gradient of y; the gradients of weight and bias are added to those of `grad`. Throws
+  /// std::invalid_argument for a tape that no forward has filled, ShapeError for a dy, tape or grad of another shape.
+  Matrix<Scalar> backward(const Matrix<Scalar>& dy, const Tape& tape, Linear& grad) const {
+    if (!tape.filled) detail::throw_invalid({"Linear: backward needs a tape that forward(x, tape) has filled"});
+    Workspace workspace;
+    Matrix<Scalar> dx(tape.x.rows(), tape.x.cols());
+    backward_into(dx, dy, tape.x, grad, workspace);
+    return dx;
+  }
+
   /// From dy, the gradient of y, and the x that forward was given: dx = dy W, or dx += dy W, and into `grad`, a layer
   /// of the same shape, weight += dyᵀ x and bias += the sum of dy's rows. dx must not overlap dy or x.
   template <typename DX, typename DY, typename X, Executor E = Serial>

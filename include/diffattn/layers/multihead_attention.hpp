@@ -19,8 +19,10 @@
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/attention.hpp"
+#include "diffattn/kernels/backward.hpp"
 #include "diffattn/kernels/decode.hpp"
 #include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/detail/attention_tape.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/kv_cache.hpp"
@@ -41,10 +43,13 @@ struct MultiheadAttentionConfig {
 
 /// Weight: the matrix type of the projections' weights, as linear.hpp says.
 template <typename Scalar, typename Weight = Matrix<Scalar>>
-class MultiheadAttention {
+class MultiheadAttention : public detail::TrainableAttention<MultiheadAttention<Scalar, Weight>, Scalar> {
+  using Trainable = detail::TrainableAttention<MultiheadAttention, Scalar>;
+
  public:
   using Config = MultiheadAttentionConfig;
   using WeightMatrix = Weight;
+  using Tape = typename Trainable::Tape;
 
   /// Initial parameters are those of nn.Linear.
   explicit MultiheadAttention(const Config& config)
@@ -60,6 +65,10 @@ class MultiheadAttention {
   }
 
   const Config& config() const { return config_; }
+
+  // With a tape, and backward(dy, tape, grad): detail/attention_tape.hpp.
+  using Trainable::forward;
+  using Trainable::forward_into;
 
   /// y (n x embed_dim) for x (n x embed_dim), one sequence.
   template <AttentionMask Mask = CausalMask>
@@ -98,19 +107,7 @@ class MultiheadAttention {
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
                     std::span<const Index> lengths, Workspace& workspace, E&& executor = {}) const {
-    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads;
-    detail::check_shape(kName, "x", x, n, config_.embed_dim);
-    detail::check_shape(kName, "y", y, n, config_.embed_dim);
-    detail::check_lengths(kName, lengths, n);
-
-    run(y, x, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
-      detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
-        detail::rotate_rows(rotary_, q, heads, k, kv_heads, first, tokens, 0, executor);
-        multihead_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
-                                 detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens),
-                                 Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace, executor);
-      });
-    });
+    forward_sequences(y, x, mask, lengths, nullptr, workspace, executor);
   }
 
   template <typename Y, typename X, typename Storage, Executor E = Serial>
@@ -121,7 +118,7 @@ class MultiheadAttention {
     detail::check_shape(kName, "y", y, n, config_.embed_dim);
     if (n == 0) return;
     cache.template prepare<Scalar>(kName, kv_heads, 1, d, d, n);
-    run(y, x, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
+    run(y, x, nullptr, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
       detail::rotate_rows(rotary_, q, heads, k, kv_heads, 0, n, cache.position(), executor);
       cache.write(detail::view_of(k), detail::view_of(v), executor);
       decode_attention_into(attended, q, cache.packed(n), Heads{heads, kv_heads}, cache.options().window,
@@ -139,24 +136,71 @@ class MultiheadAttention {
   }
 
  private:
+  friend Trainable;
   static constexpr const char* kName = "MultiheadAttention";
+
+  template <typename Y, typename X, AttentionMask Mask, Executor E>
+  void forward_sequences(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                         std::span<const Index> lengths, Tape* tape, Workspace& workspace, E& executor) const {
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads;
+    detail::check_shape(kName, "x", x, n, config_.embed_dim);
+    detail::check_shape(kName, "y", y, n, config_.embed_dim);
+    detail::check_lengths(kName, lengths, n);
+    this->begin(tape, x, mask, lengths);
+    run(y, x, tape, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
+      detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
+        detail::rotate_rows(rotary_, q, heads, k, kv_heads, first, tokens, 0, executor);
+        multihead_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
+                                 detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens),
+                                 Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace, executor);
+      });
+    });
+  }
 
   /// Projects x, lets `attend` fill what the heads have attended to (from q, k and v), and projects that to y.
   template <typename Y, typename X, Executor E, typename Attend>
-  void run(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Workspace& workspace, E& executor,
+  void run(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Tape* tape, Workspace& workspace, E& executor,
            Attend&& attend) const {
     const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
     const auto frame = workspace.frame();
-    const auto scratch = [&](Index cols) {
-      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
-    };
-    auto q = scratch(heads * d), k = scratch(kv_heads * d), v = scratch(kv_heads * d), attended = scratch(heads * d);
+    const auto part = [&](auto member, Index cols) { return Trainable::part(tape, member, n, cols, workspace); };
+    auto q = part(&Tape::q, heads * d), k = part(&Tape::k, kv_heads * d), v = part(&Tape::v, kv_heads * d);
+    auto attended = part(&Tape::attended, heads * d);
     q_proj.forward_into(q, x, workspace, executor);
     k_proj.forward_into(k, x, workspace, executor);
     v_proj.forward_into(v, x, workspace, executor);
     attend(attended, q, k, v);
     out_proj.forward_into(y, attended, workspace, executor);
   }
+
+  template <typename DX, typename DY, Executor E>
+  void differentiate(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
+                     MultiheadAttention& grad, Workspace& workspace, E& executor) const {
+    using detail::rows_of;
+    const Index n = dy.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
+    const auto frame = workspace.frame();
+    const auto scratch = [&](Index cols) {
+      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
+    };
+    auto dattended = scratch(heads * d), dq = scratch(heads * d), dk = scratch(kv_heads * d),
+         dv = scratch(kv_heads * d);
+    out_proj.backward_into(dattended, dy, tape.attended, grad.out_proj, workspace, executor);
+    tape.mask.visit([&](const auto& mask) {
+      detail::for_each_sequence(tape.lengths, [&](Index first, Index tokens) {
+        multihead_attention_backward_into(
+            rows_of(dq, first, tokens), rows_of(dk, first, tokens), rows_of(dv, first, tokens),
+            rows_of(tape.q, first, tokens), rows_of(tape.k, first, tokens), rows_of(tape.v, first, tokens),
+            rows_of(dattended, first, tokens), Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace, executor);
+        detail::rotate_rows(rotary_, dq, heads, dk, kv_heads, first, tokens, 0, executor, Turn::back);
+      });
+    });
+    q_proj.backward_into(dx, dq, tape.x, grad.q_proj, workspace, executor);
+    k_proj.backward_into(dx, dk, tape.x, grad.k_proj, workspace, executor, detail::Store::add);
+    v_proj.backward_into(dx, dv, tape.x, grad.v_proj, workspace, executor, detail::Store::add);
+  }
+
+  /// Whether parameters have the same shapes, as far as fields go that only this layer has.
+  static bool same_shape(const Config& /*a*/, const Config& /*b*/) { return true; }
 
   static Config checked(Config config) {
     detail::check_positive(kName, "num_heads", config.num_heads);

@@ -25,9 +25,11 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/backward.hpp"
 #include "diffattn/kernels/decode.hpp"
 #include "diffattn/kernels/diff_attention.hpp"
 #include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/detail/attention_tape.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/kv_cache.hpp"
@@ -55,10 +57,13 @@ struct MultiheadDiffAttentionConfig {
 
 /// Weight: the matrix type of the projections' weights, as linear.hpp says.
 template <typename Scalar, typename Weight = Matrix<Scalar>>
-class MultiheadDiffAttention {
+class MultiheadDiffAttention : public detail::TrainableAttention<MultiheadDiffAttention<Scalar, Weight>, Scalar> {
+  using Trainable = detail::TrainableAttention<MultiheadDiffAttention, Scalar>;
+
  public:
   using Config = MultiheadDiffAttentionConfig;
   using WeightMatrix = Weight;
+  using Tape = typename Trainable::Tape;
 
   /// Initial parameters are those of the official code: projections as nn.Linear, λ vectors N(0, 0.1²), norm weight 1.
   explicit MultiheadDiffAttention(const Config& config)
@@ -79,6 +84,10 @@ class MultiheadDiffAttention {
   const Config& config() const { return config_; }
   /// λ as the forward pass uses it.
   Scalar lambda_value() const { return lambda.value(); }
+
+  // With a tape, and backward(dy, tape, grad): detail/attention_tape.hpp.
+  using Trainable::forward;
+  using Trainable::forward_into;
 
   /// y (n x embed_dim) for x (n x embed_dim), one sequence.
   template <AttentionMask Mask = CausalMask>
@@ -117,20 +126,7 @@ class MultiheadDiffAttention {
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
                     std::span<const Index> lengths, Workspace& workspace, E&& executor = {}) const {
-    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads;
-    detail::check_shape(kName, "x", x, n, config_.embed_dim);
-    detail::check_shape(kName, "y", y, n, config_.embed_dim);
-    detail::check_lengths(kName, lengths, n);
-
-    run(y, x, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
-      detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
-        detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, first, tokens, 0, executor);
-        multihead_diff_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
-                                      detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens),
-                                      lambda.value(), Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace,
-                                      executor);
-      });
-    });
+    forward_sequences(y, x, mask, lengths, nullptr, workspace, executor);
   }
 
   template <typename Y, typename X, typename Storage, Executor E = Serial>
@@ -141,7 +137,7 @@ class MultiheadDiffAttention {
     detail::check_shape(kName, "y", y, n, config_.embed_dim);
     if (n == 0) return;
     cache.template prepare<Scalar>(kName, kv_heads, 2, d, 2 * d, n);
-    run(y, x, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
+    run(y, x, nullptr, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
       detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, 0, n, cache.position(), executor);
       cache.write(detail::view_of(k), detail::view_of(v), executor);
       decode_diff_attention_into(attended, q, cache.packed(n), lambda.value(), Heads{heads, kv_heads},
@@ -161,30 +157,101 @@ class MultiheadDiffAttention {
   }
 
  private:
+  friend Trainable;
   static constexpr const char* kName = "MultiheadDiffAttention";
+
+  template <typename Y, typename X, AttentionMask Mask, Executor E>
+  void forward_sequences(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                         std::span<const Index> lengths, Tape* tape, Workspace& workspace, E& executor) const {
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads;
+    detail::check_shape(kName, "x", x, n, config_.embed_dim);
+    detail::check_shape(kName, "y", y, n, config_.embed_dim);
+    detail::check_lengths(kName, lengths, n);
+    this->begin(tape, x, mask, lengths);
+    run(y, x, tape, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
+      detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
+        detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, first, tokens, 0, executor);
+        multihead_diff_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
+                                      detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens),
+                                      lambda.value(), Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace,
+                                      executor);
+      });
+    });
+  }
 
   /// Projects x, lets `attend` fill what the heads have attended to (from q, k and v), and projects that to y.
   template <typename Y, typename X, Executor E, typename Attend>
-  void run(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Workspace& workspace, E& executor,
+  void run(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Tape* tape, Workspace& workspace, E& executor,
            Attend&& attend) const {
     const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
     const auto frame = workspace.frame();
-    const auto scratch = [&](Index cols) {
-      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
-    };
-    auto q = scratch(heads * 2 * d), k = scratch(kv_heads * 2 * d), v = scratch(kv_heads * 2 * d);
-    auto attended = scratch(heads * 2 * d);
+    const auto part = [&](auto member, Index cols) { return Trainable::part(tape, member, n, cols, workspace); };
+    auto q = part(&Tape::q, heads * 2 * d), k = part(&Tape::k, kv_heads * 2 * d), v = part(&Tape::v, kv_heads * 2 * d);
+    detail::MatrixMap<Scalar> attended(workspace.take<Scalar>(n * heads * 2 * d), n, heads * 2 * d);
     q_proj.forward_into(q, x, workspace, executor);
     k_proj.forward_into(k, x, workspace, executor);
     v_proj.forward_into(v, x, workspace, executor);
     attend(attended, q, k, v);
-    const Scalar head_scale = static_cast<Scalar>(1 - lambda.init);
-    detail::for_each_row_block(n, executor, [&](Index row, Index count) {
+    if (tape != nullptr) tape->attended = attended;
+    normalize_heads(attended, executor);
+    out_proj.forward_into(y, attended, workspace, executor);
+  }
+
+  Scalar head_scale() const { return static_cast<Scalar>(1 - lambda.init); }
+
+  template <Executor E>
+  void normalize_heads(detail::MatrixMap<Scalar>& attended, E& executor) const {
+    detail::for_each_row_block(attended.rows(), executor, [&](Index row, Index count) {
       for (Index i = row; i < row + count; ++i) {
-        for (Index h = 0; h < heads; ++h) subln.apply(&attended(i, h * 2 * d), head_scale);
+        for (Index h = 0; h < config_.num_heads; ++h) subln.apply(&attended(i, h * 2 * head_dim_), head_scale());
       }
     });
-    out_proj.forward_into(y, attended, workspace, executor);
+  }
+
+  template <typename DX, typename DY, Executor E>
+  void differentiate(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
+                     MultiheadDiffAttention& grad, Workspace& workspace, E& executor) const {
+    using detail::rows_of;
+    const Index n = dy.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
+    const auto frame = workspace.frame();
+    const auto scratch = [&](Index cols) {
+      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
+    };
+    auto dattended = scratch(heads * 2 * d), dq = scratch(heads * 2 * d), dk = scratch(kv_heads * 2 * d);
+    auto dv = scratch(kv_heads * 2 * d);
+    {
+      const auto inner = workspace.frame();
+      auto normed = scratch(heads * 2 * d);
+      normed = tape.attended;
+      normalize_heads(normed, executor);
+      out_proj.backward_into(dattended, dy, normed, grad.out_proj, workspace, executor);
+    }
+    subln.backward_rows(dattended.data(), dattended.data(), tape.attended.data(), n * heads, grad.subln, head_scale(),
+                        detail::Store::overwrite, workspace, executor);
+
+    const Scalar lambda_value = lambda.value();
+    Scalar dlambda = 0;
+    tape.mask.visit([&](const auto& mask) {
+      detail::for_each_sequence(tape.lengths, [&](Index first, Index tokens) {
+        Scalar part = 0;
+        multihead_diff_attention_backward_into(rows_of(dq, first, tokens), rows_of(dk, first, tokens),
+                                               rows_of(dv, first, tokens), part, rows_of(tape.q, first, tokens),
+                                               rows_of(tape.k, first, tokens), rows_of(tape.v, first, tokens),
+                                               lambda_value, rows_of(dattended, first, tokens), Heads{heads, kv_heads},
+                                               mask, AttentionOptions{}, workspace, executor);
+        dlambda += part;
+        detail::rotate_rows(rotary_, dq, 2 * heads, dk, 2 * kv_heads, first, tokens, 0, executor, Turn::back);
+      });
+    });
+    lambda.backward(dlambda, grad.lambda);
+    q_proj.backward_into(dx, dq, tape.x, grad.q_proj, workspace, executor);
+    k_proj.backward_into(dx, dk, tape.x, grad.k_proj, workspace, executor, detail::Store::add);
+    v_proj.backward_into(dx, dv, tape.x, grad.v_proj, workspace, executor, detail::Store::add);
+  }
+
+  /// Whether parameters have the same shapes, as far as fields go that only this layer has.
+  static bool same_shape(const Config& a, const Config& b) {
+    return a.head_dim == b.head_dim && a.norm_weight == b.norm_weight;
   }
 
   static Config checked(Config config) {

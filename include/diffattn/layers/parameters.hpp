@@ -30,6 +30,20 @@ Index parameter_count(const Layer& layer) {
   return count;
 }
 
+/// Sets every parameter to 0: an object for gradients to be added to.
+template <typename Layer>
+void set_zero(Layer& layer) {
+  visit_parameters(layer, [](std::string_view /*name*/, auto& parameter) { parameter.setZero(); });
+}
+
+/// A layer of the same configuration with every parameter 0.
+template <typename Layer>
+Layer zeros_like(const Layer& layer) {
+  Layer zeros = layer;
+  set_zero(zeros);
+  return zeros;
+}
+
 namespace detail {
 
 /// Visits the parameters of a part of a layer, their names prefixed with "<part>.".

@@ -107,6 +107,33 @@ class RmsNorm {
     return y;
   }
 
+  /// What backward(dy, tape, grad) needs of forward(x, tape).
+  struct Tape {
+    Matrix<Scalar> x;
+    bool filled = false;
+  };
+
+  Matrix<Scalar> forward(const Matrix<Scalar>& x, Tape& tape) const {
+    const Matrix<Scalar> y = forward(x);
+    tape.x = x;
+    tape.filled = true;
+    return y;
+  }
+
+  /// dx from dy, the gradient of y; the gradient of the weight is added to that of `grad`. Throws
+  /// std::invalid_argument for a tape that no forward has filled, ShapeError for a dy, tape or grad of another shape.
+  Matrix<Scalar> backward(const Matrix<Scalar>& dy, const Tape& tape, RmsNorm& grad) const {
+    if (!tape.filled) detail::throw_invalid({"RmsNorm: backward needs a tape that forward(x, tape) has filled"});
+    detail::check_shape("RmsNorm", "the tape's x", tape.x, tape.x.rows(), width_);
+    detail::check_shape("RmsNorm", "dy", dy, tape.x.rows(), width_);
+    Workspace workspace;
+    Serial executor;
+    Matrix<Scalar> dx(dy.rows(), dy.cols());
+    backward_rows(dx.data(), dy.data(), tape.x.data(), dy.rows(), grad, Scalar(1), detail::Store::overwrite, workspace,
+                  executor);
+    return dx;
+  }
+
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
     if (self.weight.size() != 0) visitor("weight", self.weight);

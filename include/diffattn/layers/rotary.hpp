@@ -33,6 +33,9 @@ namespace diffattn::inline v0_1 {
 
 enum class RotaryPairing { interleaved, half };
 
+/// A rotation, or its inverse: which is its transpose, and so turns gradients.
+enum class Turn { forward, back };
+
 struct RotaryScaling {
   enum class Kind { none, linear, dynamic, llama3 };
 
@@ -82,23 +85,25 @@ class Rotary {
 
   /// Turns `heads` heads in every row of x (rows x at least heads·head_dim, contiguous rows) in place. Row i stands at
   /// position first_position + i. Only dynamic scaling asks how many tokens the whole sequence has: as many as to the
-  /// last row, or `sequence` if that is more.
-  void apply(const detail::StridedView<Scalar>& x, Index heads, Index first_position = 0, Index sequence = 0) const {
+  /// last row, or `sequence` if that is more. With Turn::back, the gradient of the result becomes the gradient of x.
+  void apply(const detail::StridedView<Scalar>& x, Index heads, Index first_position = 0, Index sequence = 0,
+             Turn turn = Turn::forward) const {
     const double base = dynamic_base(std::max(sequence, first_position + x.rows));
+    const Scalar sign = turn == Turn::forward ? Scalar(1) : Scalar(-1);
     for (Index row = 0; row < x.rows; ++row) {
       const Index position = first_position + row;
       if (position < table_.rows() && base == base_) {
         const Scalar* const cos = table_.data() + position * table_.cols();
         const Scalar* const sin = cos + pairs_;
         for (Index head = 0; head < heads; ++head) {
-          for (Index i = 0; i < pairs_; ++i) turn_pair(&x(row, head * head_dim_), i, cos[i], sin[i]);
+          for (Index i = 0; i < pairs_; ++i) turn_pair(&x(row, head * head_dim_), i, cos[i], sign * sin[i]);
         }
       } else {
         for (Index i = 0; i < pairs_; ++i) {
           const double frequency = base == base_ ? frequencies_[static_cast<std::size_t>(i)] : power(base, i);
           const double angle = static_cast<double>(position) * frequency;
           const auto cos = static_cast<Scalar>(std::cos(angle)), sin = static_cast<Scalar>(std::sin(angle));
-          for (Index head = 0; head < heads; ++head) turn_pair(&x(row, head * head_dim_), i, cos, sin);
+          for (Index head = 0; head < heads; ++head) turn_pair(&x(row, head * head_dim_), i, cos, sign * sin);
         }
       }
     }

@@ -81,14 +81,20 @@ MatrixMap<Scalar> rows_of(MatrixMap<Scalar>& matrix, Index first, Index count) {
   return MatrixMap<Scalar>(matrix.data() + first * matrix.cols(), count, matrix.cols());
 }
 
-/// Turns the queries and keys of `tokens` tokens from row `first` on, the first of which stands at `position`.
+template <typename Scalar>
+Eigen::Map<const Matrix<Scalar>> rows_of(const Matrix<Scalar>& matrix, Index first, Index count) {
+  return {matrix.data() + first * matrix.cols(), count, matrix.cols()};
+}
+
+/// Turns the queries and keys of `tokens` tokens from row `first` on, the first of which stands at `position`; or,
+/// transposed, their gradients back.
 template <typename Scalar, Executor E>
 void rotate_rows(const std::optional<Rotary<Scalar>>& rotary, MatrixMap<Scalar>& q, Index q_heads, MatrixMap<Scalar>& k,
-                 Index k_heads, Index first, Index tokens, Index position, E& executor) {
+                 Index k_heads, Index first, Index tokens, Index position, E& executor, Turn turn = Turn::forward) {
   if (!rotary) return;
   for_each_row_block(tokens, executor, [&](Index row, Index count) {
-    rotary->apply(writable_view_of(rows_of(q, first + row, count)), q_heads, position + row, position + tokens);
-    rotary->apply(writable_view_of(rows_of(k, first + row, count)), k_heads, position + row, position + tokens);
+    rotary->apply(writable_view_of(rows_of(q, first + row, count)), q_heads, position + row, position + tokens, turn);
+    rotary->apply(writable_view_of(rows_of(k, first + row, count)), k_heads, position + row, position + tokens, turn);
   });
 }
 

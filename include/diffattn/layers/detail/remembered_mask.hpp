@@ -1,0 +1,80 @@
+#pragma once
+
+// A mask of any type, kept from a forward pass for its backward pass. Behind it stand two types, one with a bias and
+// one without, so that the backward kernels are compiled twice and not once for every mask; what they ask of a mask is
+// little beside their work.
+
+#include <memory>
+
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/kernels/mask.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+class RememberedMask {
+  struct Holder {
+    virtual ~Holder() = default;
+    virtual KeyRange visible_keys(Index query, Index n_q, Index n_k) const = 0;
+    virtual double bias(Index query, Index key, Index n_q, Index n_k) const = 0;
+    const void* type = nullptr;
+    bool has_bias = false;
+  };
+
+  template <typename Mask>
+  struct HolderOf final : Holder {
+    explicit HolderOf(const Mask& m) : mask(m) {
+      type = &kType<Mask>;
+      has_bias = HasBias<Mask>;
+    }
+    KeyRange visible_keys(Index query, Index n_q, Index n_k) const override {
+      return mask.visible_keys(query, n_q, n_k);
+    }
+    double bias(Index query, Index key, Index n_q, Index n_k) const override {
+      if constexpr (HasBias<Mask>) {
+        return static_cast<double>(mask.bias(query, key, n_q, n_k));
+      } else {
+        return 0;
+      }
+    }
+    Mask mask;
+  };
+
+  template <typename Mask>
+  static constexpr char kType = 0;  // its address tells the types apart
+
+  struct Range {
+    const Holder& held;
+    KeyRange visible_keys(Index query, Index n_q, Index n_k) const { return held.visible_keys(query, n_q, n_k); }
+  };
+  struct Biased : Range {
+    double bias(Index query, Index key, Index n_q, Index n_k) const { return this->held.bias(query, key, n_q, n_k); }
+  };
+
+ public:
+  /// Keeps a copy; no allocation if the last one was of the same type. What a bias reads in place must live on.
+  template <typename Mask>
+  void remember(const Mask& mask) {
+    if (holder_ != nullptr && holder_->type == &kType<Mask>) {
+      Mask& old = static_cast<HolderOf<Mask>&>(*holder_).mask;
+      std::destroy_at(&old);
+      std::construct_at(&old, mask);
+    } else {
+      holder_ = std::make_unique<HolderOf<Mask>>(mask);
+    }
+  }
+
+  /// Calls f(mask).
+  template <typename F>
+  void visit(F&& f) const {
+    if (holder_->has_bias) {
+      f(Biased{{*holder_}});
+    } else {
+      f(Range{*holder_});
+    }
+  }
+
+ private:
+  std::unique_ptr<Holder> holder_;
+};
+
+}  // namespace diffattn::inline v0_1::detail
