@@ -39,6 +39,48 @@ struct CompilerVector {
   typedef T Type __attribute__((vector_size(kBytes)));
 };
 
+/// The bits of a packet of floats from as many 16-bit values, in the low half of each lane.
+template <typename P>
+EIGEN_ALWAYS_INLINE auto spread_bits(const void* p) {
+  using Bits = typename CompilerVector<std::uint32_t, sizeof(P)>::Type;
+  // GCC 12 splits the conversion below in two where there is an instruction for it.
+#if defined(__AVX2__)
+  if constexpr (sizeof(P) == 32) {
+    return __builtin_bit_cast(Bits, _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  } else
+#endif
+#if defined(__AVX512F__)
+      if constexpr (sizeof(P) == 64) {
+    return __builtin_bit_cast(Bits, _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+  } else
+#endif
+  {
+    typename CompilerVector<std::uint16_t, sizeof(P) / 2>::Type narrow;
+    std::memcpy(&narrow, p, sizeof(narrow));
+    return __builtin_convertvector(narrow, Bits);
+  }
+}
+
+template <typename P>
+EIGEN_ALWAYS_INLINE P widen(const Eigen::bfloat16* p) {
+  return __builtin_bit_cast(P, spread_bits<P>(p) << 16);
+}
+
+template <typename P>
+EIGEN_ALWAYS_INLINE P widen(const Eigen::half* p) {
+#if defined(__F16C__)
+  if constexpr (sizeof(P) == 32) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (sizeof(P) == 64) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#endif
+  // Exponent and fraction move into place; a multiplication corrects the bias, and normalises what is subnormal.
+  const auto bits = spread_bits<P>(p), magnitude = (bits & 0x7fffu) << 13;
+  const P scaled = Eigen::internal::pmul(__builtin_bit_cast(P, magnitude), Eigen::internal::pset1<P>(0x1p112f));
+  const auto infinite = __builtin_bit_cast(decltype(bits), magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return __builtin_bit_cast(P, __builtin_bit_cast(decltype(bits), scaled) | infinite | ((bits & 0x8000u) << 16));
+}
+
 /// kLanes<Scalar> values that are stored as T, which is no wider: they are widened exactly. Any alignment.
 template <typename Scalar, typename T>
 EIGEN_ALWAYS_INLINE Packet<Scalar> load_as(const T* p) {
@@ -46,20 +88,7 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> load_as(const T* p) {
   if constexpr (std::is_same_v<Scalar, T>) {
     return loadu(p);
   } else if constexpr (kSixteenBits && std::is_same_v<Scalar, float> && kLanes<float> > 1) {
-    using Bits = typename CompilerVector<std::uint32_t, sizeof(float) * kLanes<float>>::Type;
-    typename CompilerVector<std::uint16_t, sizeof(T) * kLanes<float>>::Type narrow;
-    std::memcpy(&narrow, p, sizeof(narrow));
-    const Bits bits = __builtin_convertvector(narrow, Bits);
-    if constexpr (std::is_same_v<T, Eigen::bfloat16>) {
-      return __builtin_bit_cast(Packet<float>, bits << 16);
-    } else {
-      // Exponent and fraction move into place; a multiplication corrects the bias, and normalises what is subnormal.
-      const Bits magnitude = (bits & 0x7fffu) << 13;
-      const auto scaled = Eigen::internal::pmul(__builtin_bit_cast(Packet<float>, magnitude),
-                                                Eigen::internal::pset1<Packet<float>>(0x1p112f));
-      const Bits infinite = __builtin_bit_cast(Bits, magnitude >= (0x7c00u << 13)) & 0x7f800000u;
-      return __builtin_bit_cast(Packet<float>, __builtin_bit_cast(Bits, scaled) | infinite | ((bits & 0x8000u) << 16));
-    }
+    return widen<Packet<float>>(p);
   } else {
     alignas(64) Scalar wide[kLanes<Scalar>];
     for (Index i = 0; i < kLanes<Scalar>; ++i) wide[i] = static_cast<Scalar>(p[i]);
@@ -146,5 +175,7 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> shift_bits_left(const Packet<Scalar>& x) {
 /// Asks for the cache line at `p`, to be read some microseconds from now: into the second-level cache, since it would
 /// not last in the first.
 EIGEN_ALWAYS_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+/// The same for what is read next: into the first.
+EIGEN_ALWAYS_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace diffattn::inline v0_1::simd

@@ -59,7 +59,7 @@ class KvCache {
   bool empty() const { return position_ == 0; }
   /// Bytes of keys and values held, room that is not yet used and pages shared with forks included.
   std::size_t memory_bytes() const {
-    return pages_.size() * static_cast<std::size_t>(shape_.heads * shape_.head_size()) * sizeof(Storage);
+    return pages_.size() * static_cast<std::size_t>(shape_.page_size()) * sizeof(Storage);
   }
 
   /// A cache that continues from here on its own and shares what is there.
@@ -174,7 +174,7 @@ class KvCache {
     }
     auto copy = std::make_shared<Page>(shape_);
     if (page * detail::kPageKeys < held) {
-      std::copy_n(shared->data.get(), shape_.heads * shape_.head_size(), copy->data.get());
+      std::copy_n(shared->data.get(), shape_.page_size(), copy->data.get());
       copy->finite_values = shared->finite_values;
     }
     shared = std::move(copy);

@@ -1,7 +1,7 @@
 #pragma once
 
-// How a call against packed pages becomes tasks: a few queries go page by page (decode_rows.hpp), more of them in row
-// blocks, as head_schedule.hpp has them, but with nothing left to pack.
+// How a call against packed pages becomes tasks: a few queries go page by page (few_rows_packed.hpp), more of them in
+// row blocks, as head_schedule.hpp has them, but with nothing left to pack.
 
 #include <algorithm>
 #include <numbers>
@@ -9,14 +9,14 @@
 
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
-#include "diffattn/kernels/detail/decode_rows.hpp"
+#include "diffattn/kernels/detail/few_rows_packed.hpp"
 #include "diffattn/kernels/detail/head_operands.hpp"
 #include "diffattn/kernels/detail/packed_pages.hpp"
 #include "diffattn/kernels/detail/row_block.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
-/// count values of `from`, widened to Scalar.
+/// `count` values of strips, widened to Scalar.
 template <typename Scalar, typename Storage>
 void widen(Scalar* to, const Storage* from, Index count) {
   for (Index i = 0; i < count; i += simd::kLanes<Scalar>) simd::store(to + i, simd::load_as<Scalar>(from + i));
@@ -29,7 +29,8 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Packed
   const Index n_q = in.q[0].rows, n_k = cache.n_k;
   if (n_q == 0) return;
   if (n_q <= kDecodeQueries || n_k == 0) {
-    return DecodeRows<Scalar, Storage, Block::kMaps, Mask>::run(in, cache, mask, workspace, executor);
+    const PackedSource<Storage> source{cache};
+    return FewRows<Scalar, Block::kMaps, Mask, PackedSource<Storage>>::run(in, source, n_k, mask, workspace, executor);
   }
 
   const auto frame = workspace.frame();

@@ -1,12 +1,13 @@
 #pragma once
 
-// Attention for a few query rows: decoding, and small problems. Packing would cost more than it saves, so keys and
-// values are read where they are, each of them once and in the order of memory, all heads of a key together: reading is
-// all the time there is. Scores of all keys are kept, both softmaxes are finished, and V meets the combined weights in
-// a single pass, where two standard calls would read it twice.
+// Attention for a few query rows: decoding, and small problems. Reading keys and values is all the time there is, so
+// each of them is read once and in the order of memory, wherever it is: in place (few_rows_in_place.hpp) or packed in
+// the pages of a cache (few_rows_packed.hpp). Scores of all keys are kept, both softmaxes are finished, and V meets the
+// combined weights in a single pass, where two standard calls would read it twice.
 //
-// Keys are taken in pieces of a fixed size, each a task with its own partial sums of values, which are added up in
-// order: any number of threads gives the same bits.
+// Keys are taken in pieces of a fixed size. A piece turns its scores into weights relative to its own maximum; once all
+// are done, maxima and sums of the pieces give each its factor. Pieces have sums of values of their own, which are
+// added up in order: any number of threads gives the same bits.
 
 #include <algorithm>
 #include <cmath>
@@ -21,271 +22,225 @@
 
 namespace diffattn::inline v0_1::detail {
 
+/// The rows of one call: queries, weights and sums, and what each row sees. A row is a query of one of the query heads
+/// that share a key head, numbered head by head.
 template <typename Scalar, Index kMaps, typename Mask>
-class FewRows {
-  static constexpr Index kLanes = simd::kLanes<Scalar>;
-  static constexpr Index kPiece = 512;    // keys in a task
-  static constexpr Index kValueKeys = 8;  // keys whose values are added while the sums are in registers
+struct FewRowsState {
+  static constexpr Index kPiece = 256;  // keys in a piece
+  // Rows of weights a power of two apart would fall on the same few lines of the nearest cache.
+  static constexpr Index kWeightStride = kPiece + 16;
+  static constexpr Index kCols = Tile<Scalar>::kCols;
 
- public:
-  /// Whether the rows that share a key head are few enough, and keys and values contiguous.
-  static bool suits(const HeadOperands<Scalar, kMaps>& in) {
-    constexpr Index kMostRows = 4;
-    return in.q[0].rows * (in.heads.num_heads / in.heads.num_kv_heads) <= kMostRows && in.k[0].col_stride == 1 &&
-           in.k[kMaps - 1].col_stride == 1 && in.v.col_stride == 1;
+  const HeadOperands<Scalar, kMaps>& in;
+  const Mask& mask;
+  Index n_q;
+  Index n_k;
+  Index rows;    // that share a key head
+  Index width;   // of a row of sums, whole strips
+  Index first;   // the first piece that some row sees
+  Index pieces;  // from there on
+  Scalar* queries;
+  Scalar* all_weights;
+  Scalar* all_sums;
+
+  Index query(Index row) const { return row % n_q; }
+  Index query_head(Index head, Index row) const { return head * (rows / n_q) + row / n_q; }
+  Index slot(Index piece, Index head) const { return piece * in.heads.num_kv_heads + head; }
+  Index index(Index piece, Index head, Index map, Index row) const {
+    return (slot(piece, head) * kMaps + map) * rows + row;
   }
 
+  /// [head][map][row][d], scaled by s·log2(e).
+  Scalar* q(Index head, Index map) const { return queries + (head * kMaps + map) * rows * in.d; }
+  /// [piece][head][map][row][kWeightStride].
+  Scalar* weights(Index piece, Index head, Index map, Index row) const {
+    return all_weights + index(piece, head, map, row) * kWeightStride;
+  }
+  /// [piece][head][row][width].
+  Scalar* sums(Index piece, Index head, Index row) const { return all_sums + (slot(piece, head) * rows + row) * width; }
+
+  /// The first key of a piece, to which its columns are relative.
+  Index first_key(Index piece) const { return (first + piece) * kPiece; }
+  /// Columns of a piece that a query sees.
+  KeyRange columns_of(Index piece, Index query) const {
+    const KeyRange keys = mask.visible_keys(query, n_q, n_k);
+    const Index begin = std::clamp<Index>(keys.begin - first_key(piece), 0, kPiece);
+    return {begin, std::clamp(keys.end - first_key(piece), begin, kPiece)};
+  }
+  /// Columns that some query sees: neither end of a mask's ranges decreases from query to query.
+  KeyRange columns_of_any(Index piece) const {
+    const Index begin = columns_of(piece, 0).begin;
+    return {begin, std::max(begin, columns_of(piece, n_q - 1).end)};
+  }
+  /// The same, widened to whole strips.
+  KeyRange strips_of_any(Index piece) const {
+    const KeyRange columns = columns_of_any(piece);
+    return {columns.begin / kCols * kCols, round_up(columns.end, kCols)};
+  }
+};
+
+/// `Source` knows where keys and values are:
+///   kHeadsApart                          whether heads are tasks of their own, or all of them one
+///   score(state, piece, heads)           weights(…, map, row)[c] = q · k for the columns that some row sees
+///   add_values(state, piece, heads)      sums(…, row) = Σ_c weights(…, 0, row)[c] · v over what each row sees
+template <typename Scalar, Index kMaps, typename Mask, typename Source>
+class FewRows {
+  using State = FewRowsState<Scalar, kMaps, Mask>;
+  static constexpr Index kLanes = simd::kLanes<Scalar>;
+
+ public:
   template <Executor E>
-  static void run(const HeadOperands<Scalar, kMaps>& in, const Mask& mask, Workspace& workspace, E& executor) {
+  static void run(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
+                  Workspace& workspace, E& executor) {
     const auto frame = workspace.frame();
-    FewRows rows(in, mask, workspace);
-    for (Index row = 0; row < rows.rows_; ++row) rows.pack_query(row);
-    executor.run(rows.pieces_, [&](Index piece, Index /*worker*/) { rows.score_piece(piece); });
-    executor.run(rows.rows_, [&](Index row, Index /*worker*/) { rows.finish_softmax(row); });
-    executor.run(rows.pieces_, [&](Index piece, Index /*worker*/) { rows.add_values(piece); });
-    for (Index row = 0; row < rows.rows_; ++row) rows.write(row);
+    FewRows few(in, source, n_k, mask, workspace);
+    const Index heads = in.heads.num_kv_heads, splits = Source::kHeadsApart ? heads : 1, rows = few.state_.rows;
+    const auto for_each_part = [&](auto&& f) {
+      executor.run(few.state_.pieces * splits, [&](Index task, Index /*worker*/) {
+        const Index head = task % splits;
+        f(task / splits, KeyRange{head, splits == 1 ? heads : head + 1});
+      });
+    };
+    for (Index head = 0; head < heads; ++head) few.pack_queries(head);
+    for_each_part([&](Index piece, const KeyRange& part) { few.score(piece, part); });
+    executor.run(heads * rows, [&](Index task, Index /*worker*/) { few.set_factors(task / rows, task % rows); });
+    for_each_part([&](Index piece, const KeyRange& part) { few.add_values(piece, part); });
+    for (Index head = 0; head < heads; ++head) few.write(head);
   }
 
  private:
-  FewRows(const HeadOperands<Scalar, kMaps>& in, const Mask& mask, Workspace& workspace)
-      : in_(in),
-        mask_(mask),
-        n_q_(in.q[0].rows),
-        n_k_(in.k[0].rows),
-        rows_(n_q_ * in.heads.num_heads),
-        rows_per_key_head_(rows_ / in.heads.num_kv_heads) {
-    const KeyRange first = mask.visible_keys(0, n_q_, n_k_), last = mask.visible_keys(n_q_ - 1, n_q_, n_k_);
-    keys_ = {first.begin, std::max(first.begin, last.end)};
-    width_ = round_up(keys_.end - keys_.begin, kLanes);
-    pieces_ = divide_up(keys_.end - keys_.begin, kPiece);
-    q_ = workspace.take<Scalar>(kMaps * rows_ * in.d);
-    weights_ = workspace.take<Scalar>(kMaps * rows_ * width_);
-    partial_ = workspace.take<Scalar>(pieces_ * rows_ * in.dv);
+  FewRows(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
+          Workspace& workspace)
+      : source_(source), state_{in, mask, in.q[0].rows, n_k, 0, 0, 0, 0, nullptr, nullptr, nullptr} {
+    State& s = state_;
+    s.rows = s.n_q * (in.heads.num_heads / in.heads.num_kv_heads);
+    s.width = round_up(in.dv, State::kCols);
+    s.first = mask.visible_keys(0, s.n_q, n_k).begin / State::kPiece;
+    s.pieces = std::max<Index>(divide_up(mask.visible_keys(s.n_q - 1, s.n_q, n_k).end, State::kPiece) - s.first, 0);
+    const Index heads = in.heads.num_kv_heads, slots = s.pieces * heads;
+    s.queries = workspace.take<Scalar>(heads * kMaps * s.rows * in.d);
+    s.all_weights = workspace.take<Scalar>(slots * kMaps * s.rows * State::kWeightStride);
+    s.all_sums = workspace.take<Scalar>(slots * s.rows * s.width);
+    max_ = workspace.take<Scalar>(slots * kMaps * s.rows);
+    weight_sum_ = workspace.take<Scalar>(slots * kMaps * s.rows);
   }
 
-  // A row is a query of one query head, numbered head by head.
-  Index query(Index row) const { return row % n_q_; }
-  Index query_head(Index row) const { return row / n_q_; }
-  Scalar* q(Index map, Index row) const { return q_ + (map * rows_ + row) * in_.d; }
-  Scalar* weights(Index map, Index row) const { return weights_ + (map * rows_ + row) * width_; }
-  Scalar* partial(Index piece, Index row) const { return partial_ + (piece * rows_ + row) * in_.dv; }
-
-  KeyRange piece_keys(Index piece) const {
-    const Index begin = keys_.begin + piece * kPiece;
-    return {begin, std::min(begin + kPiece, keys_.end)};
-  }
-  /// The keys among `keys` that a row sees, but for its bias.
-  KeyRange visible(Index row, const KeyRange& keys) const {
-    const KeyRange seen = mask_.visible_keys(query(row), n_q_, n_k_);
-    const Index begin = std::clamp(seen.begin, keys.begin, keys.end);
-    return {begin, std::clamp(seen.end, begin, keys.end)};
-  }
-
-  void pack_query(Index row) {
-    const Scalar factor = in_.scale * std::numbers::log2e_v<Scalar>;
+  void pack_queries(Index head) {
+    const State& s = state_;
+    const Scalar factor = s.in.scale * std::numbers::log2e_v<Scalar>;
     for (Index map = 0; map < kMaps; ++map) {
-      const Index step = in_.q[map].col_stride;
-      const Scalar* const from = &in_.q[map](query(row), query_head(row) * in_.q_step);
-      Scalar* const to = q(map, row);
-      if (step == 1) {
-        for (Index c = 0; c < in_.d; ++c) to[c] = from[c] * factor;
-      } else {
-        for (Index c = 0; c < in_.d; ++c) to[c] = from[c * step] * factor;
+      const Index step = s.in.q[map].col_stride;
+      for (Index row = 0; row < s.rows; ++row) {
+        const Scalar* const from = &s.in.q[map](s.query(row), s.query_head(head, row) * s.in.q_step);
+        Scalar* const to = s.q(head, map) + row * s.in.d;
+        for (Index c = 0; c < s.in.d; ++c) to[c] = from[c * step] * factor;
       }
     }
   }
 
-  void score_piece(Index piece) {
-    const KeyRange keys = piece_keys(piece);
-    for (Index key = keys.begin; key < keys.end; key += kLanes) {
-      const Index present = std::min(kLanes, keys.end - key);
-      for (Index head = 0; head < in_.heads.num_kv_heads; ++head) {
-        for (Index map = 0; map < kMaps; ++map) {
-          const Index stride = in_.k[map].row_stride;
-          const Scalar* const k = &in_.k[map](key, head * in_.k_step);
-          if (key + 2 * kLanes <= keys.end) prefetch_rows(k + kLanes * stride, stride);
-          for (Index r = 0; r < rows_per_key_head_; ++r) {
-            const Index row = head * rows_per_key_head_ + r;
-            Scalar* const scores = weights(map, row) + (key - keys_.begin);
-            if (present == kLanes) {
-              score_packet(scores, q(map, row), k, stride);
-            } else {
-              for (Index i = 0; i < present; ++i) scores[i] = dot(q(map, row), k + i * stride);
-            }
-          }
+  void score(Index piece, const KeyRange& heads) {
+    const State& s = state_;
+    source_.score(s, piece, heads);
+    const KeyRange columns = s.strips_of_any(piece);
+    for (Index head = heads.begin; head < heads.end; ++head) {
+      for (Index map = 0; map < kMaps; ++map) {
+        for (Index row = 0; row < s.rows; ++row) {
+          Scalar* const scores = s.weights(piece, head, map, row);
+          mask_scores(scores, s.query(row), s.columns_of(piece, s.query(row)), columns, s.first_key(piece));
+          const Index at = s.index(piece, head, map, row);
+          exponentiate(scores, columns, max_[at], weight_sum_[at]);
         }
       }
     }
-    for (Index map = 0; map < kMaps; ++map) {
-      for (Index row = 0; row < rows_; ++row) mask_scores(weights(map, row) - keys_.begin, row, keys);
-    }
   }
 
-  /// The next packet of keys: heads that lie side by side make short runs, which the hardware does not foresee.
-  void prefetch_rows(const Scalar* rows, Index stride) const {
-    constexpr Index kLine = 64 / sizeof(Scalar);
-    for (Index i = 0; i < kLanes; ++i, rows += stride) {
-      for (Index c = 0; c < in_.d; c += kLine) simd::prefetch_far(rows + c);
-    }
-  }
-
-  /// scores[i] = q · k_i for a packet of keys: sums across lanes are made for all of them at once, by a transposition.
-  void score_packet(Scalar* scores, const Scalar* q, const Scalar* k, Index stride) const {
-    constexpr Index kGroup = std::min<Index>(4, kLanes);  // keys with a sum in flight
-    simd::Packet<Scalar> sums[kLanes];
-    const Index whole = in_.d / kLanes * kLanes;
-    for (Index first = 0; first < kLanes; first += kGroup) {
-      simd::Packet<Scalar> group[kGroup];
-      for (auto& sum : group) sum = simd::broadcast(Scalar(0));
-      for (Index c = 0; c < whole; c += kLanes) {
-        const auto right = simd::loadu(q + c);
-#pragma GCC unroll 4
-        for (Index i = 0; i < kGroup; ++i) {
-          group[i] = simd::fma(simd::loadu(k + (first + i) * stride + c), right, group[i]);
-        }
-      }
-      for (Index i = 0; i < kGroup; ++i) sums[first + i] = group[i];
-    }
-    simd::transpose<Scalar>(sums);
-#pragma GCC unroll 4
-    for (Index half = kLanes / 2; half > 0; half /= 2) {
-      for (Index i = 0; i < half; ++i) sums[i] = simd::add(sums[i], sums[i + half]);
-    }
-    simd::store(scores, sums[0]);
-    for (Index i = 0; i < kLanes && whole < in_.d; ++i) scores[i] += tail_dot(q, k + i * stride, whole);
-  }
-
-  Scalar dot(const Scalar* q, const Scalar* k) const {
-    auto sum = simd::broadcast(Scalar(0));
-    const Index whole = in_.d / kLanes * kLanes;
-    for (Index c = 0; c < whole; c += kLanes) sum = simd::fma(simd::loadu(k + c), simd::loadu(q + c), sum);
-    return (whole == 0 ? Scalar(0) : simd::reduce_add(sum)) + tail_dot(q, k, whole);
-  }
-
-  Scalar tail_dot(const Scalar* q, const Scalar* k, Index whole) const {
-    Scalar sum = 0;
-    for (Index c = whole; c < in_.d; ++c) sum += q[c] * k[c];
-    return sum;
-  }
-
-  /// scores: indexed by key.
-  void mask_scores(Scalar* scores, Index row, const KeyRange& keys) const {
-    const KeyRange seen = visible(row, keys);
-    std::fill(scores + keys.begin, scores + seen.begin, kMinusInfinity<Scalar>);
-    std::fill(scores + seen.end, scores + keys.end, kMinusInfinity<Scalar>);
+  void mask_scores(Scalar* scores, Index query, const KeyRange& seen, const KeyRange& columns, Index first_key) const {
+    const Index begin = std::clamp(seen.begin, columns.begin, columns.end);
+    const Index end = std::clamp(seen.end, begin, columns.end);
+    std::fill(scores + columns.begin, scores + begin, kMinusInfinity<Scalar>);
+    std::fill(scores + end, scores + columns.end, kMinusInfinity<Scalar>);
     if constexpr (HasBias<Mask>) {
-      for (Index key = seen.begin; key < seen.end; ++key) {
-        const auto bias = static_cast<Scalar>(mask_.bias(query(row), key, n_q_, n_k_));
-        scores[key] = bias == kMinusInfinity<Scalar> ? bias : scores[key] + bias * std::numbers::log2e_v<Scalar>;
+      for (Index c = begin; c < end; ++c) {
+        const auto bias = static_cast<Scalar>(state_.mask.bias(query, first_key + c, state_.n_q, state_.n_k));
+        scores[c] = bias == kMinusInfinity<Scalar> ? bias : scores[c] + bias * std::numbers::log2e_v<Scalar>;
       }
     }
   }
 
-  /// Scores of one row become the weights that V is summed with: P, or P1 − λ·P2.
-  void finish_softmax(Index row) {
-    Scalar factors[kMaps];
-    for (Index map = 0; map < kMaps; ++map) {
-      Scalar* const scores = weights(map, row);
-      std::fill(scores + (keys_.end - keys_.begin), scores + width_, kMinusInfinity<Scalar>);
-      const auto [sum, max] = exponentiate(scores);
-      if (in_.lse[map].data != nullptr) in_.lse[map](query(row), query_head(row)) = max + std::log2(sum);
-      factors[map] = sum == Scalar(0) ? Scalar(0) : Scalar(1) / sum;
+  /// exp2(score − max) in place.
+  static void exponentiate(Scalar* scores, const KeyRange& columns, Scalar& max, Scalar& sum) {
+    auto packet_max = simd::broadcast(kMinusInfinity<Scalar>);
+    for (Index c = columns.begin; c < columns.end; c += kLanes) {
+      packet_max = simd::max(simd::load(scores + c), packet_max);
     }
-    if constexpr (kMaps == 1) {
-      const auto f = simd::broadcast(factors[0]);
-      for (Index c = 0; c < width_; c += kLanes) {
-        simd::store(weights(0, row) + c, simd::mul(simd::load(weights(0, row) + c), f));
-      }
-    } else {
-      const auto f1 = simd::broadcast(factors[0]);
-      const auto f2 = simd::broadcast(-in_.lambda(query(row), query_head(row)) * factors[1]);
-      for (Index c = 0; c < width_; c += kLanes) {
-        const auto p1 = simd::load(weights(0, row) + c), p2 = simd::load(weights(1, row) + c);
-        simd::store(weights(0, row) + c, simd::fma(p1, f1, simd::mul(p2, f2)));
-      }
-    }
-  }
-
-  struct Sum {
-    Scalar value;
-    Scalar max;
-  };
-
-  /// exp2(score − max) in place; returns the sum and what it is relative to.
-  Sum exponentiate(Scalar* scores) const {
-    if (width_ == 0) return {Scalar(0), kMinusInfinity<Scalar>};
-    auto packet_max = simd::load(scores);
-    for (Index c = kLanes; c < width_; c += kLanes) packet_max = simd::max(packet_max, simd::load(scores + c));
-    const Scalar max = simd::reduce_max(packet_max);
+    max = simd::reduce_max(packet_max);
     const auto base = simd::broadcast(finite_or_zero(max));
-    auto sum = simd::broadcast(Scalar(0));
-    for (Index c = 0; c < width_; c += kLanes) {
+    auto packet_sum = simd::broadcast(Scalar(0));
+    for (Index c = columns.begin; c < columns.end; c += kLanes) {
       const auto weight = exp2_nonpositive<Scalar>(simd::sub(simd::load(scores + c), base));
       simd::store(scores + c, weight);
-      sum = simd::add(sum, weight);
+      packet_sum = simd::add(packet_sum, weight);
     }
-    return {simd::reduce_add(sum), max};
+    sum = simd::reduce_add(packet_sum);
   }
 
-  void add_values(Index piece) {
-    const KeyRange keys = piece_keys(piece);
-    std::fill(partial(piece, 0), partial(piece, 0) + rows_ * in_.dv, Scalar(0));
-    for (Index key = keys.begin; key < keys.end; key += kValueKeys) {
-      for (Index row = 0; row < rows_; ++row) {
-        const KeyRange seen = visible(row, {key, std::min(key + kValueKeys, keys.end)});
-        const Index first_col = row / rows_per_key_head_ * in_.dv;
-        const Scalar* const w = weights(0, row) - keys_.begin;
-        Scalar* const to = partial(piece, row);
-        Index c = 0;
-        for (; c + 8 * kLanes <= in_.dv; c += 8 * kLanes) add_packets<8>(to + c, w, first_col + c, row, seen);
-        for (; c + kLanes <= in_.dv; c += kLanes) add_packets<1>(to + c, w, first_col + c, row, seen);
-        for (Index j = seen.begin; c < in_.dv && j < seen.end; ++j) {
-          if (!bias_shows(mask_, query(row), j, n_q_, n_k_)) continue;
-          for (Index tail = c; tail < in_.dv; ++tail) to[tail] += w[j] * in_.v(j, first_col + tail);
+  /// What turns the weights of each piece into probabilities, exp2(m_piece − m)/l, times −λ for the second map, takes
+  /// the place of the piece's maximum.
+  void set_factors(Index head, Index row) {
+    const State& s = state_;
+    const Index query = s.query(row), query_head = s.query_head(head, row);
+    for (Index map = 0; map < kMaps; ++map) {
+      Scalar max = kMinusInfinity<Scalar>, sum = 0;
+      for (Index piece = 0; piece < s.pieces; ++piece) max = std::max(max, max_[s.index(piece, head, map, row)]);
+      const Scalar base = finite_or_zero(max);
+      for (Index piece = 0; piece < s.pieces; ++piece) {
+        const Index at = s.index(piece, head, map, row);
+        max_[at] = simd::first(exp2_nonpositive<Scalar>(simd::broadcast(max_[at] - base)));
+        sum += max_[at] * weight_sum_[at];
+      }
+      if (s.in.lse[map].data != nullptr) s.in.lse[map](query, query_head) = max + std::log2(sum);
+      const Scalar sign = map == 0 ? Scalar(1) : -s.in.lambda(query, query_head);
+      const Scalar factor = sum == Scalar(0) ? Scalar(0) : sign / sum;
+      for (Index piece = 0; piece < s.pieces; ++piece) max_[s.index(piece, head, map, row)] *= factor;
+    }
+  }
+
+  /// Combines the weights of both maps, in the place of the first, and multiplies by V.
+  void add_values(Index piece, const KeyRange& heads) {
+    const State& s = state_;
+    const KeyRange columns = s.strips_of_any(piece);
+    for (Index head = heads.begin; head < heads.end; ++head) {
+      for (Index row = 0; row < s.rows; ++row) {
+        Scalar* const p1 = s.weights(piece, head, 0, row);
+        const Scalar* const p2 = s.weights(piece, head, kMaps - 1, row);
+        const auto f1 = simd::broadcast(max_[s.index(piece, head, 0, row)]);
+        const auto f2 = simd::broadcast(max_[s.index(piece, head, kMaps - 1, row)]);
+        for (Index c = columns.begin; c < columns.end; c += kLanes) {
+          auto weight = simd::mul(simd::load(p1 + c), f1);
+          if constexpr (kMaps == 2) weight = simd::fma(simd::load(p2 + c), f2, weight);
+          simd::store(p1 + c, weight);
         }
+      }
+    }
+    source_.add_values(s, piece, heads);
+  }
+
+  void write(Index head) {
+    const State& s = state_;
+    for (Index row = 0; row < s.rows; ++row) {
+      const auto out = s.in.out.block(s.query(row), s.query_head(head, row) * s.in.dv, 1, s.in.dv);
+      for (Index c = 0; c < s.in.dv; ++c) out(0, c) = s.pieces == 0 ? Scalar(0) : s.sums(0, head, row)[c];
+      for (Index piece = 1; piece < s.pieces; ++piece) {
+        const Scalar* const sums = s.sums(piece, head, row);
+        for (Index c = 0; c < s.in.dv; ++c) out(0, c) += sums[c];
       }
     }
   }
 
-  /// to += Σ w_key · v_key over kPackets packets of columns from `col` on.
-  template <Index kPackets>
-  void add_packets(Scalar* to, const Scalar* w, Index col, Index row, const KeyRange& keys) const {
-    simd::Packet<Scalar> sums[kPackets];
-#pragma GCC unroll 8
-    for (Index p = 0; p < kPackets; ++p) sums[p] = simd::loadu(to + p * kLanes);
-    for (Index key = keys.begin; key < keys.end; ++key) {
-      if (!bias_shows(mask_, query(row), key, n_q_, n_k_)) continue;
-      const auto weight = simd::broadcast(w[key]);
-      const Scalar* const from = &in_.v(key, col);
-#pragma GCC unroll 8
-      for (Index p = 0; p < kPackets; ++p) sums[p] = simd::fma(weight, simd::loadu(from + p * kLanes), sums[p]);
-    }
-#pragma GCC unroll 8
-    for (Index p = 0; p < kPackets; ++p) simd::storeu(to + p * kLanes, sums[p]);
-  }
-
-  void write(Index row) {
-    Scalar* const out = &in_.out(query(row), query_head(row) * in_.dv);
-    const Index step = in_.out.col_stride;
-    for (Index c = 0; c < in_.dv; ++c) out[c * step] = pieces_ == 0 ? Scalar(0) : partial(0, row)[c];
-    for (Index piece = 1; piece < pieces_; ++piece) {
-      const Scalar* const from = partial(piece, row);
-      for (Index c = 0; c < in_.dv; ++c) out[c * step] += from[c];
-    }
-  }
-
-  const HeadOperands<Scalar, kMaps>& in_;
-  const Mask& mask_;
-  Index n_q_;
-  Index n_k_;
-  Index rows_;
-  Index rows_per_key_head_;
-  KeyRange keys_;  // what any row sees
-  Index width_;    // of a row of weights, whole packets
-  Index pieces_;
-  Scalar* q_;        // [map][row][d], scaled by s·log2(e)
-  Scalar* weights_;  // [map][row][width]
-  Scalar* partial_;  // [piece][row][dv]
+  const Source& source_;
+  State state_;
+  Scalar* max_;         // of every piece, head, map and row; then the factor of its weights
+  Scalar* weight_sum_;  // likewise
 };
 
 }  // namespace diffattn::inline v0_1::detail

@@ -9,7 +9,7 @@
 
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
-#include "diffattn/kernels/detail/few_rows.hpp"
+#include "diffattn/kernels/detail/few_rows_in_place.hpp"
 #include "diffattn/kernels/detail/head_operands.hpp"
 #include "diffattn/kernels/detail/row_block.hpp"
 
@@ -24,8 +24,10 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
     for (const auto& lse : in.lse) write_constant(lse, kMinusInfinity<Scalar>);
     return write_constant(in.out, Scalar(0));
   }
-  using Few = FewRows<Scalar, Block::kMaps, Mask>;
-  if (Few::suits(in)) return Few::run(in, mask, workspace, executor);
+  using InPlace = InPlaceSource<Scalar, Block::kMaps>;
+  if (InPlace::suits(in)) {
+    return FewRows<Scalar, Block::kMaps, Mask, InPlace>::run(in, {}, n_k, mask, workspace, executor);
+  }
 
   const auto frame = workspace.frame();
   const Index key_maps = in.shared_keys() ? 1 : Block::kMaps;

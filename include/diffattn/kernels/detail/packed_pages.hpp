@@ -3,7 +3,7 @@
 // Keys and values of a cache, in pages of kPageKeys tokens that hold all heads of one layer. A page is packed as the
 // kernels read it, once and for good:
 //
-//   [head]{ [map][strip of kPageKeys][d][kCols] keys · [strip of dv][kPageKeys][kCols] values }
+//   [head][map][strip of kPageKeys][d][kCols] keys, then [head][strip of dv][kPageKeys][kCols] values
 //
 // in a storage type that may be narrower than the scalar of the arithmetic. Pages never move, so a cache grows without
 // copying, drops what a window has left behind, and shares a prefix with its forks.
@@ -23,7 +23,8 @@
 namespace diffattn::inline v0_1::detail {
 
 /// Tokens in a page: a chunk of the kernels never straddles two of them.
-inline constexpr Index kPageKeys = kChunk;
+inline constexpr Index kPageKeys = 256;
+static_assert(kPageKeys % kChunk == 0);
 
 /// What every page of a cache holds.
 struct PageShape {
@@ -37,13 +38,15 @@ struct PageShape {
 
   Index keys_size() const { return kPageKeys * d; }
   Index values_size() const { return kPageKeys * round_up(dv, strip); }
-  Index head_size() const { return key_maps * keys_size() + values_size(); }
+  Index page_size() const { return heads * (key_maps * keys_size() + values_size()); }
+  Index keys_offset(Index head, Index map) const { return (head * key_maps + map) * keys_size(); }
+  Index values_offset(Index head) const { return heads * key_maps * keys_size() + head * values_size(); }
 };
 
 template <typename Storage>
 struct Page {
   explicit Page(const PageShape& shape)
-      : data(allocate(shape.heads * shape.head_size())), finite_values(static_cast<std::size_t>(shape.heads), true) {}
+      : data(allocate(shape.page_size())), finite_values(static_cast<std::size_t>(shape.heads), true) {}
 
   struct Free {
     void operator()(Storage* p) const { ::operator delete (p, std::align_val_t{64}); }
@@ -68,9 +71,9 @@ struct PackedPages {
   Index n_k = 0;
 
   const Storage* keys(Index page, Index head, Index map) const {
-    return pages[page]->data.get() + head * shape.head_size() + map * shape.keys_size();
+    return pages[page]->data.get() + shape.keys_offset(head, map);
   }
-  const Storage* values(Index page, Index head) const { return keys(page, head, shape.key_maps); }
+  const Storage* values(Index page, Index head) const { return pages[page]->data.get() + shape.values_offset(head); }
   bool finite_values(Index page, Index head) const {
     return pages[page]->finite_values[static_cast<std::size_t>(head)] != 0;
   }
@@ -81,8 +84,8 @@ template <typename Scalar, typename Storage>
 void pack_into_page(Page<Storage>& page, const PageShape& shape, Index head, Index first,
                     const StridedView<const Scalar>& k, const StridedView<const Scalar>& v) {
   constexpr Index kCols = Tile<Scalar>::kCols;
-  Storage* to = page.data.get() + head * shape.head_size();
-  for (Index map = 0; map < shape.key_maps; ++map, to += shape.keys_size()) {
+  for (Index map = 0; map < shape.key_maps; ++map) {
+    Storage* const to = page.data.get() + shape.keys_offset(head, map);
     const auto keys = k.middle_cols(map * shape.d, shape.d);
     for (Index row = 0; row < k.rows;) {
       const Index at = (first + row) % kCols, present = std::min(kCols - at, k.rows - row);
@@ -94,13 +97,15 @@ void pack_into_page(Page<Storage>& page, const PageShape& shape, Index head, Ind
           continue;
         }
       }
-      for (Index c = 0; c < shape.d; ++c) {
-        for (Index r = 0; r < present; ++r) strip[c * kCols + at + r] = static_cast<Storage>(keys(row + r, c));
+      for (Index r = 0; r < present; ++r) {
+        Storage* const column = strip + at + r;
+        for (Index c = 0; c < shape.d; ++c) column[c * kCols] = static_cast<Storage>(keys(row + r, c));
       }
       row += present;
     }
   }
 
+  Storage* to = page.data.get() + shape.values_offset(head);
   bool finite = true;
   if constexpr (std::is_same_v<Scalar, Storage>) {
     finite = pack_columns(to + first * kCols, kPageKeys, v);
@@ -110,8 +115,9 @@ void pack_into_page(Page<Storage>& page, const PageShape& shape, Index head, Ind
       for (Index row = 0; row < v.rows; ++row) {
         Storage* const strip_row = to + (first + row) * kCols;
         for (Index c = 0; c < present; ++c) {
-          strip_row[c] = static_cast<Storage>(v(row, col + c));
-          finite &= std::isfinite(static_cast<Scalar>(strip_row[c]));
+          const auto value = static_cast<Storage>(v(row, col + c));
+          strip_row[c] = value;
+          finite &= std::isfinite(static_cast<Scalar>(value));
         }
       }
     }

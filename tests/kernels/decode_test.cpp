@@ -1,0 +1,198 @@
+// Attention against packed pages: the oracle, for one query, a few and many, every storage type and any executor.
+
+#include <diffattn/core/parallel_threads.hpp>
+#include <diffattn/kernels/decode.hpp>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "kernels/oracle.hpp"
+#include "support/catch.hpp"
+#include "support/executors.hpp"
+#include "support/throws.hpp"
+#include "support/tolerances.hpp"
+
+using namespace support;
+using diffattn::Heads;
+using diffattn::ShapeError;
+using diffattn::Workspace;
+
+namespace {
+
+namespace detail = diffattn::detail;
+
+/// Keys and values of all heads in pages, packed a few rows at a time.
+template <typename Storage>
+struct Pages {
+  template <typename Scalar>
+  Pages(const Matrix<Scalar>& k, const Matrix<Scalar>& v, Index heads, Index key_maps, Rng& rng) {
+    packed.shape = {heads, key_maps, k.cols() / heads / key_maps, v.cols() / heads, detail::Tile<Scalar>::kCols};
+    packed.n_k = k.rows();
+    for (Index row = 0; row < k.rows();) {
+      if (row % detail::kPageKeys == 0) pages.push_back(std::make_shared<detail::Page<Storage>>(packed.shape));
+      const Index at = row % detail::kPageKeys, room = std::min(detail::kPageKeys - at, k.rows() - row);
+      const Index count = std::uniform_int_distribution<Index>(1, room)(rng), width = k.cols() / heads;
+      for (Index head = 0; head < heads; ++head) {
+        pack_into_page(*pages.back(), packed.shape, head, at, detail::view_of(k).block(row, head * width, count, width),
+                       detail::view_of(v).block(row, head * packed.shape.dv, count, packed.shape.dv));
+      }
+      row += count;
+    }
+    packed.pages = pages.data();
+  }
+  std::vector<std::shared_ptr<detail::Page<Storage>>> pages;
+  detail::PackedPages<Storage> packed;
+};
+
+template <typename Storage, typename Scalar>
+Matrix<Scalar> stored(const Matrix<Scalar>& m) {
+  return m.template cast<Storage>().template cast<Scalar>();
+}
+
+RangeMask mask_of(Index window) {
+  if (window == 0) return RangeMask{CausalMask{}};
+  return RangeMask{SlidingWindowMask{window}};
+}
+
+/// Both kernels on one draw, head by head against the oracle on what the storage type makes of keys and values.
+template <typename Scalar, typename Storage>
+void check(const Shape& shape, Index num_heads, Index num_kv_heads, Index key_maps, Index window) {
+  INFO(describe(shape) << ", heads " << num_heads << "/" << num_kv_heads << ", key maps " << key_maps << ", window "
+                       << window);
+  Rng rng = make_rng();
+  const auto q = random_matrix<Scalar>(shape.n_q, 2 * num_heads * shape.d, rng);
+  const auto k = random_matrix<Scalar>(shape.n_k, num_kv_heads * key_maps * shape.d, rng);
+  const auto v = random_matrix<Scalar>(shape.n_k, num_kv_heads * shape.dv, rng);
+  const auto lambda = random_matrix<Scalar>(shape.n_q, num_heads, rng);
+  const Pages<Storage> pages(k, v, num_kv_heads, key_maps, rng);
+  const Matrix<Scalar> rounded_k = stored<Storage>(k), rounded_v = stored<Storage>(v);
+  const auto bias = dense(mask_of(window), shape.n_q, shape.n_k);
+  const Index d = shape.d, dv = shape.dv;
+
+  Matrix<Scalar> first;
+  diffattn::Serial serial;
+  diffattn::ThreadPool pool(3);
+  Backwards backwards;
+  for (AnyExecutor executor : {AnyExecutor(serial), AnyExecutor(pool), AnyExecutor(backwards)}) {
+    Workspace workspace;
+    Matrix<Scalar> out = Matrix<Scalar>::Constant(shape.n_q, num_heads * dv, Scalar(7));
+    diffattn::decode_diff_attention_into(out, q, pages.packed, lambda, Heads{num_heads, num_kv_heads}, window, {},
+                                         workspace, executor);
+    if (first.size() == 0) first = out;
+    CHECK(identical(out, first));
+  }
+  for (Index h = 0; h < num_heads; ++h) {
+    const Index g = h / (num_heads / num_kv_heads);
+    Operands<Scalar> x;
+    x.q1 = q.middleCols(2 * h * d, d);
+    x.q2 = q.middleCols((2 * h + 1) * d, d);
+    x.k1 = rounded_k.middleCols(g * key_maps * d, d);
+    x.k2 = rounded_k.middleCols((g * key_maps + key_maps - 1) * d, d);
+    x.v = rounded_v.middleCols(g * dv, dv);
+    const Expected expected = expect(x, Vector<Exact>(lambda.col(h).template cast<Exact>()), bias);
+    CHECK(worst_error<Scalar>(first.middleCols(h * dv, dv), expected.value, expected.magnitude) <= kErrorFactor);
+  }
+
+  if (key_maps != 1) return;
+  Workspace workspace;
+  const Index heads = 2 * num_heads;
+  Matrix<Scalar> out(shape.n_q, heads * dv);
+  diffattn::decode_attention_into(out, q, pages.packed, Heads{heads, num_kv_heads}, window, {}, workspace);
+  for (Index h = 0; h < heads; ++h) {
+    const Index g = h / (heads / num_kv_heads);
+    Operands<Scalar> x;
+    x.q1 = q.middleCols(h * d, d);
+    x.k1 = rounded_k.middleCols(g * d, d);
+    x.v = rounded_v.middleCols(g * dv, dv);
+    const Expected expected = expect(x, Vector<Exact>(Vector<Exact>::Zero(shape.n_q)), bias);
+    CHECK(worst_error<Scalar>(out.middleCols(h * dv, dv), expected.value, expected.magnitude) <= kErrorFactor);
+  }
+}
+
+template <typename Scalar, typename Storage>
+void check_all() {
+  const std::vector<Shape> shapes = {{1, 1, 1, 1},     {1, 700, 64, 128}, {1, 257, 7, 5},  {2, 256, 33, 20},
+                                     {3, 513, 16, 40}, {4, 300, 5, 70},   {5, 300, 5, 70}, {26, 40, 12, 9},
+                                     {70, 600, 8, 16}, {9, 4, 6, 6}};
+  for (const Shape& shape : shapes) {
+    for (const Index window : {0, 1, 37, 300}) {
+      check<Scalar, Storage>(shape, 2, 2, 2, window);
+      check<Scalar, Storage>(shape, 3, 1, 1, window);
+    }
+  }
+  check<Scalar, Storage>({1, 300, 10, 12}, 14, 2, 2, 0);
+}
+
+}  // namespace
+
+TEST_CASE("Decoding from pages of the scalar's own type agrees with the oracle", "[kernels][decode]") {
+  check_all<float, float>();
+  check_all<double, double>();
+}
+
+TEST_CASE("Decoding from narrower pages agrees with the oracle on what they hold", "[kernels][decode]") {
+  check_all<float, Eigen::bfloat16>();
+  check_all<float, Eigen::half>();
+}
+
+TEST_CASE("What a later key or value holds does not reach an earlier query", "[kernels][decode]") {
+  Rng rng = make_rng();
+  const Index n_q = GENERATE(3, 60), n_k = 300, d = 8;
+  auto k = random_matrix<float>(n_k, 2 * d, rng), v = random_matrix<float>(n_k, d, rng);
+  const auto q = random_matrix<float>(n_q, 2 * d, rng);
+  const auto decode = [&] {
+    const Pages<float> pages(k, v, 1, 2, rng);
+    Workspace workspace;
+    Matrix<float> out(n_q, d);
+    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{1, 1}, 0, {}, workspace);
+    return out;
+  };
+  const Matrix<float> clean = decode();
+  for (const bool in_key : {false, true}) {
+    const auto old_k = k, old_v = v;
+    (in_key ? k : v).bottomRows(1).setConstant(std::numeric_limits<float>::quiet_NaN());
+    const Matrix<float> out = decode();
+    CHECK(out.topRows(n_q - 1).isApprox(clean.topRows(n_q - 1), 1e-5f));
+    CHECK(out.bottomRows(1).array().isNaN().all());
+    k = old_k;
+    v = old_v;
+  }
+}
+
+TEST_CASE("Decoding refuses what does not fit, before any work", "[kernels][decode]") {
+  Rng rng = make_rng();
+  const auto k = random_matrix<float>(10, 4 * 6, rng), v = random_matrix<float>(10, 2 * 5, rng);
+  const Pages<float> two_maps(k, v, 2, 2, rng);
+  Workspace workspace;
+  Matrix<float> out = Matrix<float>::Constant(3, 10, 7.0f);
+  const auto run = [&](Index q_cols, Heads heads, Index window, Index lambda_cols = 2) {
+    diffattn::decode_diff_attention_into(out, Matrix<float>(Matrix<float>::Ones(3, q_cols)), two_maps.packed,
+                                         Matrix<float>(Matrix<float>::Ones(3, lambda_cols)), heads, window, {},
+                                         workspace);
+  };
+  CHECK(thrown_by<ShapeError>([&] {
+          run(23, {2, 2}, 0);
+        }) == "decode_diff_attention: the columns of q must be a positive multiple of 4, got 23");
+  CHECK(thrown_by<ShapeError>([&] {
+          run(20, {2, 2}, 0);
+        }).find("decode_diff_attention: the cache must hold 2 heads of width 5") == 0);
+  CHECK(thrown_by<ShapeError>([&] {
+          run(24, {2, 1}, 0);
+        }).find("decode_diff_attention: the cache must hold 1 heads of width 6") == 0);
+  CHECK(thrown_by<std::invalid_argument>([&] {
+          run(24, {2, 2}, -3);
+        }) == "decode_diff_attention: the window must be 0 or more, got -3");
+  CHECK(thrown_by<ShapeError>([&] {
+          run(24, {2, 2}, 0, 3);
+        }) == "decode_diff_attention: lambda must be 3 x 2, got 3 x 3");
+  CHECK(thrown_by<ShapeError>([&] {
+          diffattn::decode_attention_into(out, Matrix<float>(Matrix<float>::Ones(3, 12)), two_maps.packed, Heads{2, 2},
+                                          0, {}, workspace);
+        }) == "decode_attention: the cache must hold one map of keys, got two");
+  Matrix<float> narrow(3, 9);
+  CHECK(thrown_by<ShapeError>([&] {
+          diffattn::decode_diff_attention_into(narrow, Matrix<float>(Matrix<float>::Ones(3, 24)), two_maps.packed, 1.0,
+                                               Heads{2, 2}, 0, {}, workspace);
+        }) == "decode_diff_attention: out must be 3 x 10, got 3 x 9");
+  CHECK((out.array() == 7.0f).all());
+}
