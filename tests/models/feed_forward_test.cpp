@@ -98,8 +98,8 @@ TEST_CASE("SwiGLU refuses what does not fit", "[models][feed_forward]") {
   FeedForward<float> grad(4, 6), narrow(4, 5);
   FeedForward<float>::Tape tape, other;
   const Matrix<float> x = Matrix<float>::Ones(3, 4);
-  CHECK(message_of<diffattn::ShapeError>([&] { layer.backward(x, tape, grad); }) ==
-        "FeedForward: the tape's x must be 3 x 4, got 0 x 0");
+  CHECK(message_of<std::invalid_argument>([&] { layer.backward(x, tape, grad); }) ==
+        "FeedForward: backward needs a tape that forward(x, tape) has filled");
   layer.forward(x, tape);
   FeedForward<float>(4, 5).forward(x, other);
   CHECK(message_of<diffattn::ShapeError>([&] { layer.backward(x, other, grad); }) ==

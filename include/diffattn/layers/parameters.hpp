@@ -11,7 +11,9 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
+#include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -45,6 +47,28 @@ Layer zeros_like(const Layer& layer) {
 }
 
 namespace detail {
+
+/// Throws ShapeError unless `gradient` has the parameters of `layer`: the same names and shapes.
+template <typename Layer>
+void check_gradient(const char* where, const Layer& layer, const Layer& gradient) {
+  struct Shape {
+    std::string name;
+    Index rows, cols;
+  };
+  std::vector<Shape> expected;
+  visit_parameters(layer, [&](std::string_view name, const auto& p) {
+    expected.push_back({std::string(name), p.rows(), p.cols()});
+  });
+  std::size_t at = 0;
+  visit_parameters(gradient, [&](std::string_view name, const auto& p) {
+    if (at == expected.size() || expected[at].name != name) {
+      throw_shape({where, ": the gradient has a ", std::string(name).c_str(), ", and the layer has none there"});
+    }
+    check_shape(where, ("the gradient's " + expected[at].name).c_str(), p, expected[at].rows, expected[at].cols);
+    ++at;
+  });
+  if (at != expected.size()) throw_shape({where, ": the gradient lacks ", expected[at].name.c_str()});
+}
 
 /// Visits the parameters of a part of a layer, their names prefixed with "<part>.".
 template <typename Part, typename Visitor>

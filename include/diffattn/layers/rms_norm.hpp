@@ -44,6 +44,18 @@ class RmsNorm {
     }
   }
 
+  /// y = norm(x) for `rows` rows, one after another in memory; y may be x.
+  template <Executor E>
+  void forward_rows(Scalar* y, const Scalar* x, Index rows, E& executor) const {
+    constexpr Index kRows = 64;
+    executor.run((rows + kRows - 1) / kRows, [&](Index task, Index /*worker*/) {
+      for (Index row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) {
+        if (y != x) std::copy_n(x + row * width_, width_, y + row * width_);
+        apply(y + row * width_);
+      }
+    });
+  }
+
   /// The gradient of apply on one row: from dy and the x that it was given, dx, which may be dy, and dweight += … where
   /// there is a weight.
   ///

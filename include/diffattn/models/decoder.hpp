@@ -39,6 +39,7 @@
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/rms_norm.hpp"
 #include "diffattn/models/decoder_cache.hpp"
+#include "diffattn/models/decoder_tape.hpp"
 #include "diffattn/models/feed_forward.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -71,6 +72,39 @@ struct DecoderBlock {
     detail::visit_part("self_attn", self.attention, visitor);
     detail::visit_part("post_attention_layernorm", self.feed_forward_norm, visitor);
     detail::visit_part("mlp", self.feed_forward, visitor);
+  }
+
+  using Tape = DecoderBlockTape<Scalar, Attention>;
+
+  /// y (n x embed_dim) = block(x), keeping what backward needs beside x.
+  template <Executor E>
+  void forward_into(Matrix<Scalar>& y, const Matrix<Scalar>& x, std::span<const Index> lengths, Tape& tape,
+                    Workspace& workspace, E& executor) const {
+    const auto frame = workspace.frame();
+    detail::MatrixMap<Scalar> normed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
+    tape.attended.resize(x.rows(), x.cols());
+    attention_norm.forward_rows(normed.data(), x.data(), x.rows(), executor);
+    attention.forward_into(tape.attended, normed, CausalMask{}, lengths, tape.attention, workspace, executor);
+    tape.attended += x;
+    feed_forward_norm.forward_rows(normed.data(), tape.attended.data(), x.rows(), executor);
+    feed_forward.forward_into(y, normed, tape.feed_forward, workspace, executor);
+    y += tape.attended;
+  }
+
+  /// Turns dy, the gradient of y, into that of x, in place.
+  template <Executor E>
+  void backward_in_place(detail::MatrixMap<Scalar>& dy, const Matrix<Scalar>& x, const Tape& tape, DecoderBlock& grad,
+                         Workspace& workspace, E& executor) const {
+    const auto frame = workspace.frame();
+    detail::MatrixMap<Scalar> dnormed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
+    const auto through_norm = [&](const RmsNorm<Scalar>& norm, const Matrix<Scalar>& before, RmsNorm<Scalar>& to) {
+      norm.backward_rows(dy.data(), dnormed.data(), before.data(), x.rows(), to, Scalar(1), detail::Store::add,
+                         workspace, executor);
+    };
+    feed_forward.backward_into(dnormed, dy, tape.feed_forward, grad.feed_forward, workspace, executor);
+    through_norm(feed_forward_norm, tape.attended, grad.feed_forward_norm);
+    attention.backward_into(dnormed, dy, tape.attention, grad.attention, workspace, executor);
+    through_norm(attention_norm, x, grad.attention_norm);
   }
 
   RmsNorm<Scalar> attention_norm;
@@ -205,6 +239,87 @@ class Decoder {
       detail::throw_invalid({kName, ": the cache holds at most ", most, " tokens and has ", cache.position(),
                              ", cannot append ", tokens});
     }
+  }
+
+  using Tape = DecoderTape<Scalar, Attention>;
+
+  /// The logits of sequences stacked in `tokens`, `lengths` long, none of which sees another; what backward needs of
+  /// this pass goes into `tape`.
+  template <typename Tokens>
+  Matrix<Scalar> logits(const Tokens& tokens, std::span<const Index> lengths, Tape& tape) const {
+    Workspace workspace;
+    Matrix<Scalar> result(static_cast<Index>(std::size(tokens)), config_.vocab_size);
+    logits_into(result, tokens, lengths, tape, workspace);
+    return result;
+  }
+
+  template <typename Y, typename Tokens, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, std::span<const Index> lengths, Tape& tape,
+                   Workspace& workspace, E&& executor = {}) const {
+    const Index n = static_cast<Index>(std::size(tokens));
+    detail::check_shape(kName, "logits", y, n, config_.vocab_size);
+    detail::check_lengths(kName, lengths, n);
+    check_tokens(tokens);
+    tape.filled = false;  // until this has come to its end
+    tape.tokens.assign(std::begin(tokens), std::end(tokens));
+    tape.lengths.assign(lengths.begin(), lengths.end());
+    tape.blocks.resize(tape.recompute ? 1 : blocks.size());
+    tape.inputs.resize(blocks.size() + 1);
+    for (Matrix<Scalar>& input : tape.inputs) input.resize(n, embedding.cols());
+    tape.hidden.resize(n, embedding.cols());
+    detail::MatrixMap<Scalar> x(tape.inputs[0].data(), n, embedding.cols());
+    embed_into(x, tokens);
+    for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
+      blocks[layer].forward_into(tape.inputs[layer + 1], tape.inputs[layer], lengths,
+                                 tape.blocks[tape.recompute ? 0 : layer], workspace, executor);
+    }
+    norm.forward_rows(tape.hidden.data(), tape.inputs.back().data(), n, executor);
+    head_into(y, tape.hidden, workspace, executor);
+    tape.filled = true;
+  }
+
+  /// Adds to the parameters of `grad`, a decoder of the same configuration, their gradients: from dlogits, the gradient
+  /// of the logits, and the tape of the forward pass. Throws, before any work,
+  /// std::invalid_argument for a tape that is not this decoder's, ShapeError for a dlogits or grad of another shape.
+  void backward(const Matrix<Scalar>& dlogits, Tape& tape, Decoder& grad) const {
+    Workspace workspace;
+    backward(dlogits, tape, grad, workspace);
+  }
+
+  template <typename DY, Executor E = Serial>
+  void backward(const Eigen::MatrixBase<DY>& dlogits, Tape& tape, Decoder& grad, Workspace& workspace,
+                E&& executor = {}) const {
+    const Index n = dlogits.rows(), embed_dim = embedding.cols();
+    if (!tape.filled) {
+      detail::throw_invalid({kName, ": backward needs a tape that logits(tokens, lengths, tape) has filled"});
+    }
+    if (tape.inputs.size() != blocks.size() + 1 || tape.blocks.size() != (tape.recompute ? 1 : blocks.size()) ||
+        tape.hidden.cols() != embed_dim) {
+      detail::throw_invalid({kName, ": the tape was filled by a decoder of another configuration"});
+    }
+    detail::check_shape(kName, "dlogits", dlogits, tape.hidden.rows(), config_.vocab_size);
+    detail::check_gradient(kName, *this, grad);
+
+    const auto frame = workspace.frame();
+    detail::MatrixMap<Scalar> dx(workspace.take<Scalar>(n * embed_dim), n, embed_dim);
+    if (head) {
+      head->backward_into(dx, dlogits, tape.hidden, grad.head.value(), workspace, executor);
+    } else {
+      linear_backward_into<Scalar>(dx, grad.embedding, dlogits, tape.hidden, embedding, detail::Store::overwrite,
+                                   workspace, executor);
+    }
+    norm.backward_rows(dx.data(), dx.data(), tape.inputs.back().data(), n, grad.norm, Scalar(1),
+                       detail::Store::overwrite, workspace, executor);
+    for (std::size_t layer = blocks.size(); layer-- > 0;) {
+      typename Block::Tape& block_tape = tape.blocks[tape.recompute ? 0 : layer];
+      if (tape.recompute) {
+        // The output goes where the next block's input was, which it is, bit for bit.
+        blocks[layer].forward_into(tape.inputs[layer + 1], tape.inputs[layer], tape.lengths, block_tape, workspace,
+                                   executor);
+      }
+      blocks[layer].backward_in_place(dx, tape.inputs[layer], block_tape, grad.blocks[layer], workspace, executor);
+    }
+    for (Index i = 0; i < n; ++i) grad.embedding.row(tape.tokens[static_cast<std::size_t>(i)]) += dx.row(i);
   }
 
   template <typename Self, typename Visitor>

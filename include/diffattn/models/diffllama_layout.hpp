@@ -141,7 +141,7 @@ class DiffLlamaAttention {
           {"DiffLlamaAttention: rotary.dim must be the head_dim ", head_dim_, ", got ", config_.rotary->dim});
     }
     if (zeros) {
-      visit(*this, [](std::string_view /*name*/, auto& parameter) { parameter.setZero(); });
+      set_zero(*this);
       return;
     }
     gather(q_proj, layer.q_proj, detail::first_of_each(heads_.queries(), heads_.num_heads));

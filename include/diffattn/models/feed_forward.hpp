@@ -68,6 +68,7 @@ class FeedForward {
   struct Tape {
     Matrix<Scalar> x;         ///< n x embed_dim
     Matrix<Scalar> gate, up;  ///< n x hidden_dim, before silu
+    bool filled = false;
   };
 
   /// The same y, bit for bit, and what backward needs into `tape`.
@@ -77,6 +78,7 @@ class FeedForward {
     const Index n = x.rows(), hidden_dim = gate_proj.weight.rows();
     detail::check_shape(kName, "x", x, n, gate_proj.weight.cols());
     detail::check_shape(kName, "y", y, n, gate_proj.weight.cols());
+    tape.filled = false;  // until forward has come to its end
     tape.x = x;
     tape.gate.resize(n, hidden_dim);
     tape.up.resize(n, hidden_dim);
@@ -86,6 +88,7 @@ class FeedForward {
     up_proj.forward_into(tape.up, tape.x, workspace, executor);
     activate(activated, tape, executor);
     down_proj.forward_into(y, activated, workspace, executor);
+    tape.filled = true;
   }
   Matrix<Scalar> forward(const Matrix<Scalar>& x, Tape& tape) const {
     Workspace workspace;
@@ -100,6 +103,7 @@ class FeedForward {
   void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
                      FeedForward& grad, Workspace& workspace, E&& executor = {}) const {
     const Index n = dy.rows(), hidden_dim = gate_proj.weight.rows();
+    if (!tape.filled) detail::throw_invalid({kName, ": backward needs a tape that forward(x, tape) has filled"});
     detail::check_shape(kName, "dy", dy, n, gate_proj.weight.cols());
     detail::check_shape(kName, "dx", dx, n, gate_proj.weight.cols());
     detail::check_shape(kName, "the tape's x", tape.x, n, gate_proj.weight.cols());
