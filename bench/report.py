@@ -53,17 +53,20 @@ def layer_table(runs):
 
 
 def decode_table(runs):
-    print("\n| decode, 16 heads (64, 128), one query | differential | standard | differential / standard |"
-          "\n|---|---|---|---|")
+    sources = {"float": "KvCache<float>", "bfloat16": "KvCache<bfloat16>", "in_place": "float matrices, in place"}
+    print("\n| decode, one query | threads | read, GB/s | 16 differential heads (64, 128) "
+          "| 32 standard heads (64, 64) | differential / standard | per token, against KvCache<float> |"
+          "\n|---|---|---|---|---|---|---|")
     for name, run in runs.items():
-        match = re.fullmatch(r"decode/differential/n:(\d+)/threads:(\d+)/real_time", name)
+        match = re.fullmatch(r"decode/(\w+)/differential/(n:(\d+)/threads:(\d+)/real_time)", name)
         if match:
-            other = runs[name.replace("differential", "standard")]
-            read = runs[f"peak/read/n:{match[1]}/threads:1/real_time"]["bytes/s"]
-            print(f"| {int(match[1]):,} keys, {match[2]} thread{'s' if match[2] != '1' else ''} "
-                  f"| {run['bytes/s'] / 1e9:.1f} GB/s, {100 * run['bytes/s'] / read:.0f} % of one core's read "
-                  f"| {other['bytes/s'] / 1e9:.1f} GB/s, {100 * other['bytes/s'] / read:.0f} % "
-                  f"| {run['real_time'] / other['real_time']:.2f} |")
+            source, shape, n, threads = match.groups()
+            other = runs[f"decode/{source}/standard/{shape}"]
+            read = runs[f"peak/read/{shape}"]["bytes/s"]
+            base = runs[f"decode/float/differential/{shape}"]["real_time"]
+            shares = [f"{r['bytes/s'] / 1e9:.1f} GB/s, {100 * r['bytes/s'] / read:.0f} %" for r in (run, other)]
+            print(f"| {sources[source]}, {int(n):,} keys | {threads} | {read / 1e9:.1f} | {shares[0]} | {shares[1]} "
+                  f"| {run['real_time'] / other['real_time']:.2f} | {run['real_time'] / base:.2f} |")
 
 
 def main():
