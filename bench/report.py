@@ -69,6 +69,16 @@ def decode_table(runs):
                   f"| {run['real_time'] / other['real_time']:.2f} | {run['real_time'] / base:.2f} |")
 
 
+def training_table(runs):
+    print("\n| training step, embed_dim 512, 8 layers, 512 tokens | differential | standard | differential / standard |"
+          "\n|---|---|---|---|")
+    peak = runs["peak/fma/float"]["FLOP/s"]
+    run, other = runs["training/differential/float"], runs["training/standard/float"]
+    shares = [f"{r['cpu_time']:.0f} ms, {100 * r['FLOP/s'] / peak:.0f} %" for r in (run, other)]
+    print(f"| forward, loss, backward, clipping, AdamW | {shares[0]} | {shares[1]} "
+          f"| {run['cpu_time'] / other['cpu_time']:.2f} |")
+
+
 def main():
     runs = medians(sys.argv[1])
     for scalar in ("float", "double"):
@@ -77,6 +87,7 @@ def main():
     kernel_table(runs)
     layer_table(runs)
     decode_table(runs)
+    training_table(runs)
     for name, run in runs.items():
         if name.startswith("memory/"):
             print(f"\nScratch of one call at 65,536 keys, d = 64: {run['scratch_MB']:.0f} MB")
