@@ -57,6 +57,7 @@ def decode_table(runs):
     print("\n| decode, one query | threads | read, GB/s | 16 differential heads (64, 128) "
           "| 32 standard heads (64, 64) | differential / standard | per token, against KvCache<float> |"
           "\n|---|---|---|---|---|---|---|")
+    rows = []
     for name, run in runs.items():
         match = re.fullmatch(r"decode/(\w+)/differential/(n:(\d+)/threads:(\d+)/real_time)", name)
         if match:
@@ -65,8 +66,12 @@ def decode_table(runs):
             read = runs[f"peak/read/{shape}"]["bytes/s"]
             base = runs[f"decode/float/differential/{shape}"]["real_time"]
             shares = [f"{r['bytes/s'] / 1e9:.1f} GB/s, {100 * r['bytes/s'] / read:.0f} %" for r in (run, other)]
-            print(f"| {sources[source]}, {int(n):,} keys | {threads} | {read / 1e9:.1f} | {shares[0]} | {shares[1]} "
-                  f"| {run['real_time'] / other['real_time']:.2f} | {run['real_time'] / base:.2f} |")
+            rows.append((list(sources).index(source), int(n), int(threads),
+                         f"| {sources[source]}, {int(n):,} keys | {threads} | {read / 1e9:.1f} | {shares[0]} "
+                         f"| {shares[1]} | {run['real_time'] / other['real_time']:.2f} "
+                         f"| {run['real_time'] / base:.2f} |"))
+    for row in sorted(rows):
+        print(row[-1])
 
 
 def training_table(runs):

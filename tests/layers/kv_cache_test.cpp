@@ -74,7 +74,44 @@ using DiffConfig = MultiheadDiffAttention<float>::Config;
 using V2Config = MultiheadDiffAttentionV2<float>::Config;
 using StandardConfig = MultiheadAttention<float>::Config;
 
+/// The recorded sequences of the official implementation, each fed to a cache of its own.
+template <typename Layer, typename Config>
+void golden_from_cache(const Config& config, const diffattn::Safetensors& file, const std::vector<Index>& chunks) {
+  const Index tokens = std::stol(file.metadata().at("tokens"));
+  const Matrix<double> x = file.matrix<double>("x"), expected = file.matrix<double>("y");
+  Layer layer(config);
+  load_parameters(layer, file, "weight.");
+  for (Index first = 0; first < x.rows(); first += tokens) {
+    KvCache<double> cache;
+    const Matrix<double> y = fed(layer, cache, Matrix<double>(x.middleRows(first, tokens)), chunks);
+    CHECK((y - expected.middleRows(first, tokens)).cwiseAbs().maxCoeff() <= 1e-12 * expected.cwiseAbs().maxCoeff());
+  }
+}
+
 }  // namespace
+
+TEST_CASE("The results of the official implementation come from a cache, too", "[layers][kv_cache][golden]") {
+  const auto chunks = GENERATE(std::vector<Index>{1}, std::vector<Index>{6, 1, 3});
+  const std::string folder = DIFFATTN_TEST_DATA "/golden/";
+  const diffattn::Safetensors v1(folder + "layer_v1_1.safetensors"), v2(folder + "layer_v2_1.safetensors");
+  const auto number = [](const diffattn::Safetensors& file, const char* key) {
+    return std::stol(file.metadata().at(key));
+  };
+  golden_from_cache<MultiheadDiffAttention<double>>(
+      DiffConfig{.embed_dim = number(v1, "embed_dim"),
+                 .num_heads = number(v1, "num_heads"),
+                 .num_kv_heads = number(v1, "num_kv_heads"),
+                 .depth = number(v1, "depth"),
+                 .rotary = RotaryConfig{.base = std::stod(v1.metadata().at("rope_base"))}},
+      v1, chunks);
+  golden_from_cache<MultiheadDiffAttentionV2<double>>(
+      V2Config{.embed_dim = number(v2, "d_model"),
+               .num_heads = number(v2, "num_heads"),
+               .num_kv_heads = number(v2, "num_kv_heads"),
+               .head_dim = number(v2, "head_dim"),
+               .rotary = RotaryConfig{.base = std::stod(v2.metadata().at("rope_base"))}},
+      v2, chunks);
+}
 
 TEST_CASE("MultiheadDiffAttention gives the same whole, in chunks and token by token", "[layers][kv_cache]") {
   same_as_uncached<MultiheadDiffAttention>(
@@ -174,6 +211,17 @@ TEST_CASE("A cache with 16-bit storage errs by the rounding of its keys and valu
     CHECK(error(KvCache<Eigen::half>(), chunks) < 4 * 0x1p-12f);
     CHECK(error(KvCache<Eigen::bfloat16>(), chunks) > 0x1p-12f);
   }
+}
+
+TEST_CASE("A layer in double may keep its cache in float", "[layers][kv_cache]") {
+  auto rng = make_rng();
+  MultiheadAttention<double> layer({.embed_dim = 24, .num_heads = 3, .rotary = RotaryConfig{}});
+  layer_checks::randomize(layer, rng);
+  const Matrix<double> x = random_matrix<double>(60, 24, rng), expected = layer.forward(x);
+  KvCache cache;
+  const double error = (fed(layer, cache, x, {30, 1, 2}) - expected).norm() / expected.norm();
+  CHECK(error < 1e-6);
+  CHECK(error > 1e-12);
 }
 
 TEST_CASE("A call on a cache that cannot be is refused by name, and the cache stays as it was", "[layers][kv_cache]") {

@@ -168,7 +168,7 @@ class BackwardBlock {
     for (Index map = 0; map < kMaps; ++map) {
       Scalar* const weights = panel(chunk, map) + at;
       const LeftOperand<Scalar> q{q_rows_[map] + g * kRows * head.d, 1, kRows};
-      score_chunk(weights, q, head.keys[map], head.d, rows, first_key, columns);
+      score_chunk(weights, q, head.keys[map] + first_key * head.d, head.d, rows, first_key, columns);
       Scalar growth[kRows];
       softmax_[map][g].add_chunk(weights, kChunk, rows.count, columns.begin, columns.end, growth);
       const Index values = slot(chunk, map) + g * kPaddedRows;

@@ -25,7 +25,7 @@ void widen(Scalar* to, const Storage* from, Index count) {
 template <typename Block, typename Scalar, typename Storage, typename Mask, Executor E>
 void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const PackedPages<Storage>& cache, const Mask& mask,
                       Workspace& workspace, E& executor) {
-  constexpr Index kDecodeQueries = 4, kCols = Tile<Scalar>::kCols;
+  constexpr Index kDecodeQueries = 4;
   const Index n_q = in.q[0].rows, n_k = cache.n_k;
   if (n_q == 0) return;
   if (n_q <= kDecodeQueries || n_k == 0) {
@@ -35,31 +35,39 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Packed
 
   const auto frame = workspace.frame();
   const Index group = in.heads.num_heads / in.heads.num_kv_heads, blocks = divide_up(n_q, Block::kBlockRows);
-  const Index pages = divide_up(n_k, kPageKeys), key_maps = cache.shape.key_maps;
+  const Index pages = divide_up(n_k, kPageKeys), key_maps = cache.shape.key_maps, workers = executor.concurrency();
+  const Index keys_size = cache.shape.keys_size(), values_size = cache.shape.values_size();
+  auto* const parts = workspace.take<PackedPart<Scalar>>(pages);
   PackedHead<Scalar> packed;
-  packed.value_stride = packed.n_k = n_k;
+  packed.pages = parts;
+  packed.value_stride = packed.page_keys = kPageKeys;
+  packed.n_k = n_k;
   packed.d = in.d;
   packed.dv = in.dv;
-  auto* const keys = workspace.take<Scalar>(key_maps * pages * cache.shape.keys_size());
-  auto* const values = workspace.take<Scalar>(n_k * round_up(in.dv, kCols));
-  for (Index map = 0; map < Block::kMaps; ++map) {
-    packed.keys[map] = keys + std::min(map, key_maps - 1) * pages * cache.shape.keys_size();
+  // Pages of a narrower type are widened, one head at a time.
+  Scalar* widened = nullptr;
+  if constexpr (!std::is_same_v<Scalar, Storage>) {
+    widened = workspace.take<Scalar>(pages * (key_maps * keys_size + values_size));
   }
-  packed.values = values;
-  auto* const scratch = workspace.take<Block>(executor.concurrency());
-  for (Index worker = 0; worker < executor.concurrency(); ++worker) {
-    new (scratch + worker) Block(workspace, packed, n_k);
-  }
+  auto* const scratch = workspace.take<Block>(workers);
+  for (Index worker = 0; worker < workers; ++worker) new (scratch + worker) Block(workspace, packed, n_k);
 
   for (Index head = 0; head < in.heads.num_kv_heads; ++head) {
     executor.run(pages, [&](Index page, Index /*worker*/) {
-      const Index first = page * kPageKeys, present = std::min(kPageKeys, n_k - first), size = cache.shape.keys_size();
-      for (Index map = 0; map < key_maps; ++map) {
-        widen(keys + (map * pages + page) * size, cache.keys(page, head, map), size);
-      }
-      const Storage* from = cache.values(page, head);
-      for (Index col = 0; col < in.dv; col += kCols, from += kPageKeys * kCols) {
-        widen(values + col * n_k + first * kCols, from, present * kCols);
+      PackedPart<Scalar>& part = parts[page];
+      if constexpr (std::is_same_v<Scalar, Storage>) {
+        for (Index map = 0; map < Block::kMaps; ++map) {
+          part.keys[map] = cache.keys(page, head, std::min(map, key_maps - 1));
+        }
+        part.values = cache.values(page, head);
+      } else {
+        Scalar* to = widened + page * (key_maps * keys_size + values_size);
+        for (Index map = 0; map < Block::kMaps; ++map) part.keys[map] = to + std::min(map, key_maps - 1) * keys_size;
+        for (Index map = 0; map < key_maps; ++map, to += keys_size) {
+          widen(to, cache.keys(page, head, map), keys_size);
+        }
+        widen(to, cache.values(page, head), values_size);
+        part.values = to;
       }
     });
     packed.finite_values = true;

@@ -90,7 +90,7 @@ class DifferentialBlock {
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
     const LeftOperand<Scalar> q{q_[map] + g * kRows * head.d, head.d, 1};
-    score_chunk(weights, q, head.keys[map], head.d, rows, first_key, columns);
+    score_chunk(weights, q, head.chunk_keys(map, first_key), head.d, rows, first_key, columns);
     RowSoftmax<Scalar>& softmax = softmax_[map][g];
     Scalar growth[kRows];
     softmax.add_chunk(weights, kChunk, rows.count, columns.begin, columns.end, growth);

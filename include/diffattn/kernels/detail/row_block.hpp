@@ -17,16 +17,34 @@ namespace diffattn::inline v0_1::detail {
 /// Keys in a chunk: a multiple of every kCols.
 inline constexpr Index kChunk = 256;
 
-/// Keys and values of one head, packed once and read by every block of its query rows.
+/// Where keys and values of one head, or of one page of it, are packed.
 template <typename Scalar>
-struct PackedHead {
+struct PackedPart {
   const Scalar* keys[2] = {nullptr, nullptr};  // one for each map; the same twice when the maps share their keys
   const Scalar* values = nullptr;
-  Index value_stride = 0;  // rows from a strip of values to the next: n_k, or the capacity of a cache that grows
+};
+
+/// Keys and values of one head, packed once and read by every block of its query rows: in one piece, or in the pages of
+/// a cache, each of page_keys keys, a multiple of a chunk.
+template <typename Scalar>
+struct PackedHead : PackedPart<Scalar> {
+  const PackedPart<Scalar>* pages = nullptr;
+  Index page_keys = 0;
+  Index value_stride = 0;  // rows from a strip of values to the next: n_k, or page_keys
   Index n_k = 0;
   Index d = 0;
   Index dv = 0;
   bool finite_values = true;
+
+  /// Keys and values of the chunk that begins at `first_key`.
+  const Scalar* chunk_keys(Index map, Index first_key) const {
+    if (pages == nullptr) return this->keys[map] + first_key * d;
+    return pages[first_key / page_keys].keys[map] + first_key % page_keys * d;
+  }
+  const Scalar* chunk_values(Index first_key) const {
+    if (pages == nullptr) return this->values + first_key * Tile<Scalar>::kCols;
+    return pages[first_key / page_keys].values + first_key % page_keys * Tile<Scalar>::kCols;
+  }
 };
 
 /// Query rows [first, first + count) out of n_q, with what they may see.
@@ -75,12 +93,13 @@ void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, co
   }
 }
 
-/// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one group, scaled by s·log2(e).
+/// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one group, scaled by s·log2(e). keys: those
+/// of the chunk.
 template <typename Scalar, typename Mask>
 void score_chunk(Scalar* scores, const LeftOperand<Scalar>& q, const Scalar* keys, Index d, const RowRange<Mask>& rows,
                  Index first_key, const KeyRange& columns) {
   for (Index c = columns.begin; c < columns.end; c += Tile<Scalar>::kCols) {
-    add_product(scores + c, kChunk, false, q, keys + (first_key + c) * d, d, rows.count, columns.end - c);
+    add_product(scores + c, kChunk, false, q, keys + c * d, d, rows.count, columns.end - c);
   }
   const KeyRange all = rows.keys_of_all();
   const bool edge = first_key + columns.begin < all.begin || first_key + columns.end > all.end;
@@ -101,7 +120,7 @@ void add_visible_values(Scalar* out, const Scalar* weights, const PackedHead<Sca
     for (Index k = begin; k < end; ++k) {
       if (!bias_shows(rows.mask, row, first_key + k, rows.n_q, rows.n_k)) continue;
       for (Index col = 0; col < head.dv; col += kCols) {
-        const Scalar* const values = head.values + col * head.value_stride + (first_key + k) * kCols;
+        const Scalar* const values = head.chunk_values(first_key) + col * head.value_stride + k * kCols;
         for (Index c = 0; c < kCols; ++c) out[col * kRows + r * kCols + c] += weights[r * kChunk + k] * values[c];
       }
     }
@@ -117,7 +136,7 @@ void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Sc
   if (!head.finite_values) return add_visible_values(out, weights, head, rows, first_key, {columns.begin, end});
   const LeftOperand<Scalar> a{weights + columns.begin, kChunk, 1};
   for (Index col = 0; col < head.dv; col += kCols, out += kRows * kCols) {
-    const Scalar* const values = head.values + col * head.value_stride + (first_key + columns.begin) * kCols;
+    const Scalar* const values = head.chunk_values(first_key) + col * head.value_stride + columns.begin * kCols;
     add_product(out, kCols, true, a, values, end - columns.begin, rows.count, head.dv - col);
   }
 }

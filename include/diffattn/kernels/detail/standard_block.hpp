@@ -59,7 +59,7 @@ class StandardBlock {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
     const LeftOperand<Scalar> q{q_ + g * kRows * head.d, head.d, 1};
-    score_chunk(weights_, q, head.keys[0], head.d, rows, first_key, columns);
+    score_chunk(weights_, q, head.chunk_keys(0, first_key), head.d, rows, first_key, columns);
     Scalar growth[kRows];
     Scalar* const sums = sums_ + g * group_sums_;
     if (softmax_[g].add_chunk(weights_, kChunk, rows.count, columns.begin, columns.end, growth)) rescale(sums, growth);
