@@ -87,6 +87,22 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> load_as(const T* p) {
   constexpr bool kSixteenBits = std::is_same_v<T, Eigen::bfloat16> || std::is_same_v<T, Eigen::half>;
   if constexpr (std::is_same_v<Scalar, T>) {
     return loadu(p);
+#ifdef __AVX512F__
+    // Written out for x86, where GCC 12 makes three to eight instructions of the compilers' own conversion.
+  } else if constexpr (kSixteenBits && std::is_same_v<Scalar, float> && kLanes<float> == 16) {
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (std::is_same_v<T, Eigen::half>) return _mm512_cvtph_ps(narrow);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+#endif
+#ifdef __AVX2__
+  } else if constexpr (std::is_same_v<T, Eigen::bfloat16> && std::is_same_v<Scalar, float> && kLanes<float> == 8) {
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+#endif
+#ifdef __F16C__
+  } else if constexpr (std::is_same_v<T, Eigen::half> && std::is_same_v<Scalar, float> && kLanes<float> == 8) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
   } else if constexpr (kSixteenBits && std::is_same_v<Scalar, float> && kLanes<float> > 1) {
     return widen<Packet<float>>(p);
   } else {
@@ -171,6 +187,9 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> shift_bits_left(const Packet<Scalar>& x) {
     return __builtin_bit_cast(Packet<Scalar>, __builtin_bit_cast(BitsPacket, x) << N);
   }
 }
+
+/// Asks for the cache line at `p`, to be read soon. Any address will do.
+EIGEN_ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 /// Asks for the cache line at `p`, to be read some microseconds from now: into the second-level cache, since it would
 /// not last in the first.
