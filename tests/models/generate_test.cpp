@@ -1,0 +1,161 @@
+#include <diffattn/layers/multihead_attention.hpp>
+#include <diffattn/models/generate.hpp>
+
+#include "support/catch.hpp"
+#include "support/throws.hpp"
+
+namespace {
+
+using diffattn::Decoder;
+using diffattn::DecoderCache;
+using diffattn::GenerateOptions;
+using diffattn::Index;
+using diffattn::TokenSampler;
+using Attention = diffattn::MultiheadAttention<float>;
+using Tokens = std::vector<Index>;
+
+const Decoder<float, Attention>& model() {
+  static const Decoder<float, Attention> instance = [] {
+    Decoder<float, Attention> decoder(
+        {.vocab_size = 23,
+         .num_layers = 2,
+         .hidden_dim = 24,
+         .attention = {.embed_dim = 16, .num_heads = 2, .rotary = diffattn::RotaryConfig{}},
+         .seed = 3});
+    decoder.embedding *= 50;
+    return decoder;
+  }();
+  return instance;
+}
+
+/// How often each token is drawn in `draws` from these logits.
+std::vector<double> frequencies(const GenerateOptions& options, const std::vector<float>& logits, int draws = 20000) {
+  TokenSampler sampler(options);
+  std::vector<double> counts(logits.size());
+  for (int i = 0; i < draws; ++i) {
+    counts[static_cast<std::size_t>(sampler.next(std::span<const float>(logits), {}))] += 1.0 / draws;
+  }
+  return counts;
+}
+
+void check_near(const std::vector<double>& seen, const std::vector<double>& expected) {
+  REQUIRE(seen.size() == expected.size());
+  for (std::size_t i = 0; i < seen.size(); ++i) {
+    INFO("token " << i << ": " << seen[i] << ", expected " << expected[i]);
+    CHECK(std::abs(seen[i] - expected[i]) < 0.02);  // five standard deviations of 20,000 draws
+    CHECK((seen[i] == 0) == (expected[i] == 0));
+  }
+}
+
+float log_of(double p) { return static_cast<float>(std::log(p)); }
+
+std::string refusal(const GenerateOptions& options, const Tokens& prompt = {1}) {
+  return support::thrown_by<std::invalid_argument>([&] { generate(model(), prompt, options); });
+}
+
+}  // namespace
+
+TEST_CASE("Greedy text is the best token of the uncached logits, step by step", "[models][generate]") {
+  const Tokens prompt = {3, 1, 4, 1, 5, 9, 2, 6};
+  Tokens expected = prompt;
+  for (int i = 0; i < 12; ++i) {
+    Index best = 0;
+    model().logits(expected).bottomRows(1).row(0).maxCoeff(&best);
+    expected.push_back(best);
+  }
+  expected.erase(expected.begin(), expected.begin() + 8);
+  CHECK(generate(model(), prompt, {.max_new_tokens = 12}) == expected);
+  CHECK(generate(model(), prompt, {.max_new_tokens = 12, .prefill_chunk = 1}) == expected);
+  CHECK(generate(model(), prompt, {.max_new_tokens = 12, .prefill_chunk = 3}) == expected);
+
+  // A cache goes on where it was, if it is given the last token, which is not in it yet.
+  DecoderCache<float> cache(2);
+  Tokens halves = generate(model(), prompt, {.max_new_tokens = 5}, cache);
+  CHECK(cache.position() == 12);
+  const Tokens rest = generate(model(), Tokens{halves.back()}, {.max_new_tokens = 7}, cache);
+  halves.insert(halves.end(), rest.begin(), rest.end());
+  CHECK(halves == expected);
+}
+
+TEST_CASE("Tokens are drawn from the softmax at a temperature", "[models][generate]") {
+  const std::vector<float> logits = {log_of(0.1), log_of(0.4), log_of(0.2), log_of(0.3)};
+  check_near(frequencies({.temperature = 1}, logits), {0.1, 0.4, 0.2, 0.3});
+  const double root = std::sqrt(0.1) + std::sqrt(0.4) + std::sqrt(0.2) + std::sqrt(0.3);
+  check_near(frequencies({.temperature = 2}, logits),
+             {std::sqrt(0.1) / root, std::sqrt(0.4) / root, std::sqrt(0.2) / root, std::sqrt(0.3) / root});
+  check_near(frequencies({.temperature = 0}, logits, 10), {0, 1, 0, 0});
+  check_near(frequencies({.temperature = 1, .top_k = 2}, logits), {0, 4.0 / 7, 0, 3.0 / 7});
+  check_near(frequencies({.temperature = 1, .top_k = 4}, logits), {0.1, 0.4, 0.2, 0.3});
+  check_near(frequencies({.temperature = 1, .top_k = 9}, logits), {0.1, 0.4, 0.2, 0.3});
+  check_near(frequencies({.temperature = 1, .top_p = 0.65}, logits), {0, 4.0 / 7, 0, 3.0 / 7});
+  check_near(frequencies({.temperature = 1, .top_p = 0.75}, logits), {0, 4.0 / 9, 2.0 / 9, 3.0 / 9});
+  check_near(frequencies({.temperature = 1, .top_p = 0.01}, logits), {0, 1, 0, 0});
+  check_near(frequencies({.temperature = 1, .top_k = 3, .top_p = 0.7}, logits), {0, 4.0 / 7, 0, 3.0 / 7});
+  check_near(frequencies({.temperature = 1, .top_k = 1}, {0, 1, 1, 1, 0}), {0, 1.0 / 3, 1.0 / 3, 1.0 / 3, 0});
+}
+
+TEST_CASE("A repetition penalty weakens what has been, once", "[models][generate]") {
+  TokenSampler sampler({.repetition_penalty = 2});
+  const std::vector<float> logits = {3, 2, -1, -1.5f};
+  const auto next = [&](const Tokens& so_far) {
+    return sampler.next(std::span<const float>(logits), std::span<const Index>(so_far));
+  };
+  CHECK(next({}) == 0);
+  CHECK(next({0}) == 1);
+  CHECK(next({0, 0, 0}) == 1);
+  CHECK(next({0, 1}) == 0);
+  const std::vector<float> negative = {-1, -1.5f};
+  const Tokens first = {0};
+  CHECK(sampler.next(std::span<const float>(negative), std::span<const Index>(first)) == 1);
+}
+
+TEST_CASE("The seed fixes what is drawn", "[models][generate]") {
+  const auto text = [](std::uint64_t seed) {
+    return generate(model(), {1, 2, 3}, {.max_new_tokens = 30, .temperature = 2, .seed = seed});
+  };
+  CHECK(text(7) == text(7));
+  CHECK(text(7) != text(8));
+}
+
+TEST_CASE("Generation ends at a stop token, when the callback says so, or where there is no room",
+          "[models][generate]") {
+  const Tokens prompt = {3, 1, 4, 1, 5};
+  const Tokens free = generate(model(), prompt, {.max_new_tokens = 10});
+  REQUIRE(free.size() == 10);
+  const auto first = std::find(free.begin(), free.end(), free[4]);
+  CHECK(generate(model(), prompt, {.max_new_tokens = 10, .stop_tokens = {22, free[4]}}) ==
+        Tokens(free.begin(), first + 1));
+  Tokens heard;
+  GenerateOptions options{.max_new_tokens = 10};
+  options.on_token = [&](Index token) { return heard.push_back(token), heard.size() < 3; };
+  CHECK(generate(model(), prompt, options) == Tokens(free.begin(), free.begin() + 3));
+  CHECK(heard == Tokens(free.begin(), free.begin() + 3));
+  CHECK(generate(model(), prompt, {.max_new_tokens = 10, .max_length = 9}) == Tokens(free.begin(), free.begin() + 4));
+  DecoderCache<float> cache(2, {.max_tokens = 9});
+  CHECK(generate(model(), prompt, {.max_new_tokens = 10}, cache) == Tokens(free.begin(), free.begin() + 4));
+  CHECK(generate(model(), prompt, {.max_new_tokens = 0}).empty());
+}
+
+TEST_CASE("Options that cannot be are refused by name, and the cache is as before", "[models][generate]") {
+  CHECK(refusal({.max_new_tokens = -1}) == "generate: max_new_tokens must be at least 0, got -1");
+  CHECK(refusal({.temperature = -1}) == "generate: temperature must be 0 or more, got -1.000000");
+  CHECK(refusal({.temperature = std::numeric_limits<double>::quiet_NaN()}).find("temperature") != std::string::npos);
+  CHECK(refusal({.top_k = -1}) == "generate: top_k must be 0 or more, got -1");
+  CHECK(refusal({.top_p = 0}) == "generate: top_p must be more than 0 and at most 1, got 0.000000");
+  CHECK(refusal({.top_p = 1.5}) == "generate: top_p must be more than 0 and at most 1, got 1.500000");
+  CHECK(refusal({.repetition_penalty = 0}) == "generate: repetition_penalty must be positive, got 0.000000");
+  CHECK(refusal({.prefill_chunk = 0}) == "generate: prefill_chunk must be at least 1, got 0");
+  CHECK(refusal({}, {}) == "generate: the prompt is empty");
+  CHECK(refusal({}, {1, 23}) == "Decoder: token 1 is 23, outside the vocabulary of 23");
+  CHECK(refusal({.max_length = 2}, {1, 2, 3}) == "generate: the prompt has 3 tokens, there is room for 2");
+
+  DecoderCache<float> cache(2, {.max_tokens = 4});
+  model().logits({1, 2}, cache);
+  CHECK(support::thrown_by<std::invalid_argument>([&] {
+          generate(model(), Tokens{1, 2, 3}, {}, cache);
+        }) == "Decoder: the cache holds at most 4 tokens and has 2, cannot append 3");
+  GenerateOptions options;
+  options.on_token = [](Index) -> bool { throw std::runtime_error("enough"); };
+  CHECK_THROWS_AS(generate(model(), Tokens{1}, options, cache), std::runtime_error);
+  CHECK(cache.position() == 2);
+}
