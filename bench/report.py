@@ -84,6 +84,25 @@ def training_table(runs):
           f"| {run['cpu_time'] / other['cpu_time']:.2f} |")
 
 
+def model_table(runs):
+    read = [run["bytes/s"] for name, run in runs.items() if name.startswith("peak/read_model/")]
+    if not read:
+        return
+    print("\n| model, 2 layers of DiffLlama-0.3B-handcut's shape | differential | Transformer | ratio of times |"
+          "\n|---|---|---|---|")
+    peak = runs["peak/fma/float"]["FLOP/s"]
+    for name, run in runs.items():
+        match = re.fullmatch(r"model/(\w+)/(\w+)/differential/.*", name)
+        if match:
+            other = runs[name.replace("/differential/", "/standard/")]
+            counter, ceiling, unit = (("FLOP/s", peak, "of peak") if match[1] == "prefill"
+                                      else ("bytes/s", read[0], "of the read bandwidth"))
+            print(f"| {match[1]}, {match[2]} weights "
+                  f"| {run['tokens/s']:.0f} tokens/s, {100 * run[counter] / ceiling:.0f} % {unit} "
+                  f"| {other['tokens/s']:.0f} tokens/s, {100 * other[counter] / ceiling:.0f} % "
+                  f"| {run['real_time'] / other['real_time']:.2f} |")
+
+
 def main():
     runs = medians(sys.argv[1])
     for scalar in ("float", "double"):
@@ -93,6 +112,7 @@ def main():
     layer_table(runs)
     decode_table(runs)
     training_table(runs)
+    model_table(runs)
     for name, run in runs.items():
         if name.startswith("memory/"):
             print(f"\nScratch of one call at 65,536 keys, d = 64: {run['scratch_MB']:.0f} MB")

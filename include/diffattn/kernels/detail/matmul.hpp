@@ -88,21 +88,27 @@ void matmul_transposed(const StridedView<Scalar>& y, const StridedView<const Sca
     return;
   }
 
+  // A column block's strips are packed just before they are needed: they stay in a cache, and W is read from memory
+  // once.
   const auto frame = workspace.frame();
-  auto* const rows = workspace.take<Scalar>(packed_rows_size<Scalar>(n, depth));
-  auto* const strips = workspace.take<Scalar>(packed_strips_size<Scalar>(outputs, depth));
   const Index row_blocks = divide_up(n, kBlockRows), col_blocks = divide_up(outputs, kBlockCols);
-  executor.run(row_blocks + col_blocks, [&](Index task, Index /*worker*/) {
-    if (task < row_blocks) {
-      const Index row = task * kBlockRows;
-      pack_rows(rows + row * depth, x.middle_rows(row, std::min(kBlockRows, n - row)), Scalar(1));
-    } else {
-      const Index col = (task - row_blocks) * kBlockCols;
-      pack_transposed(strips, w, col, std::min(kBlockCols, outputs - col));
+  const Index strips_size = packed_strips_size<Scalar>(std::min(kBlockCols, outputs), depth);
+  auto* const rows = workspace.take<Scalar>(packed_rows_size<Scalar>(n, depth));
+  auto* const strips = workspace.take<Scalar>(executor.concurrency() * strips_size);
+  auto* const sums = workspace.take<Scalar>(executor.concurrency() * kBlockRows * kBlockCols);
+  executor.run(row_blocks, [&](Index task, Index /*worker*/) {
+    const Index row = task * kBlockRows;
+    pack_rows(rows + row * depth, x.middle_rows(row, std::min(kBlockRows, n - row)), Scalar(1));
+  });
+  executor.run(col_blocks, [&](Index task, Index worker) {
+    const Index col = task * kBlockCols, count = std::min(kBlockCols, outputs - col);
+    Scalar* const packed = strips + worker * strips_size;
+    pack_transposed(packed, w.middle_rows(col, count), 0, count);
+    for (Index row = 0; row < n; row += kBlockRows) {
+      multiply_block(y.block(row, col, std::min(kBlockRows, n - row), count), rows + row * depth, packed, depth,
+                     bias == nullptr ? nullptr : bias + col, Store::overwrite, sums + worker * kBlockRows * kBlockCols);
     }
   });
-
-  multiply_packed(y, rows, strips, depth, bias, Store::overwrite, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1::detail

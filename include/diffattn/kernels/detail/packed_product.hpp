@@ -18,47 +18,56 @@ template <typename Scalar>
 struct ProductBlock {
   static constexpr Index kDepth = 256;                     // of one pass over a tile
   static constexpr Index kRows = 8 * Tile<Scalar>::kRows;  // that share a strip
-  static constexpr Index kCols = 8 * Tile<Scalar>::kCols;  // of one task
+  static constexpr Index kCols = 4 * Tile<Scalar>::kCols;  // of one task
 };
 
-/// y = rows · strips + bias (one value a column, or null), or y += rows · strips.
+/// One block of a product: y, at most ProductBlock rows and columns, from the packed rows and strips that it begins
+/// with. `sums` has room for a whole block.
+template <typename Scalar>
+void multiply_block(const StridedView<Scalar>& y, const Scalar* rows, const Scalar* strips, Index depth,
+                    const Scalar* bias, Store store, Scalar* sums) {
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols, kDepth = ProductBlock<Scalar>::kDepth;
+  for (Index k = 0; k == 0 || k < depth; k += kDepth) {
+    Scalar* at = sums;  // [strip][group][kRows][kCols]
+    for (Index c = 0; c < y.cols; c += kCols) {
+      for (Index r = 0; r < y.rows; r += kRows, at += kRows * kCols) {
+        const LeftOperand<Scalar> a{rows + r * depth + k * kRows, 1, kRows};
+        add_product(at, kCols, k != 0, a, strips + c * depth + k * kCols, std::min(kDepth, depth - k), y.rows - r,
+                    y.cols - c);
+      }
+    }
+  }
+  const Scalar* at = sums;
+  for (Index c = 0; c < y.cols; c += kCols) {
+    const Index present = std::min(kCols, y.cols - c);
+    for (Index r = 0; r < y.rows; ++r, at += kCols) {
+      Scalar* const to = &y(r, c);
+      if (store == Store::add) {
+        for (Index i = 0; i < present; ++i) to[i * y.col_stride] += at[i];
+      } else if (bias == nullptr) {
+        for (Index i = 0; i < present; ++i) to[i * y.col_stride] = at[i];
+      } else {
+        for (Index i = 0; i < present; ++i) to[i * y.col_stride] = at[i] + bias[c + i];
+      }
+    }
+    at += (round_up(y.rows, kRows) - y.rows) * kCols;
+  }
+}
+
+/// y = rows · strips, or y += rows · strips.
 template <typename Scalar, Executor E>
-void multiply_packed(const StridedView<Scalar>& y, const Scalar* rows, const Scalar* strips, Index depth,
-                     const Scalar* bias, Store store, Workspace& workspace, E& executor) {
+void multiply_packed(const StridedView<Scalar>& y, const Scalar* rows, const Scalar* strips, Index depth, Store store,
+                     Workspace& workspace, E& executor) {
   using Block = ProductBlock<Scalar>;
-  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
   const auto frame = workspace.frame();
   auto* const sums = workspace.take<Scalar>(executor.concurrency() * Block::kRows * Block::kCols);
-  const Index col_blocks = divide_up(y.cols, Block::kCols);
-  executor.run(divide_up(y.rows, Block::kRows) * col_blocks, [&](Index task, Index worker) {
-    const Index row = task / col_blocks * Block::kRows, col = task % col_blocks * Block::kCols;
-    const Index row_end = std::min(row + Block::kRows, y.rows), col_end = std::min(col + Block::kCols, y.cols);
-    Scalar* const block = sums + worker * Block::kRows * Block::kCols;  // [strip][group][kRows][kCols]
-    for (Index k = 0; k == 0 || k < depth; k += Block::kDepth) {
-      Scalar* at = block;
-      for (Index c = col; c < col_end; c += kCols) {
-        for (Index r = row; r < row_end; r += kRows, at += kRows * kCols) {
-          const LeftOperand<Scalar> a{rows + r * depth + k * kRows, 1, kRows};
-          add_product(at, kCols, k != 0, a, strips + c * depth + k * kCols, std::min(Block::kDepth, depth - k),
-                      row_end - r, col_end - c);
-        }
-      }
-    }
-    const Scalar* at = block;
-    for (Index c = col; c < col_end; c += kCols) {
-      const Index present = std::min(kCols, col_end - c);
-      for (Index r = row; r < row_end; ++r, at += kCols) {
-        Scalar* const to = &y(r, c);
-        if (store == Store::add) {
-          for (Index i = 0; i < present; ++i) to[i * y.col_stride] += at[i];
-        } else if (bias == nullptr) {
-          for (Index i = 0; i < present; ++i) to[i * y.col_stride] = at[i];
-        } else {
-          for (Index i = 0; i < present; ++i) to[i * y.col_stride] = at[i] + bias[c + i];
-        }
-      }
-      at += (round_up(row_end - row, kRows) - (row_end - row)) * kCols;
-    }
+  const Index row_blocks = divide_up(y.rows, Block::kRows);
+  // Row blocks follow each other, so that the strips of a column block are read from memory once.
+  executor.run(row_blocks * divide_up(y.cols, Block::kCols), [&](Index task, Index worker) {
+    const Index row = task % row_blocks * Block::kRows, col = task / row_blocks * Block::kCols;
+    multiply_block(y.block(row, col, std::min(Block::kRows, y.rows - row), std::min(Block::kCols, y.cols - col)),
+                   rows + row * depth, strips + col * depth, depth, static_cast<const Scalar*>(nullptr), store,
+                   sums + worker * Block::kRows * Block::kCols);
   });
 }
 
@@ -83,7 +92,7 @@ void matmul(const StridedView<Scalar>& y, const StridedView<const Scalar>& a, co
       pack_columns(strips + col * depth, depth, b.middle_cols(col, std::min(Block::kCols, y.cols - col)));
     }
   });
-  multiply_packed(y, rows, strips, depth, static_cast<const Scalar*>(nullptr), store, workspace, executor);
+  multiply_packed(y, rows, strips, depth, store, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1::detail
