@@ -103,14 +103,14 @@ const bool registered = [] {
   benchmark::RegisterBenchmark("peak/fma/float", bench::fma_peak<float>);
   benchmark::RegisterBenchmark("peak/fma/double", bench::fma_peak<double>);
   for (const Index d : {64, 128}) {
-    for (const Index n : {384, 1920, 7680}) add_shape<float, FullMask>("float", "full", d, n);
+    for (const Index n : {384, 1920, 7680, 16384}) add_shape<float, FullMask>("float", "full", d, n);
     for (const Index n : {1920, 7680}) add_shape<float, CausalMask>("float", "causal", d, n);
   }
   for (const Index n : {384, 1920}) add_shape<double, FullMask>("double", "full", 64, n);
   add_shape<double, CausalMask>("double", "causal", 64, 1920);
-  // What one call at 65,536 keys takes beside its operands; once is enough.
-  benchmark::RegisterBenchmark("memory/differential/float/causal/d64/n65536", differential<float, CausalMask>, 64,
-                               65536)
+  // What one call at 131,072 keys takes beside its operands; once is enough.
+  benchmark::RegisterBenchmark("memory/differential/float/causal/d64/n131072", differential<float, CausalMask>, 64,
+                               131072)
       ->Iterations(1)
       ->Repetitions(1)
       ->Unit(benchmark::kMillisecond);

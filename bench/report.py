@@ -3,8 +3,8 @@
 
 usage: report.py results.json
 
-Kernels and layers run on one thread and are compared by CPU time, which a busy machine disturbs least; decoding, which
-may use two threads, by wall clock.
+Kernels and layers run on one thread and are compared by CPU time, which a busy machine disturbs least; what may use
+two threads, by wall clock.
 """
 import json
 import re
@@ -19,17 +19,22 @@ def medians(path):
             if run.get("aggregate_name") == "median" or run["run_name"] not in repeated}
 
 
-def kernel_table(runs):
+def kernel_shapes(runs):
+    """((scalar, d, causal, n), runs by kind) for every shape that the kernels were measured at, in order."""
     rows = {}
     for name, run in runs.items():
         match = re.fullmatch(r"kernel/(\w+)/(\w+)/(\w+)/d(\d+)/n(\d+)", name)
         if match:
             kind, scalar, mask, d, n = match.groups()
             rows.setdefault((scalar, int(d), mask != "full", int(n)), {})[kind] = run
+    return sorted(rows.items(), key=lambda row: (row[0][0] != "float", row[0]))
+
+
+def kernel_table(runs):
     print("| | n | differential | two standard heads | differential / standard | plain Eigen / differential "
           "| V2 pair / two heads, shared K V |")
     print("|---|---|---|---|---|---|---|")
-    for (scalar, d, causal, n), kinds in sorted(rows.items(), key=lambda row: (row[0][0] != "float", row[0])):
+    for (scalar, d, causal, n), kinds in kernel_shapes(runs):
         peak = runs[f"peak/fma/{scalar}"]["FLOP/s"]
         percent = {kind: f"{run['FLOP/s'] / 1e9:.0f} GFLOP/s, {100 * run['FLOP/s'] / peak:.0f} %"
                    for kind, run in kinds.items()}
@@ -50,6 +55,21 @@ def layer_table(runs):
             print(f"| {int(match[2]):,} tokens | {run['cpu_time']:.1f} ms, {100 * run['FLOP/s'] / peak:.0f} % "
                   f"| {other['cpu_time']:.1f} ms, {100 * other['FLOP/s'] / peak:.0f} % "
                   f"| {run['cpu_time'] / other['cpu_time']:.2f} |")
+
+
+def thread_table(runs):
+    print("\n| prefill, four differential heads (64, 128), 1,920 tokens | 1 thread | 2 threads | 1 thread / 2 threads |"
+          "\n|---|---|---|---|")
+    for mask in ("full", "causal"):
+        one, two = (runs[f"threads/{mask}/threads:{n}/real_time"]["real_time"] for n in (1, 2))
+        print(f"| {mask} | {one:.1f} ms | {two:.1f} ms | {one / two:.2f} |")
+
+
+def exp_table(runs):
+    print("\n| exponential, in cache | ours | Eigen's | ours / Eigen's |\n|---|---|---|---|")
+    for scalar in ("float", "double"):
+        ours, eigen = (runs[f"exp/{side}/{scalar}"]["values/s"] / 1e9 for side in ("ours", "eigen"))
+        print(f"| {scalar} | {ours:.1f} G/s | {eigen:.1f} G/s | {ours / eigen:.1f} |")
 
 
 def decode_table(runs):
@@ -110,12 +130,15 @@ def main():
     print()
     kernel_table(runs)
     layer_table(runs)
+    thread_table(runs)
+    exp_table(runs)
     decode_table(runs)
     training_table(runs)
     model_table(runs)
     for name, run in runs.items():
         if name.startswith("memory/"):
-            print(f"\nScratch of one call at 65,536 keys, d = 64: {run['scratch_MB']:.0f} MB")
+            print(f"\nOne causal head, d = 64, 131,072 tokens: {run['scratch_MB']:.0f} MB of scratch, "
+                  f"{run['cpu_time'] / 1e3:.0f} s")
 
 
 if __name__ == "__main__":

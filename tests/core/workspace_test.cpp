@@ -2,6 +2,7 @@
 
 #include "diffattn/core/workspace.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -109,4 +110,30 @@ TEST_CASE("A workspace moves with its memory, and copies without") {
   const auto frame = moved.frame();
   CHECK(moved.take<char>(1000) != nullptr);
   CHECK(moved.capacity() == capacity);
+}
+
+TEST_CASE("calls without a workspace share their thread's, which keeps little") {
+  using diffattn::detail::ThreadWorkspace;
+  const auto capacity = [] {
+    ThreadWorkspace call;
+    return static_cast<Workspace&>(call).capacity();
+  };
+  {
+    ThreadWorkspace outer;
+    Workspace& workspace = outer;
+    const auto frame = workspace.frame();
+    double* const taken = workspace.take<double>(8);
+    std::fill(taken, taken + 8, 1.0);
+    {
+      ThreadWorkspace inner;
+      Workspace& same = inner;
+      CHECK(&same == &workspace);
+      const auto inner_frame = same.frame();
+      double* const large = same.take<double>(ThreadWorkspace::kMostKept);
+      std::fill(large, large + ThreadWorkspace::kMostKept, 2.0);
+    }
+    CHECK(workspace.capacity() > ThreadWorkspace::kMostKept);
+    CHECK(std::count(taken, taken + 8, 1.0) == 8);
+  }
+  CHECK(capacity() <= ThreadWorkspace::kMostKept);
 }

@@ -51,6 +51,9 @@ class Workspace {
     return reinterpret_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
   }
 
+  /// Whether something has been taken and not been given back.
+  [[nodiscard]] bool in_use() const { return block_ != 0 || used_ != 0; }
+
   /// Bytes held, whether in use or not.
   [[nodiscard]] std::size_t capacity() const {
     std::size_t total = 0;
@@ -108,4 +111,32 @@ class Workspace {
   std::size_t used_ = 0;   // bytes taken from it
 };
 
+namespace detail {
+
+/// The workspace of calls that bring none: each thread keeps one, since for a small problem finding memory would take
+/// longer than the work. What is larger than kMostKept goes back when the call ends.
+class ThreadWorkspace {
+ public:
+  static constexpr std::size_t kMostKept = 1 << 20;
+
+  ThreadWorkspace() = default;
+  ThreadWorkspace(const ThreadWorkspace&) = delete;
+  ThreadWorkspace& operator=(const ThreadWorkspace&) = delete;
+  ~ThreadWorkspace() {
+    // In use when this call was made from within another, by a mask for example.
+    if (!workspace_.in_use() && workspace_.capacity() > kMostKept) workspace_ = Workspace();
+  }
+
+  operator Workspace&() { return workspace_; }
+
+ private:
+  static Workspace& of_this_thread() {
+    thread_local Workspace workspace;
+    return workspace;
+  }
+
+  Workspace& workspace_ = of_this_thread();
+};
+
+}  // namespace detail
 }  // namespace diffattn::inline v0_1

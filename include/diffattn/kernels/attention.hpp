@@ -14,7 +14,8 @@
 // Masks      mask.hpp. A query that sees no key gives exactly 0; what a masked key or value holds never matters.
 // Errors     ShapeError, std::invalid_argument; before any work, and nothing has been written.
 // Memory     O((n_k + rows)·(d + dv)), a packed copy of the keys and values of one head at a time (of more heads with a
-//            parallel executor). Taken from `workspace`; a workspace that has seen the shape before is not grown.
+//            parallel executor). Taken from `workspace`; a workspace that has seen the shape before is not grown. A
+//            call without one uses its thread's, which keeps up to 1 MB.
 // Threads    as many as the executor has; the result is bitwise the same for any number.
 // Cost       2·n_q·n_k·(d + dv) FLOP a head over the keys that are visible: whole chunks outside the mask are skipped.
 
@@ -71,7 +72,7 @@ void attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q
 template <typename Out, typename Q, typename K, typename V, AttentionMask Mask = FullMask>
 void attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
                     const Eigen::MatrixBase<V>& v, const Mask& mask = {}, const AttentionOptions& options = {}) {
-  Workspace workspace;
+  detail::ThreadWorkspace workspace;
   attention_into(out, q, k, v, mask, options, workspace);
 }
 

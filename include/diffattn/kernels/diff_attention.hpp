@@ -71,7 +71,7 @@ void diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixB
                          const Eigen::MatrixBase<K1>& k1, const Eigen::MatrixBase<Q2>& q2,
                          const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
                          const Mask& mask = {}, const AttentionOptions& options = {}) {
-  Workspace workspace;
+  detail::ThreadWorkspace workspace;
   diff_attention_into(out, q1, k1, q2, k2, v, lambda, mask, options, workspace);
 }
 

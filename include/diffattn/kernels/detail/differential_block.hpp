@@ -25,20 +25,21 @@ class DifferentialBlock {
  public:
   static constexpr Index kMaps = 2;
   static constexpr Index kBlockRows = 48;
-  static constexpr Index kGroups = kBlockRows / kRows;
 
-  /// Takes the scratch of one worker; no block will see more than `max_keys` keys.
-  DifferentialBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index max_keys)
-      : group_sums_(kRows * round_up(shape.dv, kCols)), sums_(workspace.take<Scalar>(kGroups * group_sums_)) {
-    // A range of max_keys keys touches one chunk more than it fills when it starts inside one.
-    const Index chunks = divide_up(max_keys, kChunk) + 1;
-    panel_ = workspace.take<Scalar>(chunks * 2 * kGroups * kTile);
-    chunk_base_ = workspace.take<Scalar>(chunks * 2 * kGroups * kPaddedRows);
+  /// Takes the scratch of one worker, for blocks of up to max_rows. No block will see more than max_keys keys, counted
+  /// from the start of the chunk that the first is in.
+  DifferentialBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index max_keys, Index max_rows = kBlockRows)
+      : groups_(divide_up(max_rows, kRows)),
+        group_sums_(kRows * round_up(shape.dv, kCols)),
+        sums_(workspace.take<Scalar>(groups_ * group_sums_)) {
+    const Index chunks = divide_up(max_keys, kChunk);
+    panel_ = workspace.take<Scalar>(chunks * 2 * groups_ * kTile);
+    chunk_base_ = workspace.take<Scalar>(chunks * 2 * groups_ * kPaddedRows);
     for (Index map = 0; map < 2; ++map) {
-      q_[map] = workspace.take<Scalar>(kBlockRows * shape.d);
-      softmax_[map] = workspace.take<RowSoftmax<Scalar>>(kGroups);
+      q_[map] = workspace.take<Scalar>(groups_ * kRows * shape.d);
+      softmax_[map] = workspace.take<RowSoftmax<Scalar>>(groups_);
     }
-    factors_ = workspace.take<Scalar>(2 * kGroups * kPaddedRows);
+    factors_ = workspace.take<Scalar>(2 * groups_ * kPaddedRows);
   }
 
   /// q, out: the block's rows. scale: s·log2(e). lambda, lse: of all rows and heads.
@@ -80,7 +81,7 @@ class DifferentialBlock {
   }
 
  private:
-  Index slot(Index chunk, Index map, Index g) const { return (chunk * 2 + map) * kGroups + g; }
+  Index slot(Index chunk, Index map, Index g) const { return (chunk * 2 + map) * groups_ + g; }
 
   /// Scores of one group, map and chunk, turned into weights relative to the base so far.
   template <typename Mask>
@@ -109,7 +110,7 @@ class DifferentialBlock {
       std::fill(factors(map, g) + rows.count, factors(map, g) + kPaddedRows, Scalar(0));
   }
 
-  Scalar* factors(Index map, Index g) { return factors_ + (map * kGroups + g) * kPaddedRows; }
+  Scalar* factors(Index map, Index g) { return factors_ + (map * groups_ + g) * kPaddedRows; }
 
   /// Combines both maps of one group and chunk, in the place of the first, and multiplies by V.
   template <typename Mask>
@@ -141,6 +142,7 @@ class DifferentialBlock {
     }
   }
 
+  Index groups_;                    // in a block
   Index group_sums_;                // values in the sums of one group
   Scalar* sums_;                    // [group][strip of dv][kRows][kCols]
   Scalar* panel_;                   // [chunk][map][group][kRows][kChunk]

@@ -12,6 +12,7 @@
 #include "diffattn/kernels/detail/few_rows_in_place.hpp"
 #include "diffattn/kernels/detail/head_operands.hpp"
 #include "diffattn/kernels/detail/row_block.hpp"
+#include "diffattn/kernels/detail/small_problem.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
@@ -24,6 +25,8 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
     for (const auto& lse : in.lse) write_constant(lse, kMinusInfinity<Scalar>);
     return write_constant(in.out, Scalar(0));
   }
+  using Small = SmallProblem<Scalar, Block::kMaps, Mask>;
+  if (Small::suits(in)) return Small::run(in, mask);
   using InPlace = InPlaceSource<Scalar, Block::kMaps>;
   if (InPlace::suits(in)) {
     return FewRows<Scalar, Block::kMaps, Mask, InPlace>::run(in, {}, n_k, mask, workspace, executor);
@@ -44,7 +47,7 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
   Index max_keys = 0;
   for (Index block = 0; block < blocks; ++block) {
     const KeyRange keys = row_range(block).keys_of_any();
-    max_keys = std::max(max_keys, keys.end - keys.begin);
+    max_keys = std::max(max_keys, keys.end - keys.begin / kChunk * kChunk);
   }
 
   const Index keys_size = packed_strips_size<Scalar>(n_k, in.d), values_size = packed_strips_size<Scalar>(in.dv, n_k);
@@ -58,7 +61,9 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
   shape.d = in.d;
   shape.dv = in.dv;
   auto* const scratch = workspace.take<Block>(workers);
-  for (Index worker = 0; worker < workers; ++worker) new (scratch + worker) Block(workspace, shape, max_keys);
+  for (Index worker = 0; worker < workers; ++worker) {
+    new (scratch + worker) Block(workspace, shape, max_keys, std::min(n_q, Block::kBlockRows));
+  }
 
   for (Index first_head = 0; first_head < in.heads.num_kv_heads; first_head += wave) {
     const Index present = std::min(wave, in.heads.num_kv_heads - first_head);

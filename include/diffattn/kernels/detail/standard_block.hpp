@@ -19,13 +19,13 @@ class StandardBlock {
   static constexpr Index kMaps = 1;
   static constexpr Index kBlockRows = 48;
 
-  /// Takes the scratch of one worker.
-  StandardBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index /*max_keys*/)
+  /// Takes the scratch of one worker, for blocks of up to max_rows.
+  StandardBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index /*max_keys*/, Index max_rows = kBlockRows)
       : group_sums_(kRows * round_up(shape.dv, kCols)),
-        q_(workspace.take<Scalar>(kBlockRows * shape.d)),
+        q_(workspace.take<Scalar>(round_up(max_rows, kRows) * shape.d)),
         weights_(workspace.take<Scalar>(kRows * kChunk)),
-        sums_(workspace.take<Scalar>(kBlockRows / kRows * group_sums_)),
-        softmax_(workspace.take<RowSoftmax<Scalar>>(kBlockRows / kRows)) {}
+        sums_(workspace.take<Scalar>(divide_up(max_rows, kRows) * group_sums_)),
+        softmax_(workspace.take<RowSoftmax<Scalar>>(divide_up(max_rows, kRows))) {}
 
   /// q, out: the block's rows. scale: s·log2(e). lambda, lse: of all rows and heads.
   template <typename Mask>
