@@ -45,6 +45,9 @@ class KvCache {
   using Storage = StorageType;
 
   KvCache() = default;
+  // Copies are forks and cost little, so moving is copying: what is moved from stays a cache that can go on.
+  KvCache(const KvCache&) = default;
+  KvCache& operator=(const KvCache&) = default;
   explicit KvCache(const KvCacheOptions& options) : options_(options) {
     check_not_negative("reserve", options.reserve);
     check_not_negative("max_tokens", options.max_tokens);
