@@ -19,22 +19,23 @@ def medians(path):
             if run.get("aggregate_name") == "median" or run["run_name"] not in repeated}
 
 
-def kernel_shapes(runs):
-    """((scalar, d, causal, n), runs by kind) for every shape that the kernels were measured at, in order."""
+def kernel_shapes(runs, room="kernel"):
+    """((scalar, d, causal, n), runs by kind) for every shape that the kernels, or their gradients ("backward"), were
+    measured at, in order."""
     rows = {}
     for name, run in runs.items():
-        match = re.fullmatch(r"kernel/(\w+)/(\w+)/(\w+)/d(\d+)/n(\d+)", name)
+        match = re.fullmatch(room + r"/(\w+)/(\w+)/(\w+)/d(\d+)/n(\d+)", name)
         if match:
             kind, scalar, mask, d, n = match.groups()
             rows.setdefault((scalar, int(d), mask != "full", int(n)), {})[kind] = run
     return sorted(rows.items(), key=lambda row: (row[0][0] != "float", row[0]))
 
 
-def kernel_table(runs):
+def kernel_table(runs, room="kernel"):
     print("| | n | differential | two standard heads | differential / standard | plain Eigen / differential "
           "| V2 pair / two heads, shared K V |")
     print("|---|---|---|---|---|---|---|")
-    for (scalar, d, causal, n), kinds in kernel_shapes(runs):
+    for (scalar, d, causal, n), kinds in kernel_shapes(runs, room):
         peak = runs[f"peak/fma/{scalar}"]["FLOP/s"]
         percent = {kind: f"{run['FLOP/s'] / 1e9:.0f} GFLOP/s, {100 * run['FLOP/s'] / peak:.0f} %"
                    for kind, run in kinds.items()}
@@ -129,6 +130,8 @@ def main():
         print(f"FMA peak of one core, {scalar}: {runs[f'peak/fma/{scalar}']['FLOP/s'] / 1e9:.0f} GFLOP/s")
     print()
     kernel_table(runs)
+    print("\nGradients:\n")
+    kernel_table(runs, "backward")
     layer_table(runs)
     thread_table(runs)
     exp_table(runs)

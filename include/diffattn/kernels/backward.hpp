@@ -21,8 +21,8 @@
 // Masks      a hidden key gets no gradient from a query that does not see it, and gives none, whatever they hold; a row
 //            that sees nothing has gradient 0.
 // Errors     ShapeError before any work.
-// Memory     a panel of kMaps + 1 values for every pair of a block of 24 rows and n_k, a worker; packed keys and values
-//            of a head and their gradients a worker. Threads as in attention.hpp: same bits for any number.
+// Memory     a panel of 48 · n_k · (maps + 1) values a worker; packed keys and values of a head and their gradients a
+//            worker. Threads as in attention.hpp: same bits for any number.
 // Cost       2·n_q·n_k·(maps·3·d + 2·dv) FLOP a head over visible pairs: with dv = 2d, that of two standard heads.
 
 #include "diffattn/core/error.hpp"

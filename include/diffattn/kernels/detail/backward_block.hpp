@@ -8,7 +8,7 @@
 //
 // D needs whole rows, so weights and dA of the block are kept for all keys in a panel, like the weights of the forward
 // kernel; nothing is computed twice and nothing but the operands is needed from the forward pass. A second walk over
-// the panel turns P and dA into A and dS in place and multiplies each with what it meets. dA, dV cost differential
+// the panel turns a chunk of P and dA into A and dS and multiplies each with what it meets. dA and dV cost differential
 // attention no more than one map.
 
 #include <numbers>
@@ -69,15 +69,17 @@ class BackwardBlock {
   static constexpr Index kPaddedRows = RowSoftmax<Scalar>::kPaddedRows;
 
  public:
-  static constexpr Index kBlockRows = 24;
+  static constexpr Index kBlockRows = 48;
   using Head = BackwardHead<Scalar, kMaps>;
   using Sums = KeyValueSums<Scalar, kMaps>;
   using Rows = BackwardRows<Scalar, kMaps>;
 
-  /// Takes the scratch of one worker; no block will see more than `max_keys` keys.
-  BackwardBlock(Workspace& workspace, const Head& shape, Index max_keys) {
+  /// Takes the scratch of one worker; no block will have more than `max_rows` rows or see more than `max_keys` keys.
+  BackwardBlock(Workspace& workspace, const Head& shape, Index max_rows, Index max_keys)
+      : panel_rows_(round_up(std::min(max_rows, kBlockRows), kRows)) {
     const Index chunks = divide_up(max_keys, kChunk) + 1;
-    panel_ = workspace.take<Scalar>(chunks * kPanels * kTile);
+    panel_ = workspace.take<Scalar>(chunks * kPanels * panel_rows_ * kChunk);
+    step_ = workspace.take<Scalar>(kPanels * kBlockRows * kStride);
     chunk_factor_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     chunk_dot_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     for (Index map = 0; map < kMaps; ++map) {
@@ -117,9 +119,9 @@ class BackwardBlock {
       const KeyRange columns = columns_of(keys, first_key);
       differentiate(rows.count, chunk, columns);
       if (finite) {
-        add_gradients(head, sums, rows.count, first_key, chunk, columns);
+        add_gradients(head, sums, rows.count, first_key, columns);
       } else {
-        add_visible_gradients(head, sums, rows, first_key, chunk, columns);
+        add_visible_gradients(head, sums, rows, first_key, columns);
       }
     }
 
@@ -135,13 +137,21 @@ class BackwardBlock {
 
  private:
   static constexpr Index kGroups = divide_up(kBlockRows, kRows);
-  static constexpr Index kTile = kGroups * kRows * kChunk;  // a block of rows and a chunk of keys
-  static constexpr Index kPanels = kMaps + 1;               // weights of each map, then dA
+  static constexpr Index kPanels = kMaps + 1;       // weights of each map, then dA
+  static constexpr Index kStride = kChunk + kCols;  // of dS and A: not a power of 2, since columns are read
 
   static Index group_size(Index width) { return kRows * round_up(width, kCols); }
   static Index slot(Index chunk, Index map) { return (chunk * kMaps + map) * kGroups * kPaddedRows; }
-  /// Map m's weights, later dS_m; panel kMaps is dA, later A. [kBlockRows][kChunk].
-  Scalar* panel(Index chunk, Index p) const { return panel_ + (chunk * kPanels + p) * kTile; }
+  /// Map m's weights; panel kMaps is dA. [panel_rows_][kChunk].
+  Scalar* panel(Index chunk, Index p) const { return panel_ + (chunk * kPanels + p) * panel_rows_ * kChunk; }
+  /// dS of map m; step kMaps is A. [kBlockRows][kStride].
+  Scalar* step(Index p) const { return step_ + p * kBlockRows * kStride; }
+
+  /// Asks for a row of a tile before it is written: what it belongs to seldom fits the second-level cache.
+  static void prefetch_columns(const Scalar* to) {
+    constexpr Index kLine = 64 / sizeof(Scalar);
+    for (Index c = 0; c < kCols; c += kLine) __builtin_prefetch(to + c, 1, 2);
+  }
 
   /// The columns of a chunk that some row of the block sees, up to the end of a packet and of a lowest tile.
   static KeyRange columns_of(const KeyRange& keys, Index first_key) {
@@ -157,6 +167,10 @@ class BackwardBlock {
     const Index at = g * kRows * kChunk;
     Scalar* const da = panel(chunk, kMaps) + at;
     for (Index c = columns.begin; c < columns.end; c += kCols) {
+      for (Index r = 0; r < rows.count; ++r) {
+        prefetch_columns(da + r * kChunk + c + kCols);
+        for (Index map = 0; map < kMaps; ++map) prefetch_columns(panel(chunk, map) + at + r * kChunk + c);
+      }
       const LeftOperand<Scalar> dout{dout_rows_ + g * kRows * head.dv, 1, kRows};
       add_product(da + c, kChunk, false, dout, head.values + (first_key + c) * head.dv, head.dv, rows.count,
                   columns.end - c);
@@ -237,7 +251,7 @@ class BackwardBlock {
     return not_finite == Scalar(0);
   }
 
-  /// Turns the weights and dA of a chunk into dS and A, in place.
+  /// Turns the weights and dA of a chunk into dS and A.
   void differentiate(Index rows, Index chunk, const KeyRange& columns) {
     for (Index row = 0; row < rows; ++row) {
       const Index value = row / kRows * kPaddedRows + row % kRows;
@@ -246,38 +260,39 @@ class BackwardBlock {
         factor[map] = simd::broadcast(chunk_factor_[slot(chunk, map) + value]);
         dot[map] = simd::broadcast(dots_[map][row]);
       }
-      Scalar* const a = panel(chunk, kMaps) + row * kChunk;
+      const Index from = row * kChunk, to = row * kStride;
       for (Index c = columns.begin; c < columns.end; c += kLanes) {
-        const auto da = simd::load(a + c);
+        const auto da = simd::load(panel(chunk, kMaps) + from + c);
         auto sum = simd::broadcast(Scalar(0));
         for (Index map = 0; map < kMaps; ++map) {
-          Scalar* const weight = panel(chunk, map) + row * kChunk + c;
-          const auto p = simd::mul(simd::load(weight), factor[map]);
+          const auto p = simd::mul(simd::load(panel(chunk, map) + from + c), factor[map]);
           sum = map == 0 ? p : simd::add(sum, p);
-          simd::store(weight, simd::mul(p, simd::sub(da, dot[map])));
+          simd::store(step(map) + to + c, simd::mul(p, simd::sub(da, dot[map])));
         }
-        simd::store(a + c, sum);
+        simd::store(step(kMaps) + to + c, sum);
       }
     }
   }
 
   /// dQ += dS K, dK += dSᵀ Q, dV += Aᵀ g for one chunk.
-  void add_gradients(const Head& head, const Sums& sums, Index rows, Index first_key, Index chunk,
-                     const KeyRange& columns) {
+  void add_gradients(const Head& head, const Sums& sums, Index rows, Index first_key, const KeyRange& columns) {
     const Index present = std::min(columns.end, head.n_k - first_key) - columns.begin;
     const auto add_transposed = [&](Scalar* to, const Scalar* a, const Scalar* b, Index width) {
       for (Index k = columns.begin; k < columns.end; k += kRows) {
-        add_products(to + (first_key + k) * kCols, sums.padded_keys * kCols, {a + k, 1, kChunk}, b, rows * kCols,
+        for (Index strip = 0; strip < width; strip += kCols) {
+          Scalar* const next = to + strip * sums.padded_keys + (first_key + k + kRows) * kCols;
+          for (Index r = 0; r < kRows; ++r) prefetch_columns(next + r * kCols);
+        }
+        add_products(to + (first_key + k) * kCols, sums.padded_keys * kCols, {a + k, 1, kStride}, b, rows * kCols,
                      std::min(kRows, columns.end - k), width, rows);
       }
     };
-    add_transposed(sums.dv, panel(chunk, kMaps), dout_columns_, head.dv);
+    add_transposed(sums.dv, step(kMaps), dout_columns_, head.dv);
     for (Index map = 0; map < kMaps; ++map) {
-      Scalar* const ds = panel(chunk, map);
-      add_transposed(sums.dk[map], ds, q_columns_[map], head.d);
+      add_transposed(sums.dk[map], step(map), q_columns_[map], head.d);
       for (Index row = 0; row < rows; row += kRows) {
         add_products(dq_[map] + row / kRows * group_size(head.d), kRows * kCols,
-                     {ds + row * kChunk + columns.begin, kChunk, 1},
+                     {step(map) + row * kStride + columns.begin, kStride, 1},
                      head.key_columns[map] + (first_key + columns.begin) * kCols, head.n_k * kCols,
                      std::min(kRows, rows - row), head.d, present);
       }
@@ -287,7 +302,7 @@ class BackwardBlock {
   /// The same where something is not finite: a weight of 0 does not keep a NaN or Inf out, so only visible pairs meet.
   template <typename Mask>
   void add_visible_gradients(const Head& head, const Sums& sums, const RowRange<Mask>& rows, Index first_key,
-                             Index chunk, const KeyRange& columns) {
+                             const KeyRange& columns) {
     const auto add_row = [](Scalar* to, Index to_strip, Scalar factor, const Scalar* from, Index from_strip,
                             Index width) {
       for (Index c = 0; c < width; ++c) {
@@ -296,10 +311,10 @@ class BackwardBlock {
     };
     const Index dk_strip = sums.padded_keys * kCols;
     for_each_visible(rows, first_key, columns, [&](Index r, Index k) {
-      const Index key = (first_key + k) * kCols, at = r * kChunk + k;
-      add_row(sums.dv + key, dk_strip, panel(chunk, kMaps)[at], dout_columns_ + r * kCols, rows.count * kCols, head.dv);
+      const Index key = (first_key + k) * kCols, at = r * kStride + k;
+      add_row(sums.dv + key, dk_strip, step(kMaps)[at], dout_columns_ + r * kCols, rows.count * kCols, head.dv);
       for (Index map = 0; map < kMaps; ++map) {
-        const Scalar ds = panel(chunk, map)[at];
+        const Scalar ds = step(map)[at];
         add_row(sums.dk[map] + key, dk_strip, ds, q_columns_[map] + r * kCols, rows.count * kCols, head.d);
         add_row(dq_[map] + r / kRows * group_size(head.d) + r % kRows * kCols, kRows * kCols, ds,
                 head.key_columns[map] + key, head.n_k * kCols, head.d);
@@ -307,7 +322,9 @@ class BackwardBlock {
     });
   }
 
-  Scalar* panel_;             // [chunk][panel][kBlockRows][kChunk]
+  Index panel_rows_;
+  Scalar* panel_;             // [chunk][panel][panel_rows_][kChunk]
+  Scalar* step_;              // [panel][kBlockRows][kStride]
   Scalar* chunk_factor_;      // [chunk][map][group][kPaddedRows]: what weights are relative to, then their factor
   Scalar* chunk_dot_;         // the same of Σ weight · dA
   Scalar* q_rows_[kMaps];     // [group][d][kRows], scaled

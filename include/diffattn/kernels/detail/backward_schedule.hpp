@@ -59,7 +59,7 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
                         const Mask& mask, Workspace& workspace, E& executor) {
   using Block = BackwardBlock<Scalar, kMaps>;
   constexpr Index kPieceRows = 512;      // keys packed, and written, by one task
-  constexpr Index kMostParts = 16;       // tasks of a call with one key head
+  constexpr Index kMostParts = 8;        // tasks of a call with one key head
   constexpr Index kLeastPartBlocks = 8;  // row blocks that make a part worth its sums
   const Index n_q = in.q[0].rows, n_k = in.k[0].rows, kv_heads = in.heads.num_kv_heads;
   if (n_q == 0 || n_k == 0) {
@@ -118,7 +118,7 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
     return result;
   };
   auto* const scratch = workspace.take<Block>(workers);
-  for (Index worker = 0; worker < workers; ++worker) new (scratch + worker) Block(workspace, shape, max_keys);
+  for (Index worker = 0; worker < workers; ++worker) new (scratch + worker) Block(workspace, shape, n_q, max_keys);
 
   for (Index first_head = 0; first_head < kv_heads; first_head += wave) {
     const Index present = std::min(wave, kv_heads - first_head);
