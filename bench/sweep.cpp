@@ -41,7 +41,7 @@ double ratio(Index n, Index d) {
   Matrix<Scalar> q1 = Matrix<Scalar>::Random(n, d), k1 = Matrix<Scalar>::Random(n, d);
   Matrix<Scalar> q2 = Matrix<Scalar>::Random(n, d), k2 = Matrix<Scalar>::Random(n, d);
   Matrix<Scalar> v = Matrix<Scalar>::Random(n, 2 * d), out(n, 2 * d);
-  const Scalar lambda(0.7);
+  const auto lambda = static_cast<Scalar>(0.7);
   const auto ours = [&] { out = diff_attention(q1, k1, q2, k2, v, lambda, Mask{}); };
   const auto plain = [&] {
     out = bench::plain_diff_attention(q1, k1, q2, k2, v, lambda, std::is_same_v<Mask, CausalMask>);
