@@ -1,62 +1,17 @@
 // No heap after a warm-up: malloc, which operator new, Eigen and OpenMP call in the end, is counted on every thread
 // while layers and their kernels run again.
 
-#include <atomic>
-#include <cstdlib>
-
 #include "diffattn/core/parallel_threads.hpp"
+#include "diffattn/layers/kv_cache.hpp"
 #include "diffattn/layers/multihead_attention.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
 #include "diffattn/layers/multihead_diff_attention_v2.hpp"
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/random.hpp"
 #ifdef _OPENMP
 #include "diffattn/core/parallel_openmp.hpp"
-#endif
-
-#if defined(__SANITIZE_ADDRESS__)
-#define SUPPORT_SANITIZED
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define SUPPORT_SANITIZED
-#endif
-#endif
-
-namespace {
-std::atomic<bool> counting{false};
-std::atomic<int> allocations{0};
-}  // namespace
-
-// A sanitizer has a malloc of its own, and only glibc keeps its own reachable under another name.
-#if defined(__GLIBC__) && !defined(SUPPORT_SANITIZED)
-#define SUPPORT_COUNTS_MALLOC
-
-namespace {
-void* counted(void* memory) {
-  if (counting.load(std::memory_order_relaxed)) ++allocations;
-  return memory;
-}
-}  // namespace
-
-// A definition in the executable wins over the C library's.
-extern "C" {
-void* __libc_malloc(std::size_t size);
-void* __libc_calloc(std::size_t count, std::size_t size);
-void* __libc_realloc(void* memory, std::size_t size);
-void* __libc_memalign(std::size_t alignment, std::size_t size);
-
-void* malloc(std::size_t size) { return counted(__libc_malloc(size)); }
-void* calloc(std::size_t count, std::size_t size) { return counted(__libc_calloc(count, size)); }
-void* realloc(void* memory, std::size_t size) { return counted(__libc_realloc(memory, size)); }
-void* memalign(std::size_t alignment, std::size_t size) { return counted(__libc_memalign(alignment, size)); }
-void* aligned_alloc(std::size_t alignment, std::size_t size) { return counted(__libc_memalign(alignment, size)); }
-int posix_memalign(void** memory, std::size_t alignment, std::size_t size) {
-  *memory = counted(__libc_memalign(alignment, size));
-  return *memory == nullptr ? 12 : 0;  // ENOMEM
-}
-}
-
 #endif
 
 namespace {
@@ -65,12 +20,10 @@ using namespace diffattn;
 
 /// Heap allocations of all threads during f; 0 where they are not counted.
 template <typename F>
-int allocations_of(const F& f) {
-  allocations = 0;
-  counting = true;
+std::size_t allocations_of(const F& f) {
+  const std::size_t before = support::allocations();
   f();
-  counting = false;
-  return allocations;
+  return support::allocations() - before;
 }
 
 template <typename Layer>
@@ -89,6 +42,21 @@ void check_layer(const Layer& layer, support::AnyExecutor executor) {
     CHECK(workspace.capacity() == capacity);
     CHECK(y == first);
   }
+
+  // Decoding: within the reserve of a cache, and sliding along a window, which hands its pages on.
+  const Matrix<float> token = support::random_matrix<float>(1, layer.config().embed_dim, rng);
+  Matrix<float> next(1, token.cols());
+  for (const Index window : {0, 40}) {
+    INFO("window " << window);
+    Workspace workspace;
+    KvCache<float> cache(KvCacheOptions{.reserve = window == 0 ? 900 : 0, .window = window});
+    const auto decode = [&] {
+      for (Index i = 0; i < 300; ++i) layer.forward_into(next, token, cache, workspace, executor);
+    };
+    for (int warm_up = 0; warm_up < 3; ++warm_up) decode();
+    if (window == 0) cache.truncate(500);
+    CHECK(allocations_of(decode) == 0);
+  }
 }
 
 void check_layers(support::AnyExecutor executor) {
@@ -103,15 +71,14 @@ void check_layers(support::AnyExecutor executor) {
 
 }  // namespace
 
-#ifdef SUPPORT_COUNTS_MALLOC
 TEST_CASE("the counter sees every way to the heap, from every thread", "[layers]") {
+  if (!support::counts_allocations()) return;
   const auto allocate = [] { ::operator delete(::operator new(4)); };
   CHECK(allocations_of(allocate) == 1);
   CHECK(allocations_of([] { Matrix<float>(30, 30).setZero(); }) == 1);
   ThreadPool pool(3);
   CHECK(allocations_of([&] { pool.run(6, [&](Index, Index) { allocate(); }); }) == 6);
 }
-#endif
 
 TEST_CASE("a layer on one thread leaves the heap alone", "[layers]") {
   Serial serial;
