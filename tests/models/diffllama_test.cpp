@@ -228,7 +228,7 @@ TEST_CASE("A sequence fed whole, in chunks or token by token has the same logits
   std::vector<Index> tokens;
   for (Index i = 0; i < 40; ++i) tokens.push_back(i * i % 97);
   const Matrix<float> whole = model.logits(tokens);
-  for (const std::size_t chunk : {1, 7, 16, 40}) {
+  for (const std::size_t chunk : {1u, 7u, 16u, 40u}) {
     INFO("chunk " << chunk);
     auto cache = model.make_cache();
     for (std::size_t at = 0; at < tokens.size(); at += chunk) {
