@@ -185,11 +185,11 @@ TEST_CASE("A row that sees no key has gradient 0, and gives none") {
   rest.x = {p.x.q1.bottomRows(8), p.x.k1, p.x.q2.bottomRows(8), p.x.k2, p.x.v, p.x.lambda.tail(8)};
   rest.dout = p.dout.bottomRows(8);
   const Gradients<double> expected = DiffAttentionPerRowBackward{}(rest.x, rest.dout, CausalMask{});
-  for (const std::size_t i : {0, 2, 5}) {
+  for (const std::size_t i : {0U, 2U, 5U}) {
     CHECK(grad[i].topRows(12).isZero(0));
     CHECK(close(grad[i].bottomRows(8), expected[i]));
   }
-  for (const std::size_t i : {1, 3, 4}) CHECK(close(grad[i], expected[i]));
+  for (const std::size_t i : {1U, 3U, 4U}) CHECK(close(grad[i], expected[i]));
 }
 
 TEST_CASE("What a masked key holds never leaks, and its own gradient is 0") {
@@ -206,7 +206,7 @@ TEST_CASE("What a masked key holds never leaks, and its own gradient is 0") {
       INFO(kGradientNames[i]);
       CHECK(close(grad[i], clean[i]));
     }
-    for (const std::size_t i : {1, 3, 4}) CHECK(grad[i].bottomRows(n - hidden).isZero(0));
+    for (const std::size_t i : {1U, 3U, 4U}) CHECK(grad[i].bottomRows(n - hidden).isZero(0));
   }
 }
 
@@ -219,7 +219,7 @@ TEST_CASE("NaN reaches the gradients that depend on it and no other") {
   CHECK(grad[0].row(row).array().isNaN().all());
   CHECK(close(grad[2], clean[2]));  // the second map does not know
   CHECK(close(grad[3], clean[3]));
-  for (const std::size_t i : {1, 4}) {
+  for (const std::size_t i : {1U, 4U}) {
     CHECK(grad[i].topRows(row + 1).array().isNaN().all());
     CHECK(close(grad[i].bottomRows(n - row - 1), clean[i].bottomRows(n - row - 1)));
   }
