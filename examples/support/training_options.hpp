@@ -44,7 +44,7 @@ struct TrainingOptions {
     app.add_option("--report-every", report_every, "steps from one validation to the next")
         ->check(positive)
         ->capture_default_str();
-    app.add_flag("--resume", resume, "go on from the checkpoints in --out");
+    app.add_flag("--resume", resume, "go on from the checkpoints in --out, as far as there are any");
   }
 };
 

@@ -47,7 +47,8 @@ class TrainingRun {
         validation_(validation),
         pool_(pool) {
     curve.name = std::move(name);
-    if (options.resume) sampler_.drawn = load_checkpoint(checkpoint_, model, optimizer_).windows_drawn;
+    if (options.resume && std::filesystem::exists(checkpoint_))
+      sampler_.drawn = load_checkpoint(checkpoint_, model, optimizer_).windows_drawn;
   }
 
   /// Trains to the end, reporting and saving as it goes. Throws std::runtime_error, with the step, when the loss is no
