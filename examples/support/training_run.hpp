@@ -68,8 +68,10 @@ class TrainingRun {
       speed = static_cast<double>((optimizer_.steps - first) * options_.batch * options_.length) / seconds;
       progress.show(optimizer_.steps, options_.steps, loss, speed);
       if (optimizer_.steps % options_.report_every == 0 || optimizer_.steps == options_.steps) {
-        curve.points.push_back({optimizer_.steps, sum / static_cast<double>(summed), validation_loss()});
+        const double validation = validation_loss();
         progress.clear();
+        check_finite(validation, optimizer_.steps);  // parameters that give no number are not saved
+        curve.points.push_back({optimizer_.steps, sum / static_cast<double>(summed), validation});
         std::printf("  step %5ld   training %.4f   validation %.4f nats a byte   %6.0f tokens/s   %4.0f s\n",
                     optimizer_.steps, curve.points.back().training, curve.points.back().validation, speed, seconds);
         std::fflush(stdout);
@@ -94,14 +96,18 @@ class TrainingRun {
     set_zero(gradient_);
     model.backward(logits_, tape_, gradient_, workspace_, pool_);
     const double norm = clip_gradient_norm(gradient_, 1.0);
-    if (!std::isfinite(loss) || !std::isfinite(norm)) {
-      throw std::runtime_error(curve.name + ": the loss is " + std::to_string(loss) + " and the gradient's norm " +
-                               std::to_string(norm) + " at step " + std::to_string(optimizer_.steps + 1) + "; " +
-                               (std::filesystem::exists(checkpoint_) ? "the last good checkpoint is " : "no ") +
-                               checkpoint_.string());
-    }
+    check_finite(loss, optimizer_.steps + 1);
+    check_finite(norm, optimizer_.steps + 1);
     optimizer_.step(model, gradient_, rate_.at(optimizer_.steps), pool_);
     return loss;
+  }
+
+  void check_finite(double value, diffattn::Index step) const {
+    if (std::isfinite(value)) return;
+    throw std::runtime_error(
+        curve.name + ": a loss or gradient is " + std::to_string(value) + " at step " + std::to_string(step) + "; " +
+        (std::filesystem::exists(checkpoint_) ? "the last good checkpoint is " + checkpoint_.string()
+                                              : std::string("there is no checkpoint yet")));
   }
 
   /// Over the first windows of the validation text, 32 at most.
