@@ -96,6 +96,8 @@ def decode_table(runs):
 
 
 def training_table(runs):
+    if "training/differential/float" not in runs:
+        return
     print("\n| training step, embed_dim 512, 8 layers, 512 tokens | differential | standard | differential / standard |"
           "\n|---|---|---|---|")
     peak = runs["peak/fma/float"]["FLOP/s"]
