@@ -90,7 +90,8 @@ TEST_CASE("a layer on a pool of threads leaves the heap alone", "[layers]") {
   check_layers(support::AnyExecutor(pool));
 }
 
-#ifdef _OPENMP
+// LLVM's runtime, which clang links, takes memory of its own for every loop with a dynamic schedule; GCC's does not.
+#if defined(_OPENMP) && !defined(__clang__)
 TEST_CASE("a layer on OpenMP leaves the heap alone", "[layers]") {
   OpenMP openmp{3};
   check_layers(support::AnyExecutor(openmp));

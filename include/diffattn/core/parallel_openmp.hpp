@@ -2,6 +2,7 @@
 
 // The OpenMP executor; compile with -fopenmp. See parallel.hpp for what an executor promises.
 // Called from inside a parallel region it runs on the thread that called it, rather than oversubscribe the machine.
+// LLVM's runtime allocates for every call of run(); GCC's does not, nor does ThreadPool.
 
 #include <omp.h>
 
