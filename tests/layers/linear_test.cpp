@@ -45,17 +45,21 @@ void check_against_long_double(const Linear<S>& linear, const Matrix<S>& x, cons
 TEMPLATE_TEST_CASE("Linear is x Wᵀ + b at every shape", "[layers][linear]", float, double) {
   auto rng = make_rng();
   const bool bias = GENERATE(false, true);
-  for (const Index in : {1, 3, 8, 17, 64, 255, 256, 257, 700}) {
+  const auto check = [&](Index n, Index in, Index out) {
+    INFO("n " << n << ", in " << in << ", out " << out << ", bias " << bias);
+    const auto linear = random_linear<TestType>(in, out, bias, rng);
+    const Matrix<TestType> x = random_matrix<TestType>(n, in, rng);
+    check_against_long_double(linear, x, apply(linear, x));
+  };
+  for (const Index in : {1, 3, 8, 17, 64, 191, 192, 193, 700}) {
     for (const Index out : {1, 2, 5, 16, 17, 33, 130, 300}) {
       for (const Index n : {0, 1, 2, 4, 5, 6, 7, 13, 48, 49, 110}) {
-        if (n * in * out > 3'000'000) continue;
-        INFO("n " << n << ", in " << in << ", out " << out << ", bias " << bias);
-        const auto linear = random_linear<TestType>(in, out, bias, rng);
-        const Matrix<TestType> x = random_matrix<TestType>(n, in, rng);
-        check_against_long_double(linear, x, apply(linear, x));
+        if (n * in * out <= 3'000'000) check(n, in, out);
       }
     }
   }
+  check(1025, 200, 9);  // more rows than a block has
+  check(2060, 3, 300);
 }
 
 TEMPLATE_TEST_CASE("Linear reads and writes any strides, and nothing beside its output", "[layers][linear]", float,
@@ -139,7 +143,7 @@ TEST_CASE("A frozen weight shares what it is given, and is refused while it is n
 
 TEST_CASE("Linear gives the same bits for any number of threads", "[layers][linear]") {
   auto rng = make_rng();
-  for (const Index n : {1, 4, 5, 130}) {
+  for (const Index n : {1, 4, 5, 130, 1100}) {
     const auto linear = random_linear<float>(301, 275, true, rng);
     const Matrix<float> x = random_matrix<float>(n, 301, rng), expected = apply(linear, x);
     for (const Index threads : {1, 2, 4}) {

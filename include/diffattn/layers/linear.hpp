@@ -8,7 +8,9 @@
 //
 // Shapes   x (n x in) → y (n x out), n >= 0. Any strides; contiguous rows are fastest.
 // Errors   ShapeError before any work.
-// Memory   packed copies of x and W from the workspace; none for a few rows, which read W once where it is.
+// Memory   from the workspace: a packed copy of x and, for each thread, 1 MB at most for a block of y and of W; nothing
+// for
+//          a few rows, which read W once where it is.
 
 #include <cmath>
 #include <type_traits>
@@ -53,9 +55,10 @@ void linear_backward_into(const Eigen::MatrixBase<DX>& dx, Weight& dweight, cons
   const detail::Readable<DY> dy_read(dy.derived());
   const detail::Readable<X> x_read(x.derived());
   const auto dy_view = detail::view_of(dy_read);
-  detail::matmul(detail::writable_view_of(dx), dy_view, detail::view_of(weight), store, workspace, executor);
-  detail::matmul(detail::writable_view_of(dweight), dy_view.transposed(), detail::view_of(x_read), detail::Store::add,
-                 workspace, executor);
+  constexpr const Scalar* kNoBias = nullptr;
+  detail::multiply(detail::writable_view_of(dx), dy_view, detail::view_of(weight), kNoBias, store, workspace, executor);
+  detail::multiply(detail::writable_view_of(dweight), dy_view.transposed(), detail::view_of(x_read), kNoBias,
+                   detail::Store::add, workspace, executor);
 }
 
 /// Weight is the matrix type of the weight. A FrozenMatrix has no initial values: it is assigned.

@@ -2,8 +2,8 @@
 
 // y = x Wᵀ + b: the product of every linear layer, on the register tile of the attention kernels.
 //
-// x is packed like queries and W, (out x in) as PyTorch stores it, like keys. A few rows (decoding) are bound by
-// reading W once: they read it where it is.
+// W is (out x in) as PyTorch stores it. A few rows (decoding) are bound by reading it once: they read it where it is.
+// More go through packed_product.hpp.
 
 #include <algorithm>
 
@@ -75,39 +75,15 @@ class RowByRowProduct {
 template <typename Scalar, typename Stored, Executor E>
 void matmul_transposed(const StridedView<Scalar>& y, const StridedView<const Scalar>& x,
                        const StridedView<const Stored>& w, const Scalar* bias, Workspace& workspace, E& executor) {
-  constexpr Index kBlockRows = ProductBlock<Scalar>::kRows, kBlockCols = ProductBlock<Scalar>::kCols;
-  const Index n = x.rows, depth = x.cols, outputs = w.rows;
-  if (n == 0 || outputs == 0) return;
-
+  const Index n = x.rows, outputs = w.rows;
   const bool contiguous = x.col_stride == 1 && w.col_stride == 1 && y.col_stride == 1;
-  if (n <= RowByRowProduct<Scalar, Stored>::kMostRows && contiguous) {
-    constexpr Index kPiece = 64;
-    executor.run(divide_up(outputs, kPiece), [&](Index task, Index /*worker*/) {
-      RowByRowProduct<Scalar, Stored>::run(y, x, w, bias, task * kPiece, std::min(kPiece, outputs - task * kPiece));
-    });
-    return;
+  if (n > RowByRowProduct<Scalar, Stored>::kMostRows || !contiguous) {
+    return multiply(y, x, w.transposed(), bias, Store::overwrite, workspace, executor);
   }
-
-  // A column block's strips are packed just before they are needed: they stay in a cache, and W is read from memory
-  // once.
-  const auto frame = workspace.frame();
-  const Index row_blocks = divide_up(n, kBlockRows), col_blocks = divide_up(outputs, kBlockCols);
-  const Index strips_size = packed_strips_size<Scalar>(std::min(kBlockCols, outputs), depth);
-  auto* const rows = workspace.take<Scalar>(packed_rows_size<Scalar>(n, depth));
-  auto* const strips = workspace.take<Scalar>(executor.concurrency() * strips_size);
-  auto* const sums = workspace.take<Scalar>(executor.concurrency() * kBlockRows * kBlockCols);
-  executor.run(row_blocks, [&](Index task, Index /*worker*/) {
-    const Index row = task * kBlockRows;
-    pack_rows(rows + row * depth, x.middle_rows(row, std::min(kBlockRows, n - row)), Scalar(1));
-  });
-  executor.run(col_blocks, [&](Index task, Index worker) {
-    const Index col = task * kBlockCols, count = std::min(kBlockCols, outputs - col);
-    Scalar* const packed = strips + worker * strips_size;
-    pack_transposed(packed, w.middle_rows(col, count), 0, count);
-    for (Index row = 0; row < n; row += kBlockRows) {
-      multiply_block(y.block(row, col, std::min(kBlockRows, n - row), count), rows + row * depth, packed, depth,
-                     bias == nullptr ? nullptr : bias + col, Store::overwrite, sums + worker * kBlockRows * kBlockCols);
-    }
+  if (n == 0) return;
+  constexpr Index kPiece = 64;
+  executor.run(divide_up(outputs, kPiece), [&](Index task, Index /*worker*/) {
+    RowByRowProduct<Scalar, Stored>::run(y, x, w, bias, task * kPiece, std::min(kPiece, outputs - task * kPiece));
   });
 }
 

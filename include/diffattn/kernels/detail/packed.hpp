@@ -31,17 +31,19 @@ constexpr Index packed_strips_size(Index cols, Index depth) {
 template <typename Scalar, typename T>
 void pack_rows(Scalar* to, const StridedView<const T>& rows, Scalar factor) {
   constexpr Index kRows = Tile<Scalar>::kRows, kLanes = Tile<Scalar>::kLanes;
-  if (rows.row_stride == 1 && rows.rows % kRows == 0) {
+  Index group = 0;
+  if (rows.row_stride == 1) {
+    const Index whole = rows.rows / kRows * kRows;
     for (Index k = 0; k < rows.cols; ++k) {
       const T* const from = &rows(0, k);
-      for (Index group = 0; group < rows.rows; group += kRows) {
+      for (group = 0; group < whole; group += kRows) {
         Scalar* const step = to + group * rows.cols + k * kRows;
         for (Index r = 0; r < kRows; ++r) step[r] = static_cast<Scalar>(from[group + r]) * factor;
       }
     }
-    return;
+    to += group * rows.cols;
   }
-  for (Index group = 0; group < rows.rows; group += kRows, to += rows.cols * kRows) {
+  for (; group < rows.rows; group += kRows, to += rows.cols * kRows) {
     const Index last = std::min(group + kRows, rows.rows) - 1;
     Index k = 0;
     if constexpr (std::is_same_v<Scalar, T>) {

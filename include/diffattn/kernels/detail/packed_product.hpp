@@ -1,9 +1,14 @@
 #pragma once
 
-// Products of packed matrices, which is what a linear layer and its gradients are made of.
+// y = a b, y = a b + bias or y += a b: the products that linear layers and their gradients are made of.
 //
-// Depth is taken kDepth steps at a time, so that a strip and a group stay in the nearest caches; a task is a block of
-// the result. Blocks do not depend on the number of threads, so neither does the result.
+// a is packed whole, kDepth steps of depth at a time: [steps][group][kDepth][kRows]. A task is a block of y, whose sums
+// stay in the second-level cache; so does what it reads of a, once for every strip of b. A strip is packed just before
+// it is used and stays in the first-level cache, so that b is read once for each block of rows, whatever its type and
+// strides. What comes next, of a and of b, is asked for from memory while the present strip is multiplied.
+//
+// Each sum is one chain of multiply-adds along depth: the result depends neither on the blocks nor on the number of
+// threads.
 
 #include <algorithm>
 
@@ -16,83 +21,142 @@ namespace diffattn::inline v0_1::detail {
 
 template <typename Scalar>
 struct ProductBlock {
-  static constexpr Index kDepth = 256;                     // of one pass over a tile
-  static constexpr Index kRows = 8 * Tile<Scalar>::kRows;  // that share a strip
-  static constexpr Index kCols = 4 * Tile<Scalar>::kCols;  // of one task
+  static constexpr Index kDepth = 192;  // a strip, a group and a tile fit 48 KB, 32 KB without AVX-512
+  static constexpr Index kMostRows = 1024;
+  static constexpr Index kMostCols = 1024 / static_cast<Index>(sizeof(Scalar));
 };
 
-/// One block of a product: y, at most ProductBlock rows and columns, from the packed rows and strips that it begins
-/// with. `sums` has room for a whole block.
+/// The lines of a matrix with contiguous rows, asked for a few at a time while something else is computed.
+template <typename T>
+class PrefetchedRows {
+ public:
+  PrefetchedRows() = default;
+  explicit PrefetchedRows(const StridedView<const T>& rows)
+      : rows_(rows), lines_(divide_up(rows.cols * static_cast<Index>(sizeof(T)), kLine)) {}
+
+  /// Asks for those up to part / parts of all.
+  void advance(Index part, Index parts) {
+    for (const Index end = rows_.rows * lines_ * part / parts; asked_ < end; ++asked_) {
+      simd::prefetch_far(reinterpret_cast<const char*>(&rows_(row_, 0)) + line_ * kLine);
+      if (++line_ == lines_) {
+        line_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  static constexpr Index kLine = 64;
+
+  StridedView<const T> rows_;
+  Index lines_ = 0;  // of a row
+  Index row_ = 0, line_ = 0, asked_ = 0;
+};
+
+/// b, which has at most as many columns as a tile, → one strip.
+template <typename Scalar, typename T>
+void pack_strip(Scalar* to, const StridedView<const T>& b) {
+  if (b.col_stride == 1) {
+    pack_columns(to, b.rows, b);
+  } else {
+    pack_transposed_strip(to, b.transposed(), 0, b.cols);
+  }
+}
+
+/// y = tile, tile + bias (as many values as y has columns) or y + tile.
 template <typename Scalar>
-void multiply_block(const StridedView<Scalar>& y, const Scalar* rows, const Scalar* strips, Index depth,
-                    const Scalar* bias, Store store, Scalar* sums) {
-  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols, kDepth = ProductBlock<Scalar>::kDepth;
-  for (Index k = 0; k == 0 || k < depth; k += kDepth) {
-    Scalar* at = sums;  // [strip][group][kRows][kCols]
-    for (Index c = 0; c < y.cols; c += kCols) {
-      for (Index r = 0; r < y.rows; r += kRows, at += kRows * kCols) {
-        const LeftOperand<Scalar> a{rows + r * depth + k * kRows, 1, kRows};
-        add_product(at, kCols, k != 0, a, strips + c * depth + k * kCols, std::min(kDepth, depth - k), y.rows - r,
-                    y.cols - c);
+void store_tile(const StridedView<Scalar>& y, const Scalar* tile, const Scalar* bias, Store store) {
+  constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
+  for (Index r = 0; r < y.rows; ++r, tile += kCols) {
+    Scalar* const to = &y(r, 0);
+    Index c = 0;
+    if (y.col_stride == 1) {
+      for (; c + kLanes <= y.cols; c += kLanes) {
+        auto sums = simd::load(tile + c);
+        if (bias != nullptr) sums = simd::add(sums, simd::loadu(bias + c));
+        if (store == Store::add) sums = simd::add(simd::loadu(to + c), sums);
+        simd::storeu(to + c, sums);
       }
     }
-  }
-  const Scalar* at = sums;
-  for (Index c = 0; c < y.cols; c += kCols) {
-    const Index present = std::min(kCols, y.cols - c);
-    for (Index r = 0; r < y.rows; ++r, at += kCols) {
-      Scalar* const to = &y(r, c);
-      if (store == Store::add) {
-        for (Index i = 0; i < present; ++i) to[i * y.col_stride] += at[i];
-      } else if (bias == nullptr) {
-        for (Index i = 0; i < present; ++i) to[i * y.col_stride] = at[i];
-      } else {
-        for (Index i = 0; i < present; ++i) to[i * y.col_stride] = at[i] + bias[c + i];
-      }
+    for (; c < y.cols; ++c) {
+      const Scalar sum = bias == nullptr ? tile[c] : tile[c] + bias[c];
+      Scalar& element = to[c * y.col_stride];
+      element = store == Store::add ? element + sum : sum;
     }
-    at += (round_up(y.rows, kRows) - y.rows) * kCols;
   }
 }
 
-/// y = rows · strips, or y += rows · strips.
-template <typename Scalar, Executor E>
-void multiply_packed(const StridedView<Scalar>& y, const Scalar* rows, const Scalar* strips, Index depth, Store store,
-                     Workspace& workspace, E& executor) {
+/// y (m x n) from a (m x depth), b (depth x n) and bias (n values, or null). Any strides: rows or columns of a and b
+/// ought to be contiguous, and rows of y. y must not overlap a or b.
+template <typename Scalar, typename T, Executor E>
+void multiply(const StridedView<Scalar>& y, const StridedView<const Scalar>& a, const StridedView<const T>& b,
+              const Scalar* bias, Store store, Workspace& workspace, E& executor) {
   using Block = ProductBlock<Scalar>;
-  const auto frame = workspace.frame();
-  auto* const sums = workspace.take<Scalar>(executor.concurrency() * Block::kRows * Block::kCols);
-  const Index row_blocks = divide_up(y.rows, Block::kRows);
-  // Row blocks follow each other, so that the strips of a column block are read from memory once.
-  executor.run(row_blocks * divide_up(y.cols, Block::kCols), [&](Index task, Index worker) {
-    const Index row = task % row_blocks * Block::kRows, col = task / row_blocks * Block::kCols;
-    multiply_block(y.block(row, col, std::min(Block::kRows, y.rows - row), std::min(Block::kCols, y.cols - col)),
-                   rows + row * depth, strips + col * depth, depth, static_cast<const Scalar*>(nullptr), store,
-                   sums + worker * Block::kRows * Block::kCols);
-  });
-}
-
-/// y (m x n) = a (m x k) · b (k x n), or y += a · b. Any strides; rows of b ought to be contiguous, and of a either its
-/// rows or its columns.
-template <typename Scalar, Executor E>
-void matmul(const StridedView<Scalar>& y, const StridedView<const Scalar>& a, const StridedView<const Scalar>& b,
-            Store store, Workspace& workspace, E& executor) {
-  using Block = ProductBlock<Scalar>;
-  const Index depth = a.cols;
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols, kDepth = Block::kDepth;
   if (y.rows == 0 || y.cols == 0) return;
+
+  const Index depth = a.cols, padded_rows = round_up(y.rows, kRows);
+  const Index row_blocks = divide_up(y.rows, Block::kMostRows);
+  const Index block_rows = round_up(divide_up(y.rows, row_blocks), kRows);
+  // Every thread ought to get some of few columns.
+  const Index fair_cols = divide_up(divide_up(y.cols, kCols) * row_blocks, executor.concurrency()) * kCols;
+  const Index block_cols = std::min(std::max(Block::kMostCols, kCols), fair_cols);
+
   const auto frame = workspace.frame();
-  auto* const rows = workspace.take<Scalar>(packed_rows_size<Scalar>(y.rows, depth));
-  auto* const strips = workspace.take<Scalar>(packed_strips_size<Scalar>(y.cols, depth));
-  const Index row_blocks = divide_up(y.rows, Block::kRows), col_blocks = divide_up(y.cols, Block::kCols);
-  executor.run(row_blocks + col_blocks, [&](Index task, Index /*worker*/) {
-    if (task < row_blocks) {
-      const Index row = task * Block::kRows;
-      pack_rows(rows + row * depth, a.middle_rows(row, std::min(Block::kRows, y.rows - row)), Scalar(1));
-    } else {
-      const Index col = (task - row_blocks) * Block::kCols;
-      pack_columns(strips + col * depth, depth, b.middle_cols(col, std::min(Block::kCols, y.cols - col)));
+  auto* const packed_rows = workspace.take<Scalar>(padded_rows * depth);
+  auto* const strips = workspace.take<Scalar>(executor.concurrency() * kDepth * kCols);
+  auto* const all_sums = workspace.take<Scalar>(executor.concurrency() * block_rows * block_cols);
+
+  executor.run(divide_up(depth, kDepth), [&](Index task, Index /*worker*/) {
+    const Index k = task * kDepth;
+    pack_rows(packed_rows + padded_rows * k, a.middle_cols(k, std::min(kDepth, depth - k)), Scalar(1));
+  });
+
+  executor.run(row_blocks * divide_up(y.cols, block_cols), [&](Index task, Index worker) {
+    const Index first_row = task % row_blocks * block_rows, first_col = task / row_blocks * block_cols;
+    const Index rows = std::min(block_rows, y.rows - first_row), cols = std::min(block_cols, y.cols - first_col);
+    const Index groups = divide_up(rows, kRows), num_strips = divide_up(cols, kCols);
+    Scalar* const strip = strips + worker * kDepth * kCols;
+    Scalar* const sums = all_sums + worker * block_rows * block_cols;
+    const auto packed_at = [&](Index k) {
+      return packed_rows + padded_rows * k + first_row * std::min(kDepth, depth - k);
+    };
+    const auto strip_at = [&](Index k, Index s) {
+      return b.block(k, first_col + s * kCols, std::min(kDepth, depth - k), std::min(kCols, cols - s * kCols));
+    };
+
+    for (Index k = 0; k == 0 || k < depth; k += kDepth) {
+      const Index steps = std::min(kDepth, depth - k), next_k = k + steps;
+      const Scalar* const packed = packed_at(k);
+      PrefetchedRows<Scalar> next_rows;
+      if (next_k < depth) {
+        const Index size = groups * kRows * std::min(kDepth, depth - next_k);
+        next_rows = PrefetchedRows<Scalar>({packed_at(next_k), 1, size, size, 1});
+      }
+      for (Index s = 0; s < num_strips; ++s) {
+        const auto present = strip_at(k, s);
+        pack_strip(strip, present);
+        PrefetchedRows<T> next_strip;
+        if (s + 1 < num_strips || next_k < depth) {
+          const auto next = s + 1 < num_strips ? strip_at(k, s + 1) : strip_at(next_k, 0);
+          if (next.col_stride == 1 || next.row_stride == 1) {
+            next_strip = PrefetchedRows<T>(next.col_stride == 1 ? next : next.transposed());
+          }
+        }
+        for (Index g = 0; g < groups; ++g) {
+          next_strip.advance(g + 1, groups);
+          next_rows.advance(s * groups + g + 1, num_strips * groups);
+          Scalar* const tile = sums + (s * groups + g) * kRows * kCols;
+          const LeftOperand<Scalar> left{packed + g * kRows * steps, 1, kRows};
+          add_product(tile, kCols, k != 0, left, strip, steps, rows - g * kRows, present.cols);
+          if (next_k < depth) continue;
+          const Index row = first_row + g * kRows, col = first_col + s * kCols;
+          store_tile(y.block(row, col, std::min(kRows, rows - g * kRows), present.cols), tile,
+                     bias == nullptr ? nullptr : bias + col, store);
+        }
+      }
     }
   });
-  multiply_packed(y, rows, strips, depth, store, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1::detail
