@@ -65,6 +65,27 @@ DiffLlamaConfig changed(Change change) {
 
 const std::vector<Index> kTokens = {3, 28, 0, 7, 7, 11, 19, 4, 25, 3, 14, 2, 27};
 
+/// The checkpoint in three files, with their index.
+void write_shards(const std::filesystem::path& directory, const DiffLlamaConfig& config,
+                  const hugging_face::Weights& weights) {
+  std::filesystem::create_directory(directory);
+  files::write(directory / "config.json", config.to_json());
+  hugging_face::Weights shards[3];
+  std::string map;
+  int n = 0;
+  for (const auto& [name, weight] : weights) {
+    const std::string file = "model-0000" + std::to_string(n % 3 + 1) + "-of-00003.safetensors";
+    map += (n == 0 ? "" : ", ") + ("\"" + name) + "\": \"" + file + "\"";
+    shards[n++ % 3][name] = weight;
+  }
+  for (int i = 0; i < 3; ++i) {
+    hugging_face::write_tensors<float>(directory / ("model-0000" + std::to_string(i + 1) + "-of-00003.safetensors"),
+                                       shards[i]);
+  }
+  files::write(directory / "model.safetensors.index.json",
+               R"({"metadata": {"total_size": 1}, "weight_map": {)" + map + "}}");
+}
+
 template <typename F>
 std::string format_error(F&& f) {
   return support::thrown_by<diffattn::FormatError>(f);
@@ -201,26 +222,39 @@ TEST_CASE("A sharded checkpoint is the same model", "[models][diffllama]") {
   const auto weights = hugging_face::random_weights(config, rng);
   const files::Scratch scratch;
   hugging_face::write_checkpoint<float>(scratch / "whole", config, weights);
-  const Matrix<float> expected = DiffLlama<float>::load(scratch / "whole").logits(kTokens);
+  write_shards(scratch / "sharded", config, weights);
+  CHECK(support::identical(DiffLlama<float>::load(scratch / "sharded").logits(kTokens),
+                           DiffLlama<float>::load(scratch / "whole").logits(kTokens)));
+}
 
-  std::filesystem::create_directory(scratch / "sharded");
-  files::write(scratch / "sharded" / "config.json", config.to_json());
-  hugging_face::Weights shards[3];
-  std::string map;
-  int n = 0;
-  for (const auto& [name, weight] : weights) {
-    shards[n % 3][name] = weight;
-    map += (n == 0 ? "" : ", ") + ("\"" + name) + "\": \"model-0000" + std::to_string(n % 3 + 1) +
-           "-of-00003.safetensors\"";
-    ++n;
-  }
-  for (int i = 0; i < 3; ++i) {
-    hugging_face::write_tensors<float>(
-        scratch / "sharded" / ("model-0000" + std::to_string(i + 1) + "-of-00003.safetensors"), shards[i]);
-  }
-  files::write(scratch / "sharded" / "model.safetensors.index.json",
-               R"({"metadata": {"total_size": 1}, "weight_map": {)" + map + "}}");
-  CHECK(support::identical(DiffLlama<float>::load(scratch / "sharded").logits(kTokens), expected));
+TEST_CASE("A tied head may be stored as well, if it is the embedding", "[models][diffllama]") {
+  auto rng = support::make_rng();
+  const auto config = changed([](auto& c) { c.tie_word_embeddings = true; });
+  auto weights = hugging_face::random_weights(config, rng);
+  const files::Scratch scratch;
+  const auto load = [&](const char* name) { return DiffLlama<float>::load(scratch / name).logits(kTokens); };
+  hugging_face::write_checkpoint<Eigen::half>(scratch / "without", config, weights);
+  const Matrix<float> expected = load("without");
+  weights["lm_head.weight"] = weights.at("model.embed_tokens.weight");
+  hugging_face::write_checkpoint<Eigen::half>(scratch / "with", config, weights);
+  CHECK(support::identical(load("with"), expected));
+  DiffLlama<float>::load(scratch / "with").save(scratch / "saved");
+  CHECK_FALSE(Safetensors(scratch / "saved" / "model.safetensors").contains("lm_head.weight"));
+
+  write_shards(scratch / "sharded", config, weights);
+  CHECK_NOTHROW(load("sharded"));
+  weights["lm_head.weight"](28, 23) += 1;
+  const std::string differs =
+      ": tie_word_embeddings is true, but \"lm_head.weight\" is stored and differs from \"model.embed_tokens.weight\"";
+  write_shards(scratch / "sharded", config, weights);
+  CHECK(format_error([&] { load("sharded"); }) == (scratch / "sharded").string() + differs);
+  hugging_face::write_checkpoint<Eigen::half>(scratch / "with", config, weights);
+  CHECK(format_error([&] { load("with"); }) == (scratch / "with").string() + differs);
+  weights["lm_head.weight"].resize(28, 24);
+  hugging_face::write_checkpoint<Eigen::half>(scratch / "with", config, weights);
+  CHECK(format_error([&] { load("with"); }) == (scratch / "with").string() +
+                                                   ": does not hold the tensors of its config.json\n"
+                                                   "  shape: \"lm_head.weight\" must be [29, 24], got [28, 24]");
 }
 
 TEST_CASE("A sequence fed whole, in chunks or token by token has the same logits", "[models][diffllama]") {

@@ -15,6 +15,8 @@
 // Errors   FormatError naming the file and the field or tensors: missing, surplus, of the wrong shape or type, before
 //          anything is read. std::invalid_argument for a token id outside the vocabulary and for a sequence longer than
 //          max_position_embeddings (times the factor of linear scaling; without limit for dynamic).
+// A tied head that is stored all the same must equal the embedding. If it does not, transformers 4 computes with the
+// embedding and transformers 5 with what is stored: that is a FormatError.
 // Const functions may be called from several threads, each with a workspace and a cache of its own.
 
 #include <algorithm>
@@ -23,6 +25,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <span>
 #include <string>
 #include <tuple>
@@ -53,6 +56,7 @@ class DiffLlama {
     const auto config = DiffLlamaConfig::parse(detail::read_text(config_path), config_path.string());
     const ShardedSafetensors tensors(directory);
     check_tensors(config, tensors);
+    check_tied_head(config, tensors);
     DiffLlama model(config);
     model.read(tensors);
     return model;
@@ -124,6 +128,9 @@ class DiffLlama {
   }
 
  private:
+  static constexpr const char* kEmbedding = "model.embed_tokens.weight";
+  static constexpr const char* kHead = "lm_head.weight";
+
   explicit DiffLlama(const DiffLlamaConfig& config) : config_(config), decoder_(decoder_config(config)) {}
 
   static typename Model::Config decoder_config(const DiffLlamaConfig& config) {
@@ -154,7 +161,7 @@ class DiffLlama {
   static void for_each_tensor(const DiffLlamaConfig& c, F&& add) {
     const auto f = [&](const std::string& name, std::vector<Index> shape) { add(name, shape); };
     const Index hidden = c.hidden_size, q = c.num_attention_heads * c.head_dim, kv = c.num_key_value_heads * c.head_dim;
-    f("model.embed_tokens.weight", {c.vocab_size, hidden});
+    f(kEmbedding, {c.vocab_size, hidden});
     for (Index layer = 0; layer < c.num_hidden_layers; ++layer) {
       const std::string prefix = layer_prefix(layer), attention = prefix + "self_attn.", mlp = prefix + "mlp.";
       f(prefix + "input_layernorm.weight", {hidden});
@@ -174,7 +181,7 @@ class DiffLlama {
       f(mlp + "down_proj.weight", {hidden, c.intermediate_size});
     }
     f("model.norm.weight", {hidden});
-    if (!c.tie_word_embeddings) f("lm_head.weight", {c.vocab_size, hidden});
+    if (!c.tie_word_embeddings) f(kHead, {c.vocab_size, hidden});
   }
 
   static std::string layer_prefix(Index layer) { return "model.layers." + std::to_string(layer) + "."; }
@@ -192,7 +199,7 @@ class DiffLlama {
                         " tensors, too few for num_hidden_layers = " + std::to_string(config.num_hidden_layers));
     }
     std::map<std::string, bool> expected;
-    for_each_tensor(config, [&](const std::string& name, const std::vector<Index>& shape) {
+    const auto expect = [&](const std::string& name, const std::vector<Index>& shape) {
       expected[name] = true;
       if (!tensors.contains(name)) return add("missing: " + detail::in_quotes(name));
       const TensorInfo& info = tensors.info(name);
@@ -203,12 +210,38 @@ class DiffLlama {
         add("type: " + detail::in_quotes(name) + " must hold floating-point values, got " +
             std::string(detail::describe(info.dtype).name));
       }
-    });
+    };
+    for_each_tensor(config, expect);
+    if (config.tie_word_embeddings && tensors.contains(kHead)) expect(kHead, {config.vocab_size, config.hidden_size});
     for (const auto& [name, file] : tensors.tensors()) {
       if (expected.count(name) == 0) add("surplus: " + detail::in_quotes(name));
     }
     if (count > kMostProblems) problems += "\n  and " + std::to_string(count - kMostProblems) + " more";
     if (count != 0) throw FormatError(tensors.path() + ": does not hold the tensors of its config.json" + problems);
+  }
+
+  /// Throws FormatError if a tied head is stored and is not the embedding, bit for bit.
+  static void check_tied_head(const DiffLlamaConfig& config, const ShardedSafetensors& tensors) {
+    if (!config.tie_word_embeddings || !tensors.contains(kHead)) return;
+    const bool same =
+        tensors.info(kHead).dtype == tensors.info(kEmbedding).dtype &&
+        detail::with_type_of(tensors.info(kHead).dtype, [&]<typename T>(T) {
+          const auto head = stored_values<T>(tensors, kHead), embedding = stored_values<T>(tensors, kEmbedding);
+          const Index size = config.vocab_size * config.hidden_size;
+          return std::memcmp(head.get(), embedding.get(), static_cast<std::size_t>(size) * sizeof(T)) == 0;
+        });
+    if (same) return;
+    throw FormatError(tensors.path() + ": tie_word_embeddings is true, but " + detail::in_quotes(kHead) +
+                      " is stored and differs from " + detail::in_quotes(kEmbedding));
+  }
+
+  /// The values of a tensor of type T: in the file or, if they are not aligned there, copied.
+  template <typename T>
+  static std::shared_ptr<const T> stored_values(const ShardedSafetensors& tensors, const std::string& name) {
+    const Safetensors& file = tensors.file_of(name);
+    if (std::shared_ptr<const T> mapped = file.mapped<T>(name)) return mapped;
+    const auto copy = std::make_shared<const Vector<T>>(file.vector<T>(name));
+    return std::shared_ptr<const T>(copy, copy->data());
   }
 
   /// Calls f(name in a checkpoint, parameter, heads) for every parameter: a FrozenMatrix or a Vector. heads says which
@@ -217,7 +250,7 @@ class DiffLlama {
   static void for_each_parameter(Self& self, F&& f) {
     const std::vector<Index> queries = heads_of(self.config_).queries(), keys = heads_of(self.config_).keys();
     auto& decoder = self.decoder_;
-    f("model.embed_tokens.weight", decoder.embedding, nullptr);
+    f(kEmbedding, decoder.embedding, nullptr);
     for (std::size_t layer = 0; layer < decoder.blocks.size(); ++layer) {
       auto& block = decoder.blocks[layer];
       const std::string prefix = layer_prefix(static_cast<Index>(layer)), attention = prefix + "self_attn.";
@@ -240,7 +273,7 @@ class DiffLlama {
       projection(prefix + "mlp.down_proj", block.feed_forward.down_proj, nullptr);
     }
     f("model.norm.weight", decoder.norm.weight, nullptr);
-    if (decoder.head) f("lm_head.weight", decoder.head->weight, nullptr);
+    if (decoder.head) f(kHead, decoder.head->weight, nullptr);
   }
 
   void read(const ShardedSafetensors& tensors) {
