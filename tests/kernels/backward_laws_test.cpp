@@ -14,9 +14,6 @@ using diffattn::Workspace;
 
 namespace {
 
-template <typename Scalar>
-constexpr Scalar kNaN = std::numeric_limits<Scalar>::quiet_NaN();
-
 struct Problem {
   explicit Problem(const Shape& shape, unsigned stream = 0) {
     Rng rng = make_rng(stream);

@@ -10,11 +10,6 @@
 
 namespace support {
 
-template <typename Scalar>
-inline constexpr Scalar kNaN = std::numeric_limits<Scalar>::quiet_NaN();
-template <typename Scalar>
-inline constexpr Scalar kInf = std::numeric_limits<Scalar>::infinity();
-
 inline std::vector<Shape> edge_shapes() {
   return {{1, 1, 1, 1}, {3, 2, 4, 6}, {4, 40, 8, 9}, {7, 7, 8, 1}, {40, 33, 8, 20}, {60, 300, 5, 16}};
 }

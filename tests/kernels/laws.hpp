@@ -52,8 +52,6 @@ struct KeyPermutation {
 struct CausalPrefix {
   template <typename Kernel, typename Scalar>
   static void check(const Kernel& kernel, const Operands<Scalar>& x) {
-    constexpr Scalar kNaN = std::numeric_limits<Scalar>::quiet_NaN();
-    constexpr Scalar kInf = std::numeric_limits<Scalar>::infinity();
     const Matrix<Scalar> whole = kernel(x, CausalMask{});
     const Expected expected = expect_causal(x, kernel.lambda(x));
     Rng rng = make_rng(8);
@@ -69,14 +67,14 @@ struct CausalPrefix {
       y.v.bottomRows(later) = random_matrix<Scalar>(later, x.v.cols(), rng);
       CHECK(identical(kernel(y, CausalMask{}).topRows(rows), whole.topRows(rows)));
 
-      y.q1.bottomRows(later).setConstant(kNaN);
-      y.k1.bottomRows(later).setConstant(kNaN);
-      y.k2.bottomRows(later).setConstant(-kInf);
+      y.q1.bottomRows(later).setConstant(kNaN<Scalar>);
+      y.k1.bottomRows(later).setConstant(kNaN<Scalar>);
+      y.k2.bottomRows(later).setConstant(-kInf<Scalar>);
       CHECK(identical(kernel(y, CausalMask{}).topRows(rows), whole.topRows(rows)));
 
       // Values that are not finite may be summed another way.
-      y.v.bottomRows(later).setConstant(kInf);
-      y.v.row(x.n_k() - 1).setConstant(kNaN);
+      y.v.bottomRows(later).setConstant(kInf<Scalar>);
+      y.v.row(x.n_k() - 1).setConstant(kNaN<Scalar>);
       CHECK(worst_error<Scalar>(kernel(y, CausalMask{}).topRows(rows), expected.value.topRows(rows),
                                 expected.magnitude.topRows(rows)) <= kErrorFactor);
     }

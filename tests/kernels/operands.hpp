@@ -3,6 +3,7 @@
 // The operands of one call, and the kernels under test behind one call operator: a test written for a Kernel runs for
 // attention and for diff_attention, λ a scalar or one for every row.
 
+#include <limits>
 #include <string>
 
 #include "diffattn/core/parallel.hpp"
@@ -18,6 +19,11 @@ using diffattn::AttentionOptions;
 using diffattn::Matrix;
 using diffattn::Vector;
 using Exact = long double;
+
+template <typename Scalar>
+inline constexpr Scalar kNaN = std::numeric_limits<Scalar>::quiet_NaN();
+template <typename Scalar>
+inline constexpr Scalar kInf = std::numeric_limits<Scalar>::infinity();
 
 struct Shape {
   Index n_q, n_k, d, dv;

@@ -63,7 +63,6 @@ TEMPLATE_TEST_CASE("The reference's maps are zero where masked and sum to 1 else
 }
 
 TEST_CASE("The reference hides what is masked, and shows what is not") {
-  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
   Rng rng = make_rng();
   auto x = random_operands<double>({4, 4, 2, 3}, rng);
   const auto run = [&](const auto& mask) {
@@ -71,7 +70,7 @@ TEST_CASE("The reference hides what is masked, and shows what is not") {
   };
   const auto padding = with_bias(FullMask{}, PaddingBias{3});
   const Matrix<double> causal = run(CausalMask{}), padded = run(padding);
-  x.k1(3, 0) = x.k2(3, 1) = x.v(3, 2) = kNaN;
+  x.k1(3, 0) = x.k2(3, 1) = x.v(3, 2) = kNaN<double>;
   CHECK(identical(run(CausalMask{}).topRows(3), causal.topRows(3)));
   CHECK(run(CausalMask{}).row(3).array().isNaN().all());
   CHECK(identical(run(padding), padded));

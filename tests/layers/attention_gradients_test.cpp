@@ -165,7 +165,7 @@ void check_refusals(const std::string& name, const typename Layer::Config& confi
   Layer grad = zeros_like(layer);
   typename Layer::Tape tape;
   const auto refused = [&](const Layer& of, const Matrix<double>& dy, Layer& to) {
-    return message_of<std::invalid_argument>([&] { of.backward(dy, tape, to); });
+    return thrown_by<std::invalid_argument>([&] { of.backward(dy, tape, to); });
   };
   CHECK(refused(layer, x, grad) == name + ": backward needs a tape that forward(x, mask, tape) has filled");
   layer.forward(x, CausalMask{}, tape);
@@ -175,7 +175,7 @@ void check_refusals(const std::string& name, const typename Layer::Config& confi
   CHECK(refused(other, x, other_grad) == name + ": the tape was filled by a layer of another configuration");
   CHECK(refused(wide, x, wide_grad) == name + ": the tape was filled by a layer of another configuration");
   const Matrix<double> long_dy = Matrix<double>::Ones(5, config.embed_dim);
-  CHECK(message_of<diffattn::ShapeError>([&] { layer.backward(long_dy, tape, grad); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { layer.backward(long_dy, tape, grad); }) ==
         name + ": dy must be 4 x " + std::to_string(config.embed_dim) + ", got 5 x " +
             std::to_string(config.embed_dim));
   visit_parameters(grad, [](std::string_view, const auto& parameter) { CHECK(parameter.isZero(0)); });
@@ -250,9 +250,9 @@ TEST_CASE("Heads of another width or number are another configuration, whatever 
   Standard::Tape tape;
   six.forward(x, CausalMask{}, tape);
   Standard grad = zeros_like(four);
-  CHECK(message_of<std::invalid_argument>([&] { four.backward(x, tape, grad); }) ==
+  CHECK(thrown_by<std::invalid_argument>([&] { four.backward(x, tape, grad); }) ==
         "MultiheadAttention: the tape was filled by a layer of another configuration");
-  CHECK(message_of<std::invalid_argument>([&] { six.backward(x, tape, grad); }) ==
+  CHECK(thrown_by<std::invalid_argument>([&] { six.backward(x, tape, grad); }) ==
         "MultiheadAttention: grad must be a layer of the same configuration");
 }
 
@@ -267,9 +267,9 @@ TEST_CASE("Linear and RmsNorm have tapes too", "[layers][gradients]") {
   const auto loss = [&] { return linear.forward(norm.forward(x)).cwiseProduct(dy).sum(); };
   diffattn::Linear<double>::Tape linear_tape;
   diffattn::RmsNorm<double>::Tape norm_tape;
-  CHECK(message_of<std::invalid_argument>([&] { linear.backward(dy, linear_tape, linear_grad); }) ==
+  CHECK(thrown_by<std::invalid_argument>([&] { linear.backward(dy, linear_tape, linear_grad); }) ==
         "Linear: backward needs a tape that forward(x, tape) has filled");
-  CHECK(message_of<std::invalid_argument>([&] { norm.backward(x, norm_tape, norm_grad); }) ==
+  CHECK(thrown_by<std::invalid_argument>([&] { norm.backward(x, norm_tape, norm_grad); }) ==
         "RmsNorm: backward needs a tape that forward(x, tape) has filled");
   linear.forward(norm.forward(x, norm_tape), linear_tape);
   const Matrix<double> dx = norm.backward(linear.backward(dy, linear_tape, linear_grad), norm_tape, norm_grad);
@@ -277,7 +277,7 @@ TEST_CASE("Linear and RmsNorm have tapes too", "[layers][gradients]") {
   CHECK(excess(linear_grad.weight, numerical_gradient(linear.weight, loss)) <= 0);
   CHECK(excess(linear_grad.bias, numerical_gradient(linear.bias, loss)) <= 0);
   CHECK(excess(norm_grad.weight, numerical_gradient(norm.weight, loss)) <= 0);
-  CHECK(message_of<diffattn::ShapeError>([&] { norm.backward(dy, norm_tape, norm_grad); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { norm.backward(dy, norm_tape, norm_grad); }) ==
         "RmsNorm: dy must be 4 x 5, got 4 x 3");
 }
 

@@ -101,7 +101,7 @@ TEST_CASE("Linear refuses gradients of another shape", "[layers][gradients]") {
   Matrix<float> x(2, 4), dy(2, 3), dx(2, 4);
   Workspace workspace;
   const auto message = [&](auto& grad, const auto& to, const auto& from) {
-    return message_of<diffattn::ShapeError>([&] { linear.backward_into(to, from, x, grad, workspace); });
+    return thrown_by<diffattn::ShapeError>([&] { linear.backward_into(to, from, x, grad, workspace); });
   };
   CHECK(message(narrow, dx, dy) == "Linear: the gradient's weight must be 3 x 4, got 3 x 3");
   CHECK(message(without, dx, dy) == "Linear: the gradient's bias must be 3 x 1, got 0 x 1");
@@ -163,7 +163,7 @@ TEST_CASE("RmsNorm's gradients do not depend on threads", "[layers][gradients]")
   RmsNorm<float> other(32);
   Matrix<float> out(300, 33);
   diffattn::Serial serial;
-  CHECK(message_of<diffattn::ShapeError>([&] {
+  CHECK(thrown_by<diffattn::ShapeError>([&] {
           norm.backward_rows(out.data(), dy.data(), x.data(), 300, other, 1.0F, Store::overwrite, workspace, serial);
         }) == "RmsNorm: the gradient's weight must be 33 x 1, got 32 x 1");
 }

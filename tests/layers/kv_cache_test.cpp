@@ -188,7 +188,7 @@ TEST_CASE("A window gives back what no later query sees", "[layers][kv_cache]") 
 
   // As far back as the window has kept everything, and not further.
   cache.truncate(3599);
-  CHECK(message_of<std::invalid_argument>([&] { cache.truncate(150); })
+  CHECK(thrown_by<std::invalid_argument>([&] { cache.truncate(150); })
             .find("KvCache: cannot truncate to 150 tokens, "
                   "the window of 100 has dropped") == 0);
   CHECK(cache.position() == 3599);
@@ -240,17 +240,17 @@ TEST_CASE("A call on a cache that cannot be is refused by name, and the cache st
     return cache.position() == 10 && identical(layer.forward(more, copy), expected);
   };
 
-  CHECK(message_of<std::invalid_argument>([&] { layer.forward(Matrix<float>(x.topRows(4)), cache); }) ==
+  CHECK(thrown_by<std::invalid_argument>([&] { layer.forward(Matrix<float>(x.topRows(4)), cache); }) ==
         "MultiheadDiffAttention: the cache holds at most 13 tokens and has 10, cannot append 4");
   CHECK(unchanged());
-  CHECK(message_of<diffattn::ShapeError>([&] { layer.forward(Matrix<float>::Ones(2, 31), cache); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { layer.forward(Matrix<float>::Ones(2, 31), cache); }) ==
         "MultiheadDiffAttention: x must be 2 x 32, got 2 x 31");
   CHECK(unchanged());
   Matrix<float> y(2, 32);
   Workspace workspace;
   CHECK_THROWS_AS(layer.forward_into(y, more, cache, workspace), diffattn::ShapeError);
   CHECK(unchanged());
-  CHECK(message_of<diffattn::ShapeError>([&] {
+  CHECK(thrown_by<diffattn::ShapeError>([&] {
           grouped.forward(more, cache);
         }).find("MultiheadDiffAttention: the cache must hold 1 heads of 2 x 8 key and 16 value columns") == 0);
   CHECK(unchanged());
@@ -265,7 +265,7 @@ TEST_CASE("A call on a cache that cannot be is refused by name, and the cache st
   // Empty again, it takes another layer.
   cache.clear();
   CHECK_NOTHROW(grouped.forward(more, cache));
-  CHECK(message_of<std::invalid_argument>([] { KvCache<float> bad(KvCacheOptions{.window = -1}); }) ==
+  CHECK(thrown_by<std::invalid_argument>([] { KvCache<float> bad(KvCacheOptions{.window = -1}); }) ==
         "KvCache: window must be 0 or more, got -1");
 }
 

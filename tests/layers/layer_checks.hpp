@@ -21,27 +21,13 @@
 #include "layers/layer_oracle.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#include "support/throws.hpp"
+#include "support/tolerances.hpp"
 
+using support::identical;
 using support::make_rng;
 using support::random_matrix;
-
-/// The same shape and the same numbers; NaN is equal to nothing.
-template <typename A, typename B>
-bool identical(const Eigen::MatrixBase<A>& a, const Eigen::MatrixBase<B>& b) {
-  return a.rows() == b.rows() && a.cols() == b.cols() && a == b;
-}
-
-/// What `f` throws, which must be an E and nothing derived from it.
-template <typename E, typename F>
-std::string message_of(F&& f) {
-  try {
-    f();
-  } catch (const std::exception& error) {
-    CHECK(typeid(error) == typeid(E));
-    return error.what();
-  }
-  return "(nothing was thrown)";
-}
+using support::thrown_by;
 
 namespace layer_checks {
 
@@ -235,16 +221,16 @@ void refusals(const Layer& layer, const std::string& layer_name) {
   Matrix<S> y = Matrix<S>::Constant(5, width, S(7));
   Workspace workspace;
 
-  CHECK(message_of<diffattn::ShapeError>([&] { layer.forward(wrong); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { layer.forward(wrong); }) ==
         layer_name + ": x must be 5 x " + wide + ", got 5 x " + wider);
-  CHECK(message_of<diffattn::ShapeError>([&] { layer.forward_into(y, wrong, CausalMask{}, workspace); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { layer.forward_into(y, wrong, CausalMask{}, workspace); }) ==
         layer_name + ": x must be 5 x " + wide + ", got 5 x " + wider);
-  CHECK(message_of<diffattn::ShapeError>([&] { layer.forward_into(y, x.topRows(4), CausalMask{}, workspace); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { layer.forward_into(y, x.topRows(4), CausalMask{}, workspace); }) ==
         layer_name + ": y must be 4 x " + wide + ", got 5 x " + wide);
-  CHECK(message_of<diffattn::ShapeError>([&] {
+  CHECK(thrown_by<diffattn::ShapeError>([&] {
           layer.forward(x, CausalMask{}, std::vector<Index>{2, 2});
         }) == layer_name + ": the lengths of the sequences must add up to the 5 rows of x, got 4");
-  CHECK(message_of<std::invalid_argument>([&] {
+  CHECK(thrown_by<std::invalid_argument>([&] {
           layer.forward(x, CausalMask{}, std::vector<Index>{6, -1});
         }) == layer_name + ": a sequence cannot have -1 tokens");
   CHECK_THROWS_AS(layer.forward_into(y, x, SlidingWindowMask{-1}, workspace), std::invalid_argument);
@@ -252,6 +238,12 @@ void refusals(const Layer& layer, const std::string& layer_name) {
   CHECK_THROWS_AS(layer.forward_into(y, x, with_bias(CausalMask{}, diffattn::MatrixBias(bias)), workspace),
                   diffattn::ShapeError);
   CHECK((y.array() == S(7)).all());
+}
+
+/// What the constructor says to a configuration that cannot be.
+template <template <typename...> class Layer>
+std::string config_error(const typename Layer<float>::Config& config) {
+  return thrown_by<std::invalid_argument>([&] { Layer<float> layer(config); });
 }
 
 template <typename S, typename Layer>

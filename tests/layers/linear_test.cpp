@@ -129,7 +129,7 @@ TEST_CASE("A frozen weight shares what it is given, and is refused while it is n
   auto values = std::make_shared<Matrix<float>>(Matrix<float>::Constant(3, 4, 2));
   Linear<float, FrozenMatrix> linear(4, 3);
   const Matrix<float> x = Matrix<float>::Ones(1, 4);
-  CHECK(message_of<std::invalid_argument>([&] { apply(linear, x); }) == "FrozenMatrix: has no values yet");
+  CHECK(thrown_by<std::invalid_argument>([&] { apply(linear, x); }) == "FrozenMatrix: has no values yet");
   const std::weak_ptr<Matrix<float>> alive = values;
   linear.weight = FrozenMatrix(std::shared_ptr<const float>(values, values->data()), 3, 4);
   values->setConstant(3);
@@ -173,9 +173,9 @@ TEST_CASE("Linear refuses an x or y that does not fit, and writes nothing", "[la
   const Linear<float> linear(4, 3);
   diffattn::Workspace workspace;
   Matrix<float> y = Matrix<float>::Constant(5, 3, 7.0f);
-  CHECK(message_of<diffattn::ShapeError>([&] { linear.forward_into(y, Matrix<float>(5, 6), workspace); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { linear.forward_into(y, Matrix<float>(5, 6), workspace); }) ==
         "Linear: x must be 5 x 4, got 5 x 6");
-  CHECK(message_of<diffattn::ShapeError>([&] { linear.forward_into(y, Matrix<float>(2, 4), workspace); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { linear.forward_into(y, Matrix<float>(2, 4), workspace); }) ==
         "Linear: y must be 2 x 3, got 5 x 3");
   CHECK((y.array() == 7.0f).all());
 }

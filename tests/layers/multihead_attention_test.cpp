@@ -9,33 +9,31 @@ using diffattn::Matrix;
 using diffattn::MultiheadAttention;
 using diffattn::RotaryConfig;
 using diffattn::RotaryPairing;
-using Config = MultiheadAttention<float>::Config;
+using layer_checks::config_error;
+using StandardConfig = MultiheadAttention<float>::Config;
 
-const auto plain_loops = [](const auto& weights, const auto& config, const auto& x, const auto& mask) {
+const auto plain_attention = [](const auto& weights, const auto& config, const auto& x, const auto& mask) {
   return oracle::multihead_attention(weights, config, x, mask);
 };
-
-std::string config_error(const Config& config) {
-  return message_of<std::invalid_argument>([&] { MultiheadAttention<float> layer(config); });
-}
 
 }  // namespace
 
 TEST_CASE("MultiheadAttention agrees with plain loops", "[layers][multihead_attention]") {
   auto rng = make_rng();
-  const Config config = GENERATE(
-      Config{.embed_dim = 64, .num_heads = 8, .rotary = RotaryConfig{}},
-      Config{.embed_dim = 96, .num_heads = 6, .num_kv_heads = 2, .rotary = RotaryConfig{}},
-      Config{
+  const StandardConfig config = GENERATE(
+      StandardConfig{.embed_dim = 64, .num_heads = 8, .rotary = RotaryConfig{}},
+      StandardConfig{.embed_dim = 96, .num_heads = 6, .num_kv_heads = 2, .rotary = RotaryConfig{}},
+      StandardConfig{
           .embed_dim = 48, .num_heads = 4, .num_kv_heads = 1, .rotary = RotaryConfig{.pairing = RotaryPairing::half}},
-      Config{.embed_dim = 35, .num_heads = 5, .bias = true}, Config{.embed_dim = 1, .num_heads = 1},
-      Config{.embed_dim = 32, .num_heads = 2, .rotary = RotaryConfig{.base = 50, .dim = 4}});
-  layer_checks::accuracy_at_all_lengths<MultiheadAttention>(config, plain_loops, rng);
+      StandardConfig{.embed_dim = 35, .num_heads = 5, .bias = true}, StandardConfig{.embed_dim = 1, .num_heads = 1},
+      StandardConfig{.embed_dim = 32, .num_heads = 2, .rotary = RotaryConfig{.base = 50, .dim = 4}});
+  layer_checks::accuracy_at_all_lengths<MultiheadAttention>(config, plain_attention, rng);
 }
 
 TEST_CASE("MultiheadAttention: sequences, prefixes, threads, strides, refusals", "[layers][multihead_attention]") {
-  const Config config = GENERATE(Config{.embed_dim = 48, .num_heads = 8, .num_kv_heads = 4, .rotary = RotaryConfig{}},
-                                 Config{.embed_dim = 35, .num_heads = 5, .bias = true});
+  const StandardConfig config =
+      GENERATE(StandardConfig{.embed_dim = 48, .num_heads = 8, .num_kv_heads = 4, .rotary = RotaryConfig{}},
+               StandardConfig{.embed_dim = 35, .num_heads = 5, .bias = true});
   layer_checks::laws<MultiheadAttention>(config, "MultiheadAttention");
 }
 
@@ -52,26 +50,28 @@ TEST_CASE("The baseline's parameters carry the official names", "[layers][multih
 }
 
 TEST_CASE("The baseline starts as nn.Linear does, fixed by the seed", "[layers][multihead_attention]") {
-  const Config config{.embed_dim = 128, .num_heads = 2, .bias = true, .seed = 1};
+  const StandardConfig config{.embed_dim = 128, .num_heads = 2, .bias = true, .seed = 1};
   const MultiheadAttention<float> layer(config);
   for (const auto* projection : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.out_proj}) {
     layer_checks::check_uniform(projection->weight, 1 / std::sqrt(128.0));
     layer_checks::check_uniform(projection->bias, 1 / std::sqrt(128.0));
   }
   CHECK(layer_checks::same_parameters(layer, MultiheadAttention<float>(config)));
-  Config other = config;
+  StandardConfig other = config;
   other.seed = 2;
   CHECK_FALSE(layer_checks::same_parameters(layer, MultiheadAttention<float>(other)));
 }
 
 TEST_CASE("A configuration of the baseline that cannot be is refused by name", "[layers][multihead_attention]") {
-  CHECK(config_error({}) == "MultiheadAttention: num_heads must be at least 1, got 0");
-  CHECK(config_error({.embed_dim = 8, .num_heads = -2}) == "MultiheadAttention: num_heads must be at least 1, got -2");
-  CHECK(config_error({.embed_dim = 0, .num_heads = 2}) == "MultiheadAttention: embed_dim must be at least 1, got 0");
-  CHECK(config_error({.embed_dim = 50, .num_heads = 4}) ==
+  CHECK(config_error<MultiheadAttention>({}) == "MultiheadAttention: num_heads must be at least 1, got 0");
+  CHECK(config_error<MultiheadAttention>({.embed_dim = 8, .num_heads = -2}) ==
+        "MultiheadAttention: num_heads must be at least 1, got -2");
+  CHECK(config_error<MultiheadAttention>({.embed_dim = 0, .num_heads = 2}) ==
+        "MultiheadAttention: embed_dim must be at least 1, got 0");
+  CHECK(config_error<MultiheadAttention>({.embed_dim = 50, .num_heads = 4}) ==
         "MultiheadAttention: num_heads = 4 must divide embed_dim = 50");
-  CHECK(config_error({.embed_dim = 48, .num_heads = 6, .num_kv_heads = 4}) ==
+  CHECK(config_error<MultiheadAttention>({.embed_dim = 48, .num_heads = 6, .num_kv_heads = 4}) ==
         "MultiheadAttention: num_kv_heads must divide num_heads, got 4 and 6");
-  CHECK(config_error({.embed_dim = 9, .num_heads = 3, .rotary = RotaryConfig{}}) ==
+  CHECK(config_error<MultiheadAttention>({.embed_dim = 9, .num_heads = 3, .rotary = RotaryConfig{}}) ==
         "Rotary: dim must be even and between 2 and the head_dim 3, got 3");
 }

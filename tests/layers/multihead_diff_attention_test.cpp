@@ -10,15 +10,12 @@ using diffattn::Matrix;
 using diffattn::MultiheadDiffAttention;
 using diffattn::RotaryConfig;
 using diffattn::RotaryPairing;
-using Config = MultiheadDiffAttention<float>::Config;
+using layer_checks::config_error;
+using DiffConfig = MultiheadDiffAttention<float>::Config;
 
-const auto plain_loops = [](const auto& weights, const auto& config, const auto& x, const auto& mask) {
+const auto plain_diff_attention = [](const auto& weights, const auto& config, const auto& x, const auto& mask) {
   return oracle::multihead_diff_attention(weights, config, x, mask);
 };
-
-std::string config_error(const Config& config) {
-  return message_of<std::invalid_argument>([&] { MultiheadDiffAttention<float> layer(config); });
-}
 
 }  // namespace
 
@@ -28,39 +25,39 @@ TEST_CASE("MultiheadDiffAttention reproduces the official implementation",
   INFO(name);
   const diffattn::Safetensors file(std::string(DIFFATTN_TEST_DATA "/golden/") + name + ".safetensors");
   const auto number = [&](const char* key) { return std::stol(file.metadata().at(key)); };
-  const Config config{.embed_dim = number("embed_dim"),
-                      .num_heads = number("num_heads"),
-                      .num_kv_heads = number("num_kv_heads"),
-                      .depth = number("depth"),
-                      .rotary = RotaryConfig{.base = std::stod(file.metadata().at("rope_base"))}};
-  layer_checks::golden<MultiheadDiffAttention>(config, file, plain_loops);
+  const DiffConfig config{.embed_dim = number("embed_dim"),
+                          .num_heads = number("num_heads"),
+                          .num_kv_heads = number("num_kv_heads"),
+                          .depth = number("depth"),
+                          .rotary = RotaryConfig{.base = std::stod(file.metadata().at("rope_base"))}};
+  layer_checks::golden<MultiheadDiffAttention>(config, file, plain_diff_attention);
 }
 
 TEST_CASE("MultiheadDiffAttention agrees with plain loops", "[layers][multihead_diff_attention]") {
   auto rng = make_rng();
-  const Config config = GENERATE(
-      Config{.embed_dim = 64, .num_heads = 4, .rotary = RotaryConfig{}},
-      Config{.embed_dim = 96, .num_heads = 6, .num_kv_heads = 2, .depth = 5, .rotary = RotaryConfig{}},
-      Config{
+  const DiffConfig config = GENERATE(
+      DiffConfig{.embed_dim = 64, .num_heads = 4, .rotary = RotaryConfig{}},
+      DiffConfig{.embed_dim = 96, .num_heads = 6, .num_kv_heads = 2, .depth = 5, .rotary = RotaryConfig{}},
+      DiffConfig{
           .embed_dim = 48, .num_heads = 4, .num_kv_heads = 1, .rotary = RotaryConfig{.pairing = RotaryPairing::half}},
-      Config{.embed_dim = 36, .num_heads = 3, .depth = 2, .bias = true},
-      Config{.embed_dim = 10, .num_heads = 5, .lambda_init = 0.5},
-      Config{.embed_dim = 2, .num_heads = 1, .norm_weight = false},
-      Config{.embed_dim = 32,
-             .num_heads = 2,
-             .lambda_init = -0.25,
-             .rotary = RotaryConfig{.base = 50, .dim = 4},
-             .norm_eps = 0.1,
-             .norm_weight = false},
-      Config{.embed_dim = 10, .num_heads = 3, .num_kv_heads = 1, .rotary = RotaryConfig{}, .head_dim = 4});
-  layer_checks::accuracy_at_all_lengths<MultiheadDiffAttention>(config, plain_loops, rng);
+      DiffConfig{.embed_dim = 36, .num_heads = 3, .depth = 2, .bias = true},
+      DiffConfig{.embed_dim = 10, .num_heads = 5, .lambda_init = 0.5},
+      DiffConfig{.embed_dim = 2, .num_heads = 1, .norm_weight = false},
+      DiffConfig{.embed_dim = 32,
+                 .num_heads = 2,
+                 .lambda_init = -0.25,
+                 .rotary = RotaryConfig{.base = 50, .dim = 4},
+                 .norm_eps = 0.1,
+                 .norm_weight = false},
+      DiffConfig{.embed_dim = 10, .num_heads = 3, .num_kv_heads = 1, .rotary = RotaryConfig{}, .head_dim = 4});
+  layer_checks::accuracy_at_all_lengths<MultiheadDiffAttention>(config, plain_diff_attention, rng);
 }
 
 TEST_CASE("MultiheadDiffAttention: sequences, prefixes, threads, strides, refusals",
           "[layers][multihead_diff_attention]") {
-  const Config config =
-      GENERATE(Config{.embed_dim = 48, .num_heads = 4, .num_kv_heads = 2, .depth = 3, .rotary = RotaryConfig{}},
-               Config{.embed_dim = 36, .num_heads = 3, .bias = true}, Config{.embed_dim = 10, .num_heads = 1});
+  const DiffConfig config =
+      GENERATE(DiffConfig{.embed_dim = 48, .num_heads = 4, .num_kv_heads = 2, .depth = 3, .rotary = RotaryConfig{}},
+               DiffConfig{.embed_dim = 36, .num_heads = 3, .bias = true}, DiffConfig{.embed_dim = 10, .num_heads = 1});
   layer_checks::laws<MultiheadDiffAttention>(config, "MultiheadDiffAttention");
 }
 
@@ -118,7 +115,7 @@ TEST_CASE("Depth sets λ_init, and λ_init overrides depth", "[layers][multihead
 
 TEST_CASE("Initial parameters are those of the official code, fixed by the seed",
           "[layers][multihead_diff_attention]") {
-  const Config config{.embed_dim = 128, .num_heads = 2, .bias = true, .seed = 1};
+  const DiffConfig config{.embed_dim = 128, .num_heads = 2, .bias = true, .seed = 1};
   const MultiheadDiffAttention<float> layer(config);
   for (const auto* projection : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.out_proj}) {
     layer_checks::check_uniform(projection->weight, 1 / std::sqrt(128.0));
@@ -133,7 +130,7 @@ TEST_CASE("Initial parameters are those of the official code, fixed by the seed"
   CHECK(std::abs(lambdas.squaredNorm() / 1.28f - 1) < 5 * std::sqrt(2.0f / 128));
 
   CHECK(layer_checks::same_parameters(layer, MultiheadDiffAttention<float>(config)));
-  Config other = config;
+  DiffConfig other = config;
   other.seed = 2;
   CHECK_FALSE(layer_checks::same_parameters(layer, MultiheadDiffAttention<float>(other)));
   CHECK_FALSE(identical(layer.q_proj.weight, layer.k_proj.weight));
@@ -150,26 +147,27 @@ TEST_CASE("A copy of a layer is a layer of its own", "[layers][multihead_diff_at
 }
 
 TEST_CASE("A configuration that cannot be is refused by name", "[layers][multihead_diff_attention]") {
-  CHECK(config_error({}) == "MultiheadDiffAttention: num_heads must be at least 1, got 0");
-  CHECK(config_error({.embed_dim = 8}) == "MultiheadDiffAttention: num_heads must be at least 1, got 0");
-  CHECK(config_error({.embed_dim = 8, .num_heads = -2}) ==
+  CHECK(config_error<MultiheadDiffAttention>({}) == "MultiheadDiffAttention: num_heads must be at least 1, got 0");
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = 8}) ==
+        "MultiheadDiffAttention: num_heads must be at least 1, got 0");
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = 8, .num_heads = -2}) ==
         "MultiheadDiffAttention: num_heads must be at least 1, got -2");
-  CHECK(config_error({.embed_dim = 0, .num_heads = 2}) ==
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = 0, .num_heads = 2}) ==
         "MultiheadDiffAttention: embed_dim must be at least 1, got 0");
-  CHECK(config_error({.embed_dim = -8, .num_heads = 2}) ==
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = -8, .num_heads = 2}) ==
         "MultiheadDiffAttention: embed_dim must be at least 1, got -8");
-  CHECK(config_error({.embed_dim = 50, .num_heads = 4}) ==
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = 50, .num_heads = 4}) ==
         "MultiheadDiffAttention: 2·num_heads = 8 must divide embed_dim = 50");
-  CHECK(config_error({.embed_dim = 12, .num_heads = 4}) ==
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = 12, .num_heads = 4}) ==
         "MultiheadDiffAttention: 2·num_heads = 8 must divide embed_dim = 12");
-  CHECK(config_error({.embed_dim = 48, .num_heads = 6, .num_kv_heads = 4}) ==
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = 48, .num_heads = 6, .num_kv_heads = 4}) ==
         "MultiheadDiffAttention: num_kv_heads must divide num_heads, got 4 and 6");
-  CHECK(config_error({.embed_dim = 48, .num_heads = 6, .num_kv_heads = -3}) ==
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = 48, .num_heads = 6, .num_kv_heads = -3}) ==
         "MultiheadDiffAttention: num_kv_heads must divide num_heads, got -3 and 6");
-  CHECK(config_error({.embed_dim = 48, .num_heads = 6, .num_kv_heads = 12}) ==
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = 48, .num_heads = 6, .num_kv_heads = 12}) ==
         "MultiheadDiffAttention: num_kv_heads must divide num_heads, got 12 and 6");
-  CHECK(config_error({.embed_dim = 12, .num_heads = 2, .rotary = RotaryConfig{}}) ==
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = 12, .num_heads = 2, .rotary = RotaryConfig{}}) ==
         "Rotary: dim must be even and between 2 and the head_dim 3, got 3");
-  CHECK(config_error({.embed_dim = 16, .num_heads = 2, .rotary = RotaryConfig{.dim = 6}}) ==
+  CHECK(config_error<MultiheadDiffAttention>({.embed_dim = 16, .num_heads = 2, .rotary = RotaryConfig{.dim = 6}}) ==
         "Rotary: dim must be even and between 2 and the head_dim 4, got 6");
 }

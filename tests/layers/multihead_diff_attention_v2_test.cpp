@@ -9,15 +9,12 @@ using diffattn::Matrix;
 using diffattn::MultiheadDiffAttentionV2;
 using diffattn::RotaryConfig;
 using diffattn::RotaryPairing;
-using Config = MultiheadDiffAttentionV2<float>::Config;
+using layer_checks::config_error;
+using V2Config = MultiheadDiffAttentionV2<float>::Config;
 
-const auto plain_loops = [](const auto& weights, const auto& config, const auto& x, const auto& mask) {
+const auto plain_diff_attention_v2 = [](const auto& weights, const auto& config, const auto& x, const auto& mask) {
   return oracle::multihead_diff_attention_v2(weights, config, x, mask);
 };
-
-std::string config_error(const Config& config) {
-  return message_of<std::invalid_argument>([&] { MultiheadDiffAttentionV2<float> layer(config); });
-}
 
 }  // namespace
 
@@ -27,29 +24,29 @@ TEST_CASE("MultiheadDiffAttentionV2 reproduces the official implementation",
   INFO(name);
   const diffattn::Safetensors file(std::string(DIFFATTN_TEST_DATA "/golden/") + name + ".safetensors");
   const auto number = [&](const char* key) { return std::stol(file.metadata().at(key)); };
-  const Config config{.embed_dim = number("d_model"),
-                      .num_heads = number("num_heads"),
-                      .num_kv_heads = number("num_kv_heads"),
-                      .head_dim = number("head_dim"),
-                      .rotary = RotaryConfig{.base = std::stod(file.metadata().at("rope_base"))}};
-  layer_checks::golden<MultiheadDiffAttentionV2>(config, file, plain_loops);
+  const V2Config config{.embed_dim = number("d_model"),
+                        .num_heads = number("num_heads"),
+                        .num_kv_heads = number("num_kv_heads"),
+                        .head_dim = number("head_dim"),
+                        .rotary = RotaryConfig{.base = std::stod(file.metadata().at("rope_base"))}};
+  layer_checks::golden<MultiheadDiffAttentionV2>(config, file, plain_diff_attention_v2);
 }
 
 TEST_CASE("MultiheadDiffAttentionV2 agrees with plain loops", "[layers][multihead_diff_attention_v2]") {
   auto rng = make_rng();
-  const Config config = GENERATE(
-      Config{.embed_dim = 64, .num_heads = 4, .num_kv_heads = 2, .head_dim = 16, .rotary = RotaryConfig{}},
-      Config{.embed_dim = 48, .num_heads = 3, .head_dim = 8, .rotary = RotaryConfig{.pairing = RotaryPairing::half}},
-      Config{.embed_dim = 30, .num_heads = 4, .num_kv_heads = 1, .head_dim = 5, .bias = true},
-      Config{.embed_dim = 32, .num_heads = 2}, Config{.embed_dim = 3, .num_heads = 1, .head_dim = 1});
-  layer_checks::accuracy_at_all_lengths<MultiheadDiffAttentionV2>(config, plain_loops, rng);
+  const V2Config config = GENERATE(
+      V2Config{.embed_dim = 64, .num_heads = 4, .num_kv_heads = 2, .head_dim = 16, .rotary = RotaryConfig{}},
+      V2Config{.embed_dim = 48, .num_heads = 3, .head_dim = 8, .rotary = RotaryConfig{.pairing = RotaryPairing::half}},
+      V2Config{.embed_dim = 30, .num_heads = 4, .num_kv_heads = 1, .head_dim = 5, .bias = true},
+      V2Config{.embed_dim = 32, .num_heads = 2}, V2Config{.embed_dim = 3, .num_heads = 1, .head_dim = 1});
+  layer_checks::accuracy_at_all_lengths<MultiheadDiffAttentionV2>(config, plain_diff_attention_v2, rng);
 }
 
 TEST_CASE("MultiheadDiffAttentionV2: sequences, prefixes, threads, strides, refusals",
           "[layers][multihead_diff_attention_v2]") {
-  const Config config =
-      GENERATE(Config{.embed_dim = 48, .num_heads = 4, .num_kv_heads = 2, .head_dim = 8, .rotary = RotaryConfig{}},
-               Config{.embed_dim = 35, .num_heads = 3, .head_dim = 7, .bias = true});
+  const V2Config config =
+      GENERATE(V2Config{.embed_dim = 48, .num_heads = 4, .num_kv_heads = 2, .head_dim = 8, .rotary = RotaryConfig{}},
+               V2Config{.embed_dim = 35, .num_heads = 3, .head_dim = 7, .bias = true});
   layer_checks::laws<MultiheadDiffAttentionV2>(config, "MultiheadDiffAttentionV2");
 }
 
@@ -79,7 +76,7 @@ TEST_CASE("The second version's parameters carry the official names", "[layers][
 }
 
 TEST_CASE("The second version starts as nn.Linear does, fixed by the seed", "[layers][multihead_diff_attention_v2]") {
-  const Config config{.embed_dim = 128, .num_heads = 16, .head_dim = 8, .seed = 1};
+  const V2Config config{.embed_dim = 128, .num_heads = 16, .head_dim = 8, .seed = 1};
   const MultiheadDiffAttentionV2<float> layer(config);
   for (const auto* projection : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.lambda_proj, &layer.o_proj}) {
     layer_checks::check_uniform(projection->weight, 1 / std::sqrt(128.0));
@@ -89,14 +86,16 @@ TEST_CASE("The second version starts as nn.Linear does, fixed by the seed", "[la
 
 TEST_CASE("A configuration of the second version that cannot be is refused by name",
           "[layers][multihead_diff_attention_v2]") {
-  CHECK(config_error({}) == "MultiheadDiffAttentionV2: embed_dim must be at least 1, got 0");
-  CHECK(config_error({.embed_dim = 8}) == "MultiheadDiffAttentionV2: num_heads must be at least 1, got 0");
-  CHECK(config_error({.embed_dim = 50, .num_heads = 4}) ==
+  CHECK(config_error<MultiheadDiffAttentionV2>({}) == "MultiheadDiffAttentionV2: embed_dim must be at least 1, got 0");
+  CHECK(config_error<MultiheadDiffAttentionV2>({.embed_dim = 8}) ==
+        "MultiheadDiffAttentionV2: num_heads must be at least 1, got 0");
+  CHECK(config_error<MultiheadDiffAttentionV2>({.embed_dim = 50, .num_heads = 4}) ==
         "MultiheadDiffAttentionV2: 2·num_heads = 8 must divide embed_dim = 50");
-  CHECK(config_error({.embed_dim = 50, .num_heads = 4, .head_dim = -1}) ==
+  CHECK(config_error<MultiheadDiffAttentionV2>({.embed_dim = 50, .num_heads = 4, .head_dim = -1}) ==
         "MultiheadDiffAttentionV2: head_dim must be at least 1, got -1");
-  CHECK(config_error({.embed_dim = 48, .num_heads = 6, .num_kv_heads = 4, .head_dim = 8}) ==
+  CHECK(config_error<MultiheadDiffAttentionV2>({.embed_dim = 48, .num_heads = 6, .num_kv_heads = 4, .head_dim = 8}) ==
         "MultiheadDiffAttentionV2: num_kv_heads must divide num_heads, got 4 and 6");
-  CHECK(config_error({.embed_dim = 48, .num_heads = 6, .head_dim = 7, .rotary = RotaryConfig{}}) ==
+  CHECK(config_error<MultiheadDiffAttentionV2>(
+            {.embed_dim = 48, .num_heads = 6, .head_dim = 7, .rotary = RotaryConfig{}}) ==
         "Rotary: dim must be even and between 2 and the head_dim 7, got 7");
 }

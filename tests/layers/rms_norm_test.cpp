@@ -42,7 +42,7 @@ TEST_CASE("RmsNorm starts with a weight of ones, and only where it has one", "[l
 }
 
 TEST_CASE("RmsNorm refuses an x of another width", "[layers][rms_norm]") {
-  CHECK(message_of<diffattn::ShapeError>([] { RmsNorm<float>(6).forward(Matrix<float>(2, 7)); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([] { RmsNorm<float>(6).forward(Matrix<float>(2, 7)); }) ==
         "RmsNorm: x must be 2 x 6, got 2 x 7");
   CHECK(RmsNorm<float>(6).forward(Matrix<float>(0, 6)).rows() == 0);
 }

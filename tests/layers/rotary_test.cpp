@@ -79,7 +79,7 @@ TEST_CASE("Dynamic scaling follows the last position when nobody says how long t
 
 TEST_CASE("A scaling that cannot be is refused by name", "[layers][rotary]") {
   const auto message = [](const RotaryScaling& scaling, Index head_dim = 8) {
-    return message_of<std::invalid_argument>([&] { Rotary<float>({.scaling = scaling}, head_dim); });
+    return thrown_by<std::invalid_argument>([&] { Rotary<float>({.scaling = scaling}, head_dim); });
   };
   CHECK(message({.kind = Kind::linear, .factor = 0.5}) == "Rotary: scaling.factor must be at least 1, got 0.500000");
   CHECK(message({.kind = Kind::linear, .factor = std::numeric_limits<double>::infinity()}) ==
@@ -155,7 +155,7 @@ TEST_CASE("A position is the same from the table, beyond it, or one row at a tim
 
 TEST_CASE("Rotary refuses a width that cannot be paired, and a base that is not positive", "[layers][rotary]") {
   const auto message = [](RotaryConfig config, Index head_dim) {
-    return message_of<std::invalid_argument>([&] { Rotary<float>(config, head_dim); });
+    return thrown_by<std::invalid_argument>([&] { Rotary<float>(config, head_dim); });
   };
   CHECK(message({}, 7) == "Rotary: dim must be even and between 2 and the head_dim 7, got 7");
   CHECK(message({.dim = 3}, 8) == "Rotary: dim must be even and between 2 and the head_dim 8, got 3");

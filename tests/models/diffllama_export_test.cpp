@@ -11,10 +11,10 @@ namespace {
 
 using diffattn::Index;
 using diffattn::Matrix;
-using Attention = diffattn::MultiheadDiffAttention<double>;
-using Model = diffattn::Decoder<double, Attention>;
 
-Model::Config small_config(bool tied) {
+using DiffModel = diffattn::Decoder<double, diffattn::MultiheadDiffAttention<double>>;
+
+DiffModel::Config small_config(bool tied) {
   return {.vocab_size = 11,
           .num_layers = 3,
           .hidden_dim = 10,
@@ -31,7 +31,7 @@ TEST_CASE("An exported decoder is the same function of the tokens", "[models][di
   auto config = small_config(tied);
   config.attention.rotary->pairing = pairing;
   config.attention.bias = true;
-  Model model(config);
+  DiffModel model(config);
   diffattn::visit_parameters(
       model, [&](std::string_view, auto& p) { p = 0.5 * support::random_matrix<double>(p.rows(), p.cols(), rng); });
   const files::Scratch scratch;
@@ -45,9 +45,9 @@ TEST_CASE("An exported decoder is the same function of the tokens", "[models][di
 
 TEST_CASE("What DiffLlama does not have is not exported", "[models][diffllama]") {
   const files::Scratch scratch;
-  const auto message = [&](const Model::Config& config) {
+  const auto message = [&](const DiffModel::Config& config) {
     const std::string text =
-        support::thrown_by<std::invalid_argument>([&] { save_diffllama(Model(config), scratch / "model"); });
+        support::thrown_by<std::invalid_argument>([&] { save_diffllama(DiffModel(config), scratch / "model"); });
     CHECK_FALSE(std::filesystem::exists(scratch / "model"));
     return text;
   };

@@ -98,15 +98,15 @@ TEST_CASE("SwiGLU refuses what does not fit", "[models][feed_forward]") {
   FeedForward<float> grad(4, 6), narrow(4, 5);
   FeedForward<float>::Tape tape, other;
   const Matrix<float> x = Matrix<float>::Ones(3, 4);
-  CHECK(message_of<std::invalid_argument>([&] { layer.backward(x, tape, grad); }) ==
+  CHECK(thrown_by<std::invalid_argument>([&] { layer.backward(x, tape, grad); }) ==
         "FeedForward: backward needs a tape that forward(x, tape) has filled");
   layer.forward(x, tape);
   FeedForward<float>(4, 5).forward(x, other);
-  CHECK(message_of<diffattn::ShapeError>([&] { layer.backward(x, other, grad); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { layer.backward(x, other, grad); }) ==
         "FeedForward: the tape's gate must be 3 x 6, got 3 x 5");
-  CHECK(message_of<diffattn::ShapeError>([&] { layer.backward(x.topRows(2), tape, grad); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { layer.backward(x.topRows(2), tape, grad); }) ==
         "FeedForward: the tape's x must be 2 x 4, got 3 x 4");
-  CHECK(message_of<diffattn::ShapeError>([&] { layer.backward(x, tape, narrow); }) ==
+  CHECK(thrown_by<diffattn::ShapeError>([&] { layer.backward(x, tape, narrow); }) ==
         "Linear: the gradient's weight must be 6 x 4, got 5 x 4");
   CHECK(grad.down_proj.weight.isZero(0));
 }

@@ -11,17 +11,16 @@ using diffattn::DecoderCache;
 using diffattn::GenerateOptions;
 using diffattn::Index;
 using diffattn::TokenSampler;
-using Attention = diffattn::MultiheadAttention<float>;
+using Model = Decoder<float, diffattn::MultiheadAttention<float>>;
 using Tokens = std::vector<Index>;
 
-const Decoder<float, Attention>& model() {
-  static const Decoder<float, Attention> instance = [] {
-    Decoder<float, Attention> decoder(
-        {.vocab_size = 23,
-         .num_layers = 2,
-         .hidden_dim = 24,
-         .attention = {.embed_dim = 16, .num_heads = 2, .rotary = diffattn::RotaryConfig{}},
-         .seed = 3});
+const Model& model() {
+  static const Model instance = [] {
+    Model decoder({.vocab_size = 23,
+                   .num_layers = 2,
+                   .hidden_dim = 24,
+                   .attention = {.embed_dim = 16, .num_heads = 2, .rotary = diffattn::RotaryConfig{}},
+                   .seed = 3});
     decoder.embedding *= 50;
     return decoder;
   }();

@@ -24,8 +24,8 @@ namespace {
 
 /// A run on data and noise: linear regression from the tokens, one batch a step.
 template <typename Scalar>
-struct Run {
-  explicit Run(std::span<const std::uint8_t> tokens)
+struct Regression {
+  explicit Regression(std::span<const std::uint8_t> tokens)
       : sampler(tokens, {.length = 5, .batch_size = 2, .seed = 9}),
         optimizer(model, {.learning_rate = 0.01, .weight_decay = 0.1}) {}
 
@@ -71,7 +71,7 @@ TEMPLATE_TEST_CASE("A resumed run equals one without interruption, bit for bit",
   for (int i = 0; i < 200; ++i) tokens.push_back(static_cast<std::uint8_t>(i * i % 251));
   for (const int before : {0, 1, 17, 40}) {  // 40 is in the second epoch
     INFO("interrupted after " << before << " steps");
-    Run<TestType> whole(tokens), first(tokens), resumed(tokens);
+    Regression<TestType> whole(tokens), first(tokens), resumed(tokens);
     whole.steps(60);
     first.steps(before);
     first.save(file);

@@ -21,8 +21,8 @@ using diffattn::Index;
 using Model = diffattn::Decoder<float, diffattn::MultiheadDiffAttention<float>>;
 
 /// A decoder of 8 tokens that learns a sequence with a rule: the next token is three times the last, plus 1.
-struct Run {
-  explicit Run(Index threads)
+struct Training {
+  explicit Training(Index threads)
       : model({.vocab_size = 8,
                .num_layers = 2,
                .hidden_dim = 24,
@@ -69,7 +69,7 @@ struct Run {
 
 TEST_CASE("A decoder learns, and resumes bit for bit, on any number of threads", "[training][decoder]") {
   const files::Scratch scratch;
-  Run whole(1), first(2), resumed(4);
+  Training whole(1), first(2), resumed(4);
   const double before = whole.steps(1);
   CHECK(whole.steps(59) < 0.2 * before);
 
