@@ -58,12 +58,12 @@ class DifferentialBlock {
     const Index begin = keys.begin / kChunk * kChunk;
     for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
       for (Index map = 0; map < 2; ++map) {
-        for (Index g = 0; g < groups; ++g) score(head, rows.rows(g * kRows, kRows), map, g, first_key, chunk);
+        for (Index g = 0; g < groups; ++g) score(head, rows.rows(g * kRows, kRows), map, g, first_key, chunk, keys.end);
       }
     }
     for (Index g = 0; g < groups; ++g) set_factors(rows.rows(g * kRows, kRows), g, lambda, head_index);
     for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
-      for (Index g = 0; g < groups; ++g) add_values(head, rows.rows(g * kRows, kRows), g, first_key, chunk);
+      for (Index g = 0; g < groups; ++g) add_values(head, rows.rows(g * kRows, kRows), g, first_key, chunk, keys.end);
     }
 
     constexpr auto ones = [] {
@@ -81,17 +81,26 @@ class DifferentialBlock {
   }
 
  private:
-  Index slot(Index chunk, Index map, Index g) const { return (chunk * 2 + map) * groups_ + g; }
+  Index slot(Index chunk, Index map, Index g) const { return (chunk * groups_ + g) * 2 + map; }
 
   /// Scores of one group, map and chunk, turned into weights relative to the base so far.
   template <typename Mask>
   void score(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index map, Index g, Index first_key,
-             Index chunk) {
+             Index chunk, Index end_key) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
+    ChunkAhead<Scalar> ahead{nullptr, g, groups_};
+    if (map == 0)
+      ahead.chunk = head.chunk_keys(1, first_key);
+    else if (first_key + kChunk < end_key)
+      ahead.chunk = head.chunk_keys(0, first_key + kChunk);
+    if (first_key + kChunk < end_key) {
+      ahead.panel = panel_ + slot(chunk + 1, map, g) * kTile;
+      ahead.panel_size = kTile;
+    }
     const LeftOperand<Scalar> q{q_[map] + g * kRows * head.d, head.d, 1};
-    score_chunk(weights, q, head.chunk_keys(map, first_key), head.d, rows, first_key, columns);
+    score_chunk(weights, q, head.chunk_keys(map, first_key), head.d, rows, first_key, columns, ahead);
     RowSoftmax<Scalar>& softmax = softmax_[map][g];
     Scalar growth[kRows];
     softmax.add_chunk(weights, kChunk, rows.count, columns.begin, columns.end, growth);
@@ -114,7 +123,8 @@ class DifferentialBlock {
 
   /// Combines both maps of one group and chunk, in the place of the first, and multiplies by V.
   template <typename Mask>
-  void add_values(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index first_key, Index chunk) {
+  void add_values(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index first_key, Index chunk,
+                  Index end_key) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
     alignas(64) Scalar factor[2][kPaddedRows];
@@ -129,7 +139,10 @@ class DifferentialBlock {
         simd::store(p1 + at, simd::fma(simd::load(p1 + at), f1, simd::mul(simd::load(p2 + at), f2)));
       }
     }
-    add_weighted_values(sums_ + g * group_sums_, p1, head, rows, first_key, columns);
+    ChunkAhead<Scalar> ahead{nullptr, g, groups_};
+    if (first_key + kChunk < end_key)
+      ahead = {head.chunk_values(first_key + kChunk), g, groups_, panel_ + slot(chunk + 1, 0, g) * kTile, 2 * kTile};
+    add_weighted_values(sums_ + g * group_sums_, p1, head, rows, first_key, columns, ahead);
   }
 
   /// What turns the weights of a chunk into probabilities: exp2(its base − the last)/l, with −λ for the second map.
@@ -145,8 +158,8 @@ class DifferentialBlock {
   Index groups_;                    // in a block
   Index group_sums_;                // values in the sums of one group
   Scalar* sums_;                    // [group][strip of dv][kRows][kCols]
-  Scalar* panel_;                   // [chunk][map][group][kRows][kChunk]
-  Scalar* chunk_base_;              // [chunk][map][group][kPaddedRows]: what a chunk's weights are relative to
+  Scalar* panel_;                   // [chunk][group][map][kRows][kChunk]
+  Scalar* chunk_base_;              // [chunk][group][map][kPaddedRows]: what a chunk's weights are relative to
   Scalar* q_[2];                    // [row][d], scaled by s·log2(e)
   RowSoftmax<Scalar>* softmax_[2];  // [group]
   Scalar* factors_;                 // [map][group][kPaddedRows]

@@ -67,9 +67,17 @@ struct LeftOperand {
   Index depth_step;
 };
 
+/// Memory that a later product will read or write. A product fetches it into the second-level cache as it goes, evenly
+/// over its steps, so that the later one does not wait and this one does not notice.
+template <typename Scalar>
+struct Ahead {
+  const Scalar* data = nullptr;
+  Index size = 0;
+};
+
 template <typename Scalar, Index kHeight, Index kPackets>
 EIGEN_ALWAYS_INLINE void add_product_of_size(Scalar* to, Index stride, bool add, const LeftOperand<Scalar>& a,
-                                             const Scalar* b, Index depth) {
+                                             const Scalar* b, Index depth, Ahead<Scalar> first, Ahead<Scalar> second) {
   TileSums<Scalar, kHeight, kPackets> tile;
   if (add) {
     tile.load(to, stride);
@@ -93,23 +101,35 @@ EIGEN_ALWAYS_INLINE void add_product_of_size(Scalar* to, Index stride, bool add,
 #pragma GCC unroll 3
     for (const Scalar*& third : rows) third += a.depth_step;
     b += Tile<Scalar>::kCols;
+    simd::prefetch(first.data);
+    first.data += first.size;
+    simd::prefetch(second.data);
+    second.data += second.size;
   }
   tile.store(to, stride);
 }
 
 /// to(r, c) = Σ_k a(r, k) · b[k·kCols + c], or += with `add`, for the smallest tile that holds rows x cols: rows of
-/// `to` are `stride` apart and aligned to a packet; more columns than a tile has are as many as it has. A call of its
-/// own, compiled once for each scalar: beside the product it costs nothing, and compiling it at every use would cost
-/// seconds.
+/// `to` are `stride` apart and aligned to a packet; more columns than a tile has are as many as it has. Fetches `first`
+/// and `second` on the way. A call of its own, compiled once for each scalar: beside the product it costs nothing, and
+/// compiling it at every use would cost seconds.
 template <typename Scalar>
 EIGEN_DONT_INLINE void add_product(Scalar* to, Index stride, bool add, const LeftOperand<Scalar>& a, const Scalar* b,
-                                   Index depth, Index rows, Index cols) {
+                                   Index depth, Index rows, Index cols, const Ahead<Scalar>& first = {},
+                                   const Ahead<Scalar>& second = {}) {
   constexpr Index kThird = Tile<Scalar>::kRows / 3;
+  // Scalars a step. Who has nothing to fetch asks for what is at hand: that costs less than a branch.
+  const auto a_step = [&](const Ahead<Scalar>& ahead) {
+    return ahead.data == nullptr ? Ahead<Scalar>{b, 0} : Ahead<Scalar>{ahead.data, divide_up(ahead.size, depth)};
+  };
+  const Ahead<Scalar> first_step = a_step(first), second_step = a_step(second);
   const auto of_width = [&](auto packets) {
     constexpr Index kPackets = decltype(packets)::value;
-    if (rows > 2 * kThird) return add_product_of_size<Scalar, 3 * kThird, kPackets>(to, stride, add, a, b, depth);
-    if (rows > kThird) return add_product_of_size<Scalar, 2 * kThird, kPackets>(to, stride, add, a, b, depth);
-    return add_product_of_size<Scalar, kThird, kPackets>(to, stride, add, a, b, depth);
+    if (rows > 2 * kThird)
+      return add_product_of_size<Scalar, 3 * kThird, kPackets>(to, stride, add, a, b, depth, first_step, second_step);
+    if (rows > kThird)
+      return add_product_of_size<Scalar, 2 * kThird, kPackets>(to, stride, add, a, b, depth, first_step, second_step);
+    return add_product_of_size<Scalar, kThird, kPackets>(to, stride, add, a, b, depth, first_step, second_step);
   };
   if (cols > Tile<Scalar>::kLanes) return of_width(std::integral_constant<Index, Tile<Scalar>::kPackets>{});
   return of_width(std::integral_constant<Index, 1>{});

@@ -74,6 +74,22 @@ KeyRange chunk_columns(const KeyRange& keys, Index first_key) {
   return {begin, end};
 }
 
+/// What the products of one group and chunk fetch for later ones: their share of the chunk of keys or values that comes
+/// next, the whole of which the groups of a block fetch together, and a piece of the panel.
+template <typename Scalar>
+struct ChunkAhead {
+  const Scalar* chunk = nullptr;
+  Index share = 0;
+  Index shares = 1;
+  const Scalar* panel = nullptr;
+  Index panel_size = 0;
+
+  /// What the product at `done` of `all` fetches of the panel.
+  Ahead<Scalar> of_panel(Index done, Index now, Index all) const {
+    return {panel == nullptr ? nullptr : panel + panel_size * done / all, panel_size * now / all};
+  }
+};
+
 /// -inf for what a row does not see, and the bias for what it does. scores: rows kChunk apart, in the log2 domain.
 template <typename Scalar, typename Mask>
 void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
@@ -97,9 +113,14 @@ void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, co
 /// of the chunk.
 template <typename Scalar, typename Mask>
 void score_chunk(Scalar* scores, const LeftOperand<Scalar>& q, const Scalar* keys, Index d, const RowRange<Mask>& rows,
-                 Index first_key, const KeyRange& columns) {
-  for (Index c = columns.begin; c < columns.end; c += Tile<Scalar>::kCols) {
-    add_product(scores + c, kChunk, false, q, keys + c * d, d, rows.count, columns.end - c);
+                 Index first_key, const KeyRange& columns, const ChunkAhead<Scalar>& ahead = {}) {
+  constexpr Index kCols = Tile<Scalar>::kCols;
+  for (Index c = columns.begin; c < columns.end; c += kCols) {
+    const Ahead<Scalar> next{
+        ahead.chunk == nullptr ? nullptr : ahead.chunk + (c + kCols * ahead.share / ahead.shares) * d,
+        kCols * d / ahead.shares};
+    add_product(scores + c, kChunk, false, q, keys + c * d, d, rows.count, columns.end - c, next,
+                ahead.of_panel(c, kCols, kChunk));
   }
   const KeyRange all = rows.keys_of_all();
   const bool edge = first_key + columns.begin < all.begin || first_key + columns.end > all.end;
@@ -130,14 +151,19 @@ void add_visible_values(Scalar* out, const Scalar* weights, const PackedHead<Sca
 /// out += weights · V over the given columns. out: [strip of dv][kRows][kCols]; weights: rows kChunk apart.
 template <typename Scalar, typename Mask>
 void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
-                         Index first_key, const KeyRange& columns) {
+                         Index first_key, const KeyRange& columns, const ChunkAhead<Scalar>& ahead = {}) {
   constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
   const Index end = std::min(columns.end, head.n_k - first_key);
   if (!head.finite_values) return add_visible_values(out, weights, head, rows, first_key, {columns.begin, end});
   const LeftOperand<Scalar> a{weights + columns.begin, kChunk, 1};
   for (Index col = 0; col < head.dv; col += kCols, out += kRows * kCols) {
     const Scalar* const values = head.chunk_values(first_key) + col * head.value_stride + columns.begin * kCols;
-    add_product(out, kCols, true, a, values, end - columns.begin, rows.count, head.dv - col);
+    const Ahead<Scalar> next{ahead.chunk == nullptr
+                                 ? nullptr
+                                 : ahead.chunk + col * head.value_stride + kChunk * kCols * ahead.share / ahead.shares,
+                             kChunk * kCols / ahead.shares};
+    add_product(out, kCols, true, a, values, end - columns.begin, rows.count, head.dv - col, next,
+                ahead.of_panel(col, kCols, round_up(head.dv, kCols)));
   }
 }
 

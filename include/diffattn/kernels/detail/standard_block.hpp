@@ -39,7 +39,7 @@ class StandardBlock {
 
     const KeyRange keys = rows.keys_of_any();
     for (Index first_key = keys.begin / kChunk * kChunk; first_key < keys.end; first_key += kChunk) {
-      for (Index g = 0; g < groups; ++g) add_chunk(head, rows.rows(g * kRows, kRows), g, first_key);
+      for (Index g = 0; g < groups; ++g) add_chunk(head, rows.rows(g * kRows, kRows), g, groups, first_key, keys.end);
     }
     for (Index g = 0; g < groups; ++g) {
       Scalar factors[kRows];
@@ -55,15 +55,19 @@ class StandardBlock {
 
  private:
   template <typename Mask>
-  void add_chunk(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index first_key) {
+  void add_chunk(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index groups, Index first_key,
+                 Index end_key) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
+    const bool more = first_key + kChunk < end_key;
     const LeftOperand<Scalar> q{q_ + g * kRows * head.d, head.d, 1};
-    score_chunk(weights_, q, head.chunk_keys(0, first_key), head.d, rows, first_key, columns);
+    score_chunk(weights_, q, head.chunk_keys(0, first_key), head.d, rows, first_key, columns,
+                {more ? head.chunk_keys(0, first_key + kChunk) : nullptr, g, groups});
     Scalar growth[kRows];
     Scalar* const sums = sums_ + g * group_sums_;
     if (softmax_[g].add_chunk(weights_, kChunk, rows.count, columns.begin, columns.end, growth)) rescale(sums, growth);
-    add_weighted_values(sums, weights_, head, rows, first_key, columns);
+    add_weighted_values(sums, weights_, head, rows, first_key, columns,
+                        {more ? head.chunk_values(first_key + kChunk) : nullptr, g, groups});
   }
 
   void rescale(Scalar* sums, const Scalar* growth) const {
