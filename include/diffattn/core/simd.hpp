@@ -188,13 +188,10 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> shift_bits_left(const Packet<Scalar>& x) {
   }
 }
 
-/// Asks for the cache line at `p`, to be read soon. Any address will do.
+/// Asks for the cache line at `p`, to be read or written soon. Any address will do.
 EIGEN_ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-
-/// Asks for the cache line at `p`, to be read some microseconds from now: into the second-level cache, since it would
-/// not last in the first.
+/// The same for what is read some microseconds from now and would not last in the nearest cache: a hint that cores heed
+/// less.
 EIGEN_ALWAYS_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
-/// The same for what is read next: into the first.
-EIGEN_ALWAYS_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace diffattn::inline v0_1::simd

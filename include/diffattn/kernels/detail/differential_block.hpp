@@ -90,12 +90,12 @@ class DifferentialBlock {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
+    // The second map's keys come next, then the first's of the next chunk.
+    const bool more = first_key + kChunk < end_key;
     ChunkAhead<Scalar> ahead{nullptr, g, groups_};
-    if (map == 0)
-      ahead.chunk = head.chunk_keys(1, first_key);
-    else if (first_key + kChunk < end_key)
-      ahead.chunk = head.chunk_keys(0, first_key + kChunk);
-    if (first_key + kChunk < end_key) {
+    if (map == 0) ahead.chunk = head.chunk_keys(1, first_key);
+    if (map == 1 && more) ahead.chunk = head.chunk_keys(0, first_key + kChunk);
+    if (more) {
       ahead.panel = panel_ + slot(chunk + 1, map, g) * kTile;
       ahead.panel_size = kTile;
     }
@@ -139,9 +139,10 @@ class DifferentialBlock {
         simd::store(p1 + at, simd::fma(simd::load(p1 + at), f1, simd::mul(simd::load(p2 + at), f2)));
       }
     }
-    ChunkAhead<Scalar> ahead{nullptr, g, groups_};
-    if (first_key + kChunk < end_key)
+    ChunkAhead<Scalar> ahead;
+    if (first_key + kChunk < end_key) {
       ahead = {head.chunk_values(first_key + kChunk), g, groups_, panel_ + slot(chunk + 1, 0, g) * kTile, 2 * kTile};
+    }
     add_weighted_values(sums_ + g * group_sums_, p1, head, rows, first_key, columns, ahead);
   }
 

@@ -101,7 +101,7 @@ struct InPlaceSource {
   /// The same head's next key: runs of one head are too short for the hardware to foresee.
   static void prefetch(const Scalar* k, Index depth) {
     constexpr Index kLine = 64 / sizeof(Scalar);
-    for (Index c = 0; c < depth; c += kLine) simd::prefetch_near(k + c);
+    for (Index c = 0; c < depth; c += kLine) simd::prefetch(k + c);
   }
 
   /// to += Σ w_i · v_i over kKeys rows of v.

@@ -67,8 +67,8 @@ struct LeftOperand {
   Index depth_step;
 };
 
-/// Memory that a later product will read or write. A product fetches it into the second-level cache as it goes, evenly
-/// over its steps, so that the later one does not wait and this one does not notice.
+/// Memory that a later product will read or write. A product fetches it as it goes, evenly over its steps, so that the
+/// later one does not wait and this one does not notice.
 template <typename Scalar>
 struct Ahead {
   const Scalar* data = nullptr;

@@ -75,7 +75,7 @@ KeyRange chunk_columns(const KeyRange& keys, Index first_key) {
 }
 
 /// What the products of one group and chunk fetch for later ones: their share of the chunk of keys or values that comes
-/// next, the whole of which the groups of a block fetch together, and a piece of the panel.
+/// next, all of which the groups of a block fetch together, and a piece of the panel.
 template <typename Scalar>
 struct ChunkAhead {
   const Scalar* chunk = nullptr;
@@ -84,9 +84,15 @@ struct ChunkAhead {
   const Scalar* panel = nullptr;
   Index panel_size = 0;
 
-  /// What the product at `done` of `all` fetches of the panel.
-  Ahead<Scalar> of_panel(Index done, Index now, Index all) const {
-    return {panel == nullptr ? nullptr : panel + panel_size * done / all, panel_size * now / all};
+  /// The share of `size` values from `offset` on.
+  Ahead<Scalar> of_chunk(Index offset, Index size) const {
+    if (chunk == nullptr) return {};
+    return {chunk + offset + size * share / shares, size / shares};
+  }
+  /// What the product at column `col` of `all`, in steps of kCols, fetches of the panel.
+  Ahead<Scalar> of_panel(Index col, Index all) const {
+    if (panel == nullptr) return {};
+    return {panel + panel_size * col / all, panel_size * Tile<Scalar>::kCols / all};
   }
 };
 
@@ -116,11 +122,8 @@ void score_chunk(Scalar* scores, const LeftOperand<Scalar>& q, const Scalar* key
                  Index first_key, const KeyRange& columns, const ChunkAhead<Scalar>& ahead = {}) {
   constexpr Index kCols = Tile<Scalar>::kCols;
   for (Index c = columns.begin; c < columns.end; c += kCols) {
-    const Ahead<Scalar> next{
-        ahead.chunk == nullptr ? nullptr : ahead.chunk + (c + kCols * ahead.share / ahead.shares) * d,
-        kCols * d / ahead.shares};
-    add_product(scores + c, kChunk, false, q, keys + c * d, d, rows.count, columns.end - c, next,
-                ahead.of_panel(c, kCols, kChunk));
+    add_product(scores + c, kChunk, false, q, keys + c * d, d, rows.count, columns.end - c,
+                ahead.of_chunk(c * d, kCols * d), ahead.of_panel(c, kChunk));
   }
   const KeyRange all = rows.keys_of_all();
   const bool edge = first_key + columns.begin < all.begin || first_key + columns.end > all.end;
@@ -158,12 +161,8 @@ void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Sc
   const LeftOperand<Scalar> a{weights + columns.begin, kChunk, 1};
   for (Index col = 0; col < head.dv; col += kCols, out += kRows * kCols) {
     const Scalar* const values = head.chunk_values(first_key) + col * head.value_stride + columns.begin * kCols;
-    const Ahead<Scalar> next{ahead.chunk == nullptr
-                                 ? nullptr
-                                 : ahead.chunk + col * head.value_stride + kChunk * kCols * ahead.share / ahead.shares,
-                             kChunk * kCols / ahead.shares};
-    add_product(out, kCols, true, a, values, end - columns.begin, rows.count, head.dv - col, next,
-                ahead.of_panel(col, kCols, round_up(head.dv, kCols)));
+    add_product(out, kCols, true, a, values, end - columns.begin, rows.count, head.dv - col,
+                ahead.of_chunk(col * head.value_stride, kChunk * kCols), ahead.of_panel(col, round_up(head.dv, kCols)));
   }
 }
 
