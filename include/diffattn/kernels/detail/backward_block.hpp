@@ -51,13 +51,16 @@ struct BackwardRows {
 };
 
 /// out += a · b for up to kRows rows and any number of columns. out: strips of kCols columns, `strip_size` apart; b:
-/// strips over `depth`, b_strip apart.
+/// strips over `depth`, b_strip apart. Fetches `first`, which is first_strip further on for every strip, and `second`,
+/// of which every strip takes the next piece.
 template <typename Scalar>
 void add_products(Scalar* out, Index out_strip, const LeftOperand<Scalar>& a, const Scalar* b, Index b_strip,
-                  Index rows, Index cols, Index depth) {
+                  Index rows, Index cols, Index depth, Ahead<Scalar> first, Index first_strip, Ahead<Scalar> second) {
   constexpr Index kCols = Tile<Scalar>::kCols;
   for (Index col = 0; col < cols; col += kCols, out += out_strip, b += b_strip) {
-    add_product(out, kCols, true, a, b, depth, rows, cols - col);
+    add_product(out, kCols, true, a, b, depth, rows, cols - col, first, second);
+    if (first.data != nullptr) first.data += first_strip;
+    if (second.data != nullptr) second.data += second.size;
   }
 }
 
@@ -111,7 +114,8 @@ class BackwardBlock {
     for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
       const KeyRange columns = columns_of(keys, first_key);
       for (Index g = 0; g < groups; ++g) {
-        fill_panel(head, rows.rows(g * kRows, kRows), g, first_key, chunk, columns);
+        fill_panel(head, rows.rows(g * kRows, kRows), g, groups, first_key, chunk, columns,
+                   first_key + kChunk < keys.end);
       }
     }
     finite &= set_factors(block, rows, divide_up(keys.end - begin, kChunk));
@@ -119,7 +123,7 @@ class BackwardBlock {
       const KeyRange columns = columns_of(keys, first_key);
       differentiate(rows.count, chunk, columns);
       if (finite) {
-        add_gradients(head, sums, rows.count, first_key, columns);
+        add_gradients(head, sums, rows.count, first_key, chunk, columns, first_key + kChunk < keys.end);
       } else {
         add_visible_gradients(head, sums, rows, first_key, columns);
       }
@@ -147,12 +151,6 @@ class BackwardBlock {
   /// dS of map m; step kMaps is A. [kBlockRows][kStride].
   Scalar* step(Index p) const { return step_ + p * kBlockRows * kStride; }
 
-  /// Asks for a row of a tile before it is written: what it belongs to seldom fits the second-level cache.
-  static void prefetch_columns(const Scalar* to) {
-    constexpr Index kLine = 64 / sizeof(Scalar);
-    for (Index c = 0; c < kCols; c += kLine) __builtin_prefetch(to + c, 1, 2);
-  }
-
   /// The columns of a chunk that some row of the block sees, up to the end of a packet and of a lowest tile.
   static KeyRange columns_of(const KeyRange& keys, Index first_key) {
     constexpr Index kStep = std::max(kLanes, kRows / 3);
@@ -162,18 +160,20 @@ class BackwardBlock {
 
   /// Weights, relative to the base so far, dA, and Σ weight · dA, of one group and chunk.
   template <typename Mask>
-  void fill_panel(const Head& head, const RowRange<Mask>& rows, Index g, Index first_key, Index chunk,
-                  const KeyRange& columns) {
+  void fill_panel(const Head& head, const RowRange<Mask>& rows, Index g, Index groups, Index first_key, Index chunk,
+                  const KeyRange& columns, bool more) {
     const Index at = g * kRows * kChunk;
     Scalar* const da = panel(chunk, kMaps) + at;
+    const auto ahead = [&](const Scalar* next, Index p) {
+      return more ? ChunkAhead<Scalar>{next, g, groups, panel(chunk + 1, p) + at, kRows * kChunk}
+                  : ChunkAhead<Scalar>{};
+    };
+    const ChunkAhead<Scalar> after_values = ahead(head.values + (first_key + kChunk) * head.dv, kMaps);
     for (Index c = columns.begin; c < columns.end; c += kCols) {
-      for (Index r = 0; r < rows.count; ++r) {
-        prefetch_columns(da + r * kChunk + c + kCols);
-        for (Index map = 0; map < kMaps; ++map) prefetch_columns(panel(chunk, map) + at + r * kChunk + c);
-      }
       const LeftOperand<Scalar> dout{dout_rows_ + g * kRows * head.dv, 1, kRows};
       add_product(da + c, kChunk, false, dout, head.values + (first_key + c) * head.dv, head.dv, rows.count,
-                  columns.end - c);
+                  columns.end - c, after_values.of_chunk(c * head.dv, kCols * head.dv),
+                  after_values.of_panel(c, kChunk));
     }
     const KeyRange all = rows.keys_of_all();
     if (HasBias<Mask> || first_key + columns.begin < all.begin || first_key + columns.end > all.end) {
@@ -182,7 +182,8 @@ class BackwardBlock {
     for (Index map = 0; map < kMaps; ++map) {
       Scalar* const weights = panel(chunk, map) + at;
       const LeftOperand<Scalar> q{q_rows_[map] + g * kRows * head.d, 1, kRows};
-      score_chunk(weights, q, head.keys[map] + first_key * head.d, head.d, rows, first_key, columns);
+      score_chunk(weights, q, head.keys[map] + first_key * head.d, head.d, rows, first_key, columns,
+                  ahead(head.keys[map] + (first_key + kChunk) * head.d, map));
       Scalar growth[kRows];
       softmax_[map][g].add_chunk(weights, kChunk, rows.count, columns.begin, columns.end, growth);
       const Index values = slot(chunk, map) + g * kPaddedRows;
@@ -274,27 +275,33 @@ class BackwardBlock {
     }
   }
 
-  /// dQ += dS K, dK += dSᵀ Q, dV += Aᵀ g for one chunk.
-  void add_gradients(const Head& head, const Sums& sums, Index rows, Index first_key, const KeyRange& columns) {
+  /// dQ += dS K, dK += dSᵀ Q, dV += Aᵀ g for one chunk. On the way the tiles of dK and dV that come next are fetched,
+  /// and the panel and the columns of K of the next chunk, if there is one.
+  void add_gradients(const Head& head, const Sums& sums, Index rows, Index first_key, Index chunk,
+                     const KeyRange& columns, bool more) {
     const Index present = std::min(columns.end, head.n_k - first_key) - columns.begin;
-    const auto add_transposed = [&](Scalar* to, const Scalar* a, const Scalar* b, Index width) {
+    const auto add_transposed = [&](Scalar* to, Index p, const Scalar* b, Index width) {
+      const Index piece = divide_up(panel_rows_ * kChunk, divide_up(kChunk, kRows) * divide_up(width, kCols));
+      Ahead<Scalar> of_panel{more ? panel(chunk + 1, p) : nullptr, piece};
       for (Index k = columns.begin; k < columns.end; k += kRows) {
-        for (Index strip = 0; strip < width; strip += kCols) {
-          Scalar* const next = to + strip * sums.padded_keys + (first_key + k + kRows) * kCols;
-          for (Index r = 0; r < kRows; ++r) prefetch_columns(next + r * kCols);
-        }
-        add_products(to + (first_key + k) * kCols, sums.padded_keys * kCols, {a + k, 1, kStride}, b, rows * kCols,
-                     std::min(kRows, columns.end - k), width, rows);
+        Scalar* const tile = to + (first_key + k) * kCols;
+        add_products(tile, sums.padded_keys * kCols, {step(p) + k, 1, kStride}, b, rows * kCols,
+                     std::min(kRows, columns.end - k), width, rows, {tile + kRows * kCols, kRows * kCols},
+                     sums.padded_keys * kCols, of_panel);
+        if (more) of_panel.data += piece * divide_up(width, kCols);
       }
     };
-    add_transposed(sums.dv, step(kMaps), dout_columns_, head.dv);
+    add_transposed(sums.dv, kMaps, dout_columns_, head.dv);
+    const Index groups = divide_up(rows, kRows), strip = head.n_k * kCols;
     for (Index map = 0; map < kMaps; ++map) {
-      add_transposed(sums.dk[map], step(map), q_columns_[map], head.d);
-      for (Index row = 0; row < rows; row += kRows) {
-        add_products(dq_[map] + row / kRows * group_size(head.d), kRows * kCols,
-                     {step(map) + row * kStride + columns.begin, kStride, 1},
-                     head.key_columns[map] + (first_key + columns.begin) * kCols, head.n_k * kCols,
-                     std::min(kRows, rows - row), head.d, present);
+      add_transposed(sums.dk[map], map, q_columns_[map], head.d);
+      for (Index g = 0; g < groups; ++g) {
+        const Scalar* const next = head.key_columns[map] + (first_key + kChunk) * kCols;
+        const ChunkAhead<Scalar> ahead{more ? next : nullptr, g, groups};
+        add_products(dq_[map] + g * group_size(head.d), kRows * kCols,
+                     {step(map) + g * kRows * kStride + columns.begin, kStride, 1},
+                     head.key_columns[map] + (first_key + columns.begin) * kCols, strip,
+                     std::min(kRows, rows - g * kRows), head.d, present, ahead.of_chunk(0, kChunk * kCols), strip, {});
       }
     }
   }
