@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turns the JSON of a benchmark run into the tables of README.md and bench/README.md.
 
-usage: report.py results.json
+usage: report.py results.json      of a whole run or of a filtered one that measured peak/fma too
 
 Kernels and layers run on one thread and are compared by CPU time, which a busy machine disturbs least; what may use
 two threads, by wall clock.
@@ -62,6 +62,8 @@ def thread_table(runs):
     print("\n| prefill, four differential heads (64, 128), 1,920 tokens | 1 thread | 2 threads | 1 thread / 2 threads |"
           "\n|---|---|---|---|")
     for mask in ("full", "causal"):
+        if f"threads/{mask}/threads:1/real_time" not in runs:
+            continue
         one, two = (runs[f"threads/{mask}/threads:{n}/real_time"]["real_time"] for n in (1, 2))
         print(f"| {mask} | {one:.1f} ms | {two:.1f} ms | {one / two:.2f} |")
 
@@ -69,6 +71,8 @@ def thread_table(runs):
 def exp_table(runs):
     print("\n| exponential, in cache | ours | Eigen's | ours / Eigen's |\n|---|---|---|---|")
     for scalar in ("float", "double"):
+        if f"exp/ours/{scalar}" not in runs:
+            continue
         ours, eigen = (runs[f"exp/{side}/{scalar}"]["values/s"] / 1e9 for side in ("ours", "eigen"))
         print(f"| {scalar} | {ours:.1f} G/s | {eigen:.1f} G/s | {ours / eigen:.1f} |")
 
@@ -129,6 +133,8 @@ def model_table(runs):
 def main():
     runs = medians(sys.argv[1])
     for scalar in ("float", "double"):
+        if f"peak/fma/{scalar}" not in runs:
+            continue
         print(f"FMA peak of one core, {scalar}: {runs[f'peak/fma/{scalar}']['FLOP/s'] / 1e9:.0f} GFLOP/s")
     print()
     kernel_table(runs)
