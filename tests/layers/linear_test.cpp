@@ -60,6 +60,7 @@ TEMPLATE_TEST_CASE("Linear is x Wᵀ + b at every shape", "[layers][linear]", fl
   }
   check(1025, 200, 9);  // more rows than a block has
   check(2060, 3, 300);
+  check(5, 2050, 9);  // more depth than one has
 }
 
 TEMPLATE_TEST_CASE("Linear reads and writes any strides, and nothing beside its output", "[layers][linear]", float,

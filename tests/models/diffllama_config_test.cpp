@@ -127,6 +127,10 @@ TEST_CASE("A hostile index is refused by name", "[models][sharded_safetensors]")
         "tensor \"c\" is not in \"one.safetensors\"");
   CHECK(refused(R"({"weight_map": {"a": "one.safetensors"}})") ==
         "tensor \"b\" of \"one.safetensors\" is not in its weight_map");
+  files::write(scratch / "b.safetensors",
+               files::safetensors(R"({"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", std::string(4, '\0')));
+  CHECK(refused(R"({"weight_map": {"a": "one.safetensors", "b": "b.safetensors"}})") ==
+        "tensor \"b\" of \"one.safetensors\" is not in its weight_map");
   files::write(index, R"({"weight_map": {"a": "two.safetensors"}})");
   CHECK(support::thrown_by<std::runtime_error>([&] {
           diffattn::ShardedSafetensors(scratch / ".");

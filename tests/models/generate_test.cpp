@@ -88,6 +88,7 @@ TEST_CASE("Tokens are drawn from the softmax at a temperature", "[models][genera
   check_near(frequencies({.temperature = 1, .top_k = 9}, logits), {0.1, 0.4, 0.2, 0.3});
   check_near(frequencies({.temperature = 1, .top_p = 0.65}, logits), {0, 4.0 / 7, 0, 3.0 / 7});
   check_near(frequencies({.temperature = 1, .top_p = 0.75}, logits), {0, 4.0 / 9, 2.0 / 9, 3.0 / 9});
+  check_near(frequencies({.temperature = 1, .top_p = 0.5}, {0, 0, 0, 0}), {0.5, 0.5, 0, 0});  // exactly p is enough
   check_near(frequencies({.temperature = 1, .top_p = 0.01}, logits), {0, 1, 0, 0});
   check_near(frequencies({.temperature = 1, .top_k = 3, .top_p = 0.7}, logits), {0, 4.0 / 7, 0, 3.0 / 7});
   check_near(frequencies({.temperature = 1, .top_k = 1}, {0, 1, 1, 1, 0}), {0, 1.0 / 3, 1.0 / 3, 1.0 / 3, 0});
@@ -103,6 +104,9 @@ TEST_CASE("A repetition penalty weakens what has been, once", "[models][generate
   CHECK(next({0}) == 1);
   CHECK(next({0, 0, 0}) == 1);
   CHECK(next({0, 1}) == 0);
+  const std::vector<float> apart = {3, 1};  // halved once the first is still the best, halved twice not
+  const Tokens twice = {0, 0};
+  CHECK(sampler.next(std::span<const float>(apart), std::span<const Index>(twice)) == 0);
   const std::vector<float> negative = {-1, -1.5f};
   const Tokens first = {0};
   CHECK(sampler.next(std::span<const float>(negative), std::span<const Index>(first)) == 1);

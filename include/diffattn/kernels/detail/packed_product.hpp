@@ -2,7 +2,7 @@
 
 // y = a b, y = a b + bias or y += a b: the products that linear layers and their gradients are made of.
 //
-// a is packed whole, kDepth steps of depth at a time: [steps][group][kDepth][kRows]. A task is a block of y, whose sums
+// a is packed whole, a block of depth at a time: [block][group][steps][kRows]. A task is a block of y, whose sums
 // stay in the second-level cache; so does what it reads of a, once for every strip of b. A strip is packed just before
 // it is used and stays in the first-level cache, so that b is read once for each block of rows, whatever its type and
 // strides. What comes next, of a and of b, is asked for from memory while the present strip is multiplied.
@@ -24,6 +24,9 @@ struct ProductBlock {
   static constexpr Index kDepth = 192;  // a strip, a group and a tile fit 48 KB, 32 KB without AVX-512
   static constexpr Index kMostRows = 1024;
   static constexpr Index kMostCols = 1024 / static_cast<Index>(sizeof(Scalar));
+  /// With fewer groups it is b that takes the time: it is read in longer pieces and not asked for ahead.
+  static constexpr Index kFewGroups = 4;
+  static constexpr Index kDepthOfFew = 2048;
 };
 
 /// The lines of a matrix with contiguous rows, asked for a few at a time while something else is computed.
@@ -92,10 +95,12 @@ template <typename Scalar, typename T, Executor E>
 void multiply(const StridedView<Scalar>& y, const StridedView<const Scalar>& a, const StridedView<const T>& b,
               const Scalar* bias, Store store, Workspace& workspace, E& executor) {
   using Block = ProductBlock<Scalar>;
-  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols, kDepth = Block::kDepth;
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
   if (y.rows == 0 || y.cols == 0) return;
 
   const Index depth = a.cols, padded_rows = round_up(y.rows, kRows);
+  const bool ahead = padded_rows >= Block::kFewGroups * kRows;
+  const Index block_depth = ahead ? Block::kDepth : std::clamp(depth, Index{1}, Block::kDepthOfFew);
   const Index row_blocks = divide_up(y.rows, Block::kMostRows);
   const Index block_rows = round_up(divide_up(y.rows, row_blocks), kRows);
   // Every thread ought to get some of few columns.
@@ -104,40 +109,40 @@ void multiply(const StridedView<Scalar>& y, const StridedView<const Scalar>& a, 
 
   const auto frame = workspace.frame();
   auto* const packed_rows = workspace.take<Scalar>(padded_rows * depth);
-  auto* const strips = workspace.take<Scalar>(executor.concurrency() * kDepth * kCols);
+  auto* const strips = workspace.take<Scalar>(executor.concurrency() * block_depth * kCols);
   auto* const all_sums = workspace.take<Scalar>(executor.concurrency() * block_rows * block_cols);
 
-  executor.run(divide_up(depth, kDepth), [&](Index task, Index /*worker*/) {
-    const Index k = task * kDepth;
-    pack_rows(packed_rows + padded_rows * k, a.middle_cols(k, std::min(kDepth, depth - k)), Scalar(1));
+  executor.run(divide_up(depth, block_depth), [&](Index task, Index /*worker*/) {
+    const Index k = task * block_depth;
+    pack_rows(packed_rows + padded_rows * k, a.middle_cols(k, std::min(block_depth, depth - k)), Scalar(1));
   });
 
   executor.run(row_blocks * divide_up(y.cols, block_cols), [&](Index task, Index worker) {
     const Index first_row = task % row_blocks * block_rows, first_col = task / row_blocks * block_cols;
     const Index rows = std::min(block_rows, y.rows - first_row), cols = std::min(block_cols, y.cols - first_col);
     const Index groups = divide_up(rows, kRows), num_strips = divide_up(cols, kCols);
-    Scalar* const strip = strips + worker * kDepth * kCols;
+    Scalar* const strip = strips + worker * block_depth * kCols;
     Scalar* const sums = all_sums + worker * block_rows * block_cols;
     const auto packed_at = [&](Index k) {
-      return packed_rows + padded_rows * k + first_row * std::min(kDepth, depth - k);
+      return packed_rows + padded_rows * k + first_row * std::min(block_depth, depth - k);
     };
     const auto strip_at = [&](Index k, Index s) {
-      return b.block(k, first_col + s * kCols, std::min(kDepth, depth - k), std::min(kCols, cols - s * kCols));
+      return b.block(k, first_col + s * kCols, std::min(block_depth, depth - k), std::min(kCols, cols - s * kCols));
     };
 
-    for (Index k = 0; k == 0 || k < depth; k += kDepth) {
-      const Index steps = std::min(kDepth, depth - k), next_k = k + steps;
+    for (Index k = 0; k == 0 || k < depth; k += block_depth) {
+      const Index steps = std::min(block_depth, depth - k), next_k = k + steps;
       const Scalar* const packed = packed_at(k);
       PrefetchedRows<Scalar> next_rows;
-      if (next_k < depth) {
-        const Index size = groups * kRows * std::min(kDepth, depth - next_k);
+      if (ahead && next_k < depth) {
+        const Index size = groups * kRows * std::min(block_depth, depth - next_k);
         next_rows = PrefetchedRows<Scalar>({packed_at(next_k), 1, size, size, 1});
       }
       for (Index s = 0; s < num_strips; ++s) {
         const auto present = strip_at(k, s);
         pack_strip(strip, present);
         PrefetchedRows<T> next_strip;
-        if (s + 1 < num_strips || next_k < depth) {
+        if (ahead && (s + 1 < num_strips || next_k < depth)) {
           const auto next = s + 1 < num_strips ? strip_at(k, s + 1) : strip_at(next_k, 0);
           if (next.col_stride == 1 || next.row_stride == 1) {
             next_strip = PrefetchedRows<T>(next.col_stride == 1 ? next : next.transposed());
