@@ -68,6 +68,17 @@ void randomize_norms(Model& model) {
   model.embedding *= 20;  // 0.02 would leave the norms' eps in charge
 }
 
+/// Runs a number of times, then throws.
+struct FailingExecutor {
+  int runs_left;
+  Index concurrency() const { return 1; }
+  template <typename F>
+  void run(Index tasks, F&& task) {
+    if (runs_left-- == 0) throw std::runtime_error("no more");
+    for (Index i = 0; i < tasks; ++i) task(i, Index{0});
+  }
+};
+
 }  // namespace
 
 TEMPLATE_TEST_CASE("A decoder is embedding, pre-norm blocks, norm and head", "[models][decoder]",
@@ -93,6 +104,31 @@ TEMPLATE_TEST_CASE("A decoder is embedding, pre-norm blocks, norm and head", "[m
     model.logits_into(threaded, tokens, workspace, pool);
     CHECK(workspace.capacity() == scratch);
   }
+}
+
+TEST_CASE("Work that fails half way leaves the cache as it was, in every layer", "[models][decoder]") {
+  using Attention = MultiheadAttention<float>;
+  const Decoder<float, Attention> model(small<Attention>(true));
+  const std::vector<int> before = {3, 1, 4}, more = {1, 5};
+  diffattn::DecoderCache<float> cache(3);
+  model.logits(before, cache);
+  diffattn::Workspace workspace;
+  Matrix<float> x(2, 16);
+  diffattn::detail::MatrixMap<float> hidden(x.data(), 2, 16);
+  int failures = 0;
+  for (;; ++failures) {
+    try {
+      model.hidden_into(hidden, more, cache, workspace, FailingExecutor{failures});
+      break;
+    } catch (const std::runtime_error&) {
+      for (const auto& layer : cache.layers) REQUIRE(layer.position() == 3);
+    }
+  }
+  CHECK(failures > 10);
+  const Matrix<float> after_failures = x;
+  cache.truncate(3);
+  model.hidden_into(hidden, more, cache, workspace);
+  CHECK(identical(x, after_failures));
 }
 
 TEST_CASE("The seed fixes a decoder's parameters, and depth sets λ_init layer by layer", "[models][decoder]") {

@@ -83,6 +83,7 @@ TEST_CASE("Tokens are drawn from the softmax at a temperature", "[models][genera
   check_near(frequencies({.temperature = 2}, logits),
              {std::sqrt(0.1) / root, std::sqrt(0.4) / root, std::sqrt(0.2) / root, std::sqrt(0.3) / root});
   check_near(frequencies({.temperature = 0}, logits, 10), {0, 1, 0, 0});
+  check_near(frequencies({.temperature = 0}, {0, 1, 1}, 10), {0, 1, 0});  // of equals the first
   check_near(frequencies({.temperature = 1, .top_k = 2}, logits), {0, 4.0 / 7, 0, 3.0 / 7});
   check_near(frequencies({.temperature = 1, .top_k = 4}, logits), {0.1, 0.4, 0.2, 0.3});
   check_near(frequencies({.temperature = 1, .top_k = 9}, logits), {0.1, 0.4, 0.2, 0.3});
