@@ -27,7 +27,7 @@ struct Lanes {
 template <typename Scalar>
 Lanes<Scalar> our_exp2(const Lanes<Scalar>& x) {
   Lanes<Scalar> result;
-  simd::store(result.values, diffattn::detail::exp2_nonpositive<Scalar>(simd::load(x.values)));
+  simd::store(result.values, diffattn::detail::packet_exp2<Scalar>(simd::load(x.values)));
   return result;
 }
 

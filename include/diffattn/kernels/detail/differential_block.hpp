@@ -151,7 +151,7 @@ class DifferentialBlock {
     const Scalar* const chunk_base = chunk_base_ + slot(chunk, map, g) * kPaddedRows;
     const Scalar* const base = softmax_[map][g].base;
     for (Index r = 0; r < kPaddedRows; r += simd::kLanes<Scalar>) {
-      const auto relative = exp2_nonpositive<Scalar>(simd::sub(simd::load(chunk_base + r), simd::load(base + r)));
+      const auto relative = packet_exp2<Scalar>(simd::sub(simd::load(chunk_base + r), simd::load(base + r)));
       simd::store(to + r, simd::mul(relative, simd::load(factors(map, g) + r)));
     }
   }

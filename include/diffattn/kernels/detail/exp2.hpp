@@ -38,7 +38,7 @@ struct Exp2Constants<double> {
 
 /// 2^x in every lane, x < 127 or NaN. 12 instructions for float with fused multiply-add.
 template <typename Scalar>
-EIGEN_ALWAYS_INLINE simd::Packet<Scalar> exp2_nonpositive(const simd::Packet<Scalar>& x) {
+EIGEN_ALWAYS_INLINE simd::Packet<Scalar> packet_exp2(const simd::Packet<Scalar>& x) {
   using C = Exp2Constants<Scalar>;
   const auto clamped = simd::max(x, simd::broadcast(C::kLowest));
   const auto shifted = simd::add(clamped, simd::broadcast(C::kShifter));

@@ -177,7 +177,7 @@ class FewRows {
     const auto base = simd::broadcast(finite_or_zero(max));
     auto packet_sum = simd::broadcast(Scalar(0));
     for (Index c = columns.begin; c < columns.end; c += kLanes) {
-      const auto weight = exp2_nonpositive<Scalar>(simd::sub(simd::load(scores + c), base));
+      const auto weight = packet_exp2<Scalar>(simd::sub(simd::load(scores + c), base));
       simd::store(scores + c, weight);
       packet_sum = simd::add(packet_sum, weight);
     }
@@ -195,7 +195,7 @@ class FewRows {
       const Scalar base = finite_or_zero(max);
       for (Index piece = 0; piece < s.pieces; ++piece) {
         const Index at = s.index(piece, head, map, row);
-        max_[at] = simd::first(exp2_nonpositive<Scalar>(simd::broadcast(max_[at] - base)));
+        max_[at] = simd::first(packet_exp2<Scalar>(simd::broadcast(max_[at] - base)));
         sum += max_[at] * weight_sum_[at];
       }
       if (s.in.lse[map].data != nullptr) s.in.lse[map](query, query_head) = max + std::log2(sum);

@@ -61,7 +61,7 @@ struct RowSoftmax {
       auto sums = simd::load(lane_sums[r]);
 #pragma GCC unroll 4
       for (Index c = begin; c < end; c += kLanes) {
-        const auto weight = exp2_nonpositive<Scalar>(simd::sub(simd::load(row + c), row_base));
+        const auto weight = packet_exp2<Scalar>(simd::sub(simd::load(row + c), row_base));
         simd::store(row + c, weight);
         sums = simd::add(sums, weight);
       }
@@ -110,7 +110,7 @@ struct RowSoftmax {
     for (Index r = 0; r < kRows; ++r) {
       growth[r] = 1;
       if (!(largest[r] > base[r] + kHeadroom)) continue;
-      const auto factor = exp2_nonpositive<Scalar>(simd::broadcast(base[r] - largest[r]));
+      const auto factor = packet_exp2<Scalar>(simd::broadcast(base[r] - largest[r]));
       moved |= base[r] != kNoBase;
       base[r] = largest[r];
       growth[r] = simd::first(factor);

@@ -87,7 +87,7 @@ class SmallProblem {
     const Scalar max = simd::reduce_max(packet_max);
     auto sums = simd::broadcast(Scalar(0));
     for (Index j = 0; j < width; j += kLanes) {
-      const auto weight = exp2_nonpositive<Scalar>(simd::sub(simd::load(scores + j), simd::broadcast(max)));
+      const auto weight = packet_exp2<Scalar>(simd::sub(simd::load(scores + j), simd::broadcast(max)));
       simd::store(scores + j, weight);
       sums = simd::add(sums, weight);
     }
