@@ -9,8 +9,7 @@
 // Shapes   x (n x in) → y (n x out), n >= 0. Any strides; contiguous rows are fastest.
 // Errors   ShapeError before any work.
 // Memory   from the workspace: a packed copy of x and, for each thread, 1 MB at most for a block of y and of W; nothing
-// for
-//          a few rows, which read W once where it is.
+//          for a few rows, which read W once where it is.
 
 #include <cmath>
 #include <type_traits>

@@ -20,7 +20,11 @@ namespace diffattn::inline v0_1::detail {
 template <typename Scalar, typename Stored>
 class RowByRowProduct {
   static constexpr Index kLanes = simd::kLanes<Scalar>;
-  static constexpr Index kOutputs = 4;  // rows of W read side by side, to have that many sums in flight
+  static constexpr bool kNarrow = sizeof(Stored) < sizeof(Scalar);
+  /// Rows of W read side by side, to have that many sums in flight. Narrow ones end before the hardware's prefetchers
+  /// have caught on: they are read as one long stream, and ahead of it.
+  static constexpr Index kOutputs = kNarrow ? 1 : 4;
+  static constexpr Index kAhead = 4096 / static_cast<Index>(sizeof(Stored));
 
  public:
   static constexpr Index kMostRows = 4;
@@ -34,26 +38,21 @@ class RowByRowProduct {
       for (Index o = 0; o < kOutputs; ++o) rows[o] = &w(out + std::min(o, present - 1), 0);
       for (Index i = 0; i < x.rows; ++i) {
         Scalar dots[kOutputs];
-        dot(dots, rows, kOutputs * w.row_stride, &x(i, 0), x.cols);
+        dot(dots, rows, &x(i, 0), x.cols);
         for (Index o = 0; o < present; ++o) y(i, out + o) = dots[o] + (bias == nullptr ? Scalar(0) : bias[out + o]);
       }
     }
   }
 
  private:
-  /// `ahead`: how far behind these rows, in memory, the next ones are.
-  static void dot(Scalar (&dots)[kOutputs], const Stored* const (&rows)[kOutputs], Index ahead, const Scalar* x,
-                  Index depth) {
+  static void dot(Scalar (&dots)[kOutputs], const Stored* const (&rows)[kOutputs], const Scalar* x, Index depth) {
     simd::Packet<Scalar> sums[kOutputs][2];
     for (auto& sum : sums) sum[0] = sum[1] = simd::broadcast(Scalar(0));
     Index k = 0;
     for (; k + 2 * kLanes <= depth; k += 2 * kLanes) {
-      if constexpr (sizeof(Stored) < sizeof(Scalar)) {
-        // Narrow rows end before the hardware's prefetchers have caught on: without this, half the bandwidth.
+      if constexpr (kNarrow) {
         constexpr Index kLine = 64 / static_cast<Index>(sizeof(Stored));
-        for (Index o = 0; o < kOutputs; ++o) {
-          for (Index line = 0; line < 2 * kLanes; line += kLine) simd::prefetch(rows[o] + ahead + k + line);
-        }
+        for (Index line = 0; line < 2 * kLanes; line += kLine) simd::prefetch(rows[0] + kAhead + k + line);
       }
 #pragma GCC unroll 2
       for (Index p = 0; p < 2; ++p) {
