@@ -9,8 +9,8 @@ target_compile_options(
     $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized;-Wno-maybe-uninitialized>
     $<$<BOOL:${DIFFATTN_NATIVE}>:-march=native>)
 if(DIFFATTN_SANITIZE)
-  # What looks at every pointer makes the compiler take half as long again (alignment alone costs all of that). Address-
-  # Sanitizer sees where one leads, but nothing here sees one that is misaligned where the CPU does not mind.
+  # What looks at every pointer makes GCC take half as long again (alignment alone costs all of that). AddressSanitizer
+  # sees where one leads, but nothing here sees one that is misaligned where the CPU does not mind.
   target_compile_options(
     diffattn_own_flags
     INTERFACE -fsanitize=address,undefined -fno-sanitize=null,alignment,vptr,object-size,pointer-overflow
