@@ -9,8 +9,8 @@ target_compile_options(
     $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized;-Wno-maybe-uninitialized>
     $<$<BOOL:${DIFFATTN_NATIVE}>:-march=native>)
 if(DIFFATTN_SANITIZE)
-  # pointer-overflow finds what Eigen does with an empty matrix, an offset to a null pointer. AddressSanitizer sees what
-  # vptr and object-size would.
+  # pointer-overflow finds what Eigen does with an empty matrix, an offset to a null pointer; vptr and object-size cost
+  # compile time for what AddressSanitizer mostly sees.
   target_compile_options(
     diffattn_own_flags
     INTERFACE -fsanitize=address,undefined -fno-sanitize=vptr,object-size,pointer-overflow -fno-sanitize-recover=all)
