@@ -15,8 +15,8 @@
 // Errors   FormatError naming the file and the field or tensors: missing, surplus, of the wrong shape or type, before
 //          anything is read. std::invalid_argument for a token id outside the vocabulary and for a sequence longer than
 //          max_position_embeddings (times the factor of linear scaling; without limit for dynamic).
-// A tied head that is stored all the same must equal the embedding. If it does not, transformers 4 computes with the
-// embedding and transformers 5 with what is stored: that is a FormatError.
+// A tied head that is stored all the same must equal the embedding bit for bit; which of the two is meant otherwise, a
+// checkpoint does not say: FormatError.
 // Const functions may be called from several threads, each with a workspace and a cache of its own.
 
 #include <algorithm>
