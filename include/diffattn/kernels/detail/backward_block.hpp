@@ -185,7 +185,7 @@ class BackwardBlock {
       score_chunk(weights, q, head.keys[map] + first_key * head.d, head.d, rows, first_key, columns,
                   ahead(head.keys[map] + (first_key + kChunk) * head.d, map));
       Scalar growth[kRows];
-      softmax_[map][g].add_chunk(weights, kChunk, rows.count, columns.begin, columns.end, growth);
+      softmax_[map][g].add_chunk(weights, weights, kChunk, rows.count, columns.begin, columns.end, growth);
       const Index values = slot(chunk, map) + g * kPaddedRows;
       std::copy(softmax_[map][g].base, softmax_[map][g].base + kPaddedRows, chunk_factor_ + values);
       for (Index r = 0; r < rows.count; ++r) {

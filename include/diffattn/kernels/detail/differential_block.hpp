@@ -33,6 +33,7 @@ class DifferentialBlock {
         group_sums_(kRows * round_up(shape.dv, kCols)),
         sums_(workspace.take<Scalar>(groups_ * group_sums_)) {
     const Index chunks = divide_up(max_keys, kChunk);
+    scores_ = workspace.take<Scalar>(kTile);
     panel_ = workspace.take<Scalar>(chunks * 2 * groups_ * kTile);
     chunk_base_ = workspace.take<Scalar>(chunks * 2 * groups_ * kPaddedRows);
     for (Index map = 0; map < 2; ++map) {
@@ -56,14 +57,22 @@ class DifferentialBlock {
 
     const KeyRange keys = rows.keys_of_any();
     const Index begin = keys.begin / kChunk * kChunk;
+    RowsAhead<Scalar, 2> rows_ahead(out, q, std::min(rows.first, kBlockRows),
+                                    3 * groups * divide_up(keys.end - begin, kChunk));
     for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
       for (Index map = 0; map < 2; ++map) {
-        for (Index g = 0; g < groups; ++g) score(head, rows.rows(g * kRows, kRows), map, g, first_key, chunk, keys.end);
+        for (Index g = 0; g < groups; ++g) {
+          rows_ahead.fetch_some();
+          score(head, rows.rows(g * kRows, kRows), map, g, first_key, chunk, keys.end);
+        }
       }
     }
     for (Index g = 0; g < groups; ++g) set_factors(rows.rows(g * kRows, kRows), g, lambda, head_index);
     for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
-      for (Index g = 0; g < groups; ++g) add_values(head, rows.rows(g * kRows, kRows), g, first_key, chunk, keys.end);
+      for (Index g = 0; g < groups; ++g) {
+        rows_ahead.fetch_some();
+        add_values(head, rows.rows(g * kRows, kRows), g, first_key, chunk, keys.end);
+      }
     }
 
     constexpr auto ones = [] {
@@ -83,7 +92,8 @@ class DifferentialBlock {
  private:
   Index slot(Index chunk, Index map, Index g) const { return (chunk * groups_ + g) * 2 + map; }
 
-  /// Scores of one group, map and chunk, turned into weights relative to the base so far.
+  /// Scores of one group, map and chunk, turned into weights relative to the base so far. The scores stay in the
+  /// nearest cache, while the place of the weights is fetched.
   template <typename Mask>
   void score(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index map, Index g, Index first_key,
              Index chunk, Index end_key) {
@@ -91,19 +101,14 @@ class DifferentialBlock {
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
     // The second map's keys come next, then the first's of the next chunk.
-    const bool more = first_key + kChunk < end_key;
-    ChunkAhead<Scalar> ahead{nullptr, g, groups_};
+    ChunkAhead<Scalar> ahead{nullptr, g, groups_, weights, kTile};
     if (map == 0) ahead.chunk = head.chunk_keys(1, first_key);
-    if (map == 1 && more) ahead.chunk = head.chunk_keys(0, first_key + kChunk);
-    if (more) {
-      ahead.panel = panel_ + slot(chunk + 1, map, g) * kTile;
-      ahead.panel_size = kTile;
-    }
+    if (map == 1 && first_key + kChunk < end_key) ahead.chunk = head.chunk_keys(0, first_key + kChunk);
     const LeftOperand<Scalar> q{q_[map] + g * kRows * head.d, head.d, 1};
-    score_chunk(weights, q, head.chunk_keys(map, first_key), head.d, rows, first_key, columns, ahead);
+    score_chunk(scores_, q, head.chunk_keys(map, first_key), head.d, rows, first_key, columns, ahead);
     RowSoftmax<Scalar>& softmax = softmax_[map][g];
     Scalar growth[kRows];
-    softmax.add_chunk(weights, kChunk, rows.count, columns.begin, columns.end, growth);
+    softmax.add_chunk(weights, scores_, kChunk, rows.count, columns.begin, columns.end, growth);
     std::copy(softmax.base, softmax.base + kPaddedRows, chunk_base_ + slot(chunk, map, g) * kPaddedRows);
   }
 
@@ -159,6 +164,7 @@ class DifferentialBlock {
   Index groups_;                    // in a block
   Index group_sums_;                // values in the sums of one group
   Scalar* sums_;                    // [group][strip of dv][kRows][kCols]
+  Scalar* scores_;                  // [kRows][kChunk]
   Scalar* panel_;                   // [chunk][group][map][kRows][kChunk]
   Scalar* chunk_base_;              // [chunk][group][map][kPaddedRows]: what a chunk's weights are relative to
   Scalar* q_[2];                    // [row][d], scaled by s·log2(e)

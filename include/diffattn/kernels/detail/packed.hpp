@@ -88,7 +88,7 @@ void copy_rows(Scalar* to, const StridedView<const T>& rows, Scalar factor) {
 
 /// One strip of b(k, c) = source(first + c, k): keys to strips. Contiguous rows are transposed in registers, whole
 /// packets at a time. Past the `present` rows the strip repeats the last of them up to the end of a packet, finite
-/// wherever that is; what follows nobody reads.
+/// wherever that is; what follows nobody reads. The next strip and its rows are fetched on the way.
 template <typename Scalar, typename T>
 void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index first, Index present) {
   constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
@@ -98,7 +98,12 @@ void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index
     for (; k + kLanes <= depth; k += kLanes) {
       for (Index c = 0; c < width; c += kLanes) {
         simd::Packet<Scalar> block[kLanes];
-        for (Index r = 0; r < kLanes; ++r) block[r] = simd::load_as<Scalar>(&source(std::min(first + c + r, last), k));
+        for (Index r = 0; r < kLanes; ++r) {
+          const T* const from = &source(std::min(first + c + r, last), k);
+          block[r] = simd::load_as<Scalar>(from);
+          simd::prefetch(from, kCols * source.row_stride);
+          simd::prefetch(to, (depth + k + r) * kCols + c);
+        }
         simd::transpose<Scalar>(block);
         for (Index r = 0; r < kLanes; ++r) simd::store(to + (k + r) * kCols + c, block[r]);
       }
@@ -119,27 +124,35 @@ void pack_transposed(Scalar* to, const StridedView<const T>& source, Index first
 }
 
 /// The rows of `source` → rows of strips of kCols columns, `to` being the first row of the first strip and `stride` the
-/// rows from one strip to the next. Returns whether everything packed is finite.
+/// rows from one strip to the next. Returns whether everything packed is finite. Rows that come next are fetched on the
+/// way.
 template <typename Scalar, typename T>
 bool pack_columns(Scalar* to, Index stride, const StridedView<const T>& source) {
-  constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
-  auto not_finite = simd::broadcast(Scalar(0));  // x · 0 is 0, or NaN
-  for (Index col = 0; col < source.cols; col += kCols) {
-    const Index present = std::min(kCols, source.cols - col);
-    for (Index k = 0; k < source.rows; ++k) {
-      const T* from = &source(k, col);
+  constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes, kAhead = 16;
+  const auto zero = simd::broadcast(Scalar(0));
+  auto not_finite = zero;  // x · 0 is 0, or NaN
+  for (Index k = 0; k < source.rows; ++k) {
+    for (Index col = 0; col < source.cols; col += kCols) {
+      const Index present = std::min(kCols, source.cols - col);
+      const T* const from = &source(k, col);
       Scalar* const row = to + col * stride + k * kCols;
       Index c = 0;
       if constexpr (std::is_same_v<Scalar, T>) {
         if (source.col_stride == 1) {
-          for (; c + kLanes <= present; c += kLanes) simd::store(row + c, simd::loadu(from + c));
+          for (; c + kLanes <= present; c += kLanes) {
+            const auto values = simd::loadu(from + c);
+            simd::prefetch(from + c, kAhead * source.row_stride);
+            simd::prefetch(row + c, kAhead * kCols);
+            simd::store(row + c, values);
+            not_finite = simd::fma(values, zero, not_finite);
+          }
         }
       }
+      if (c == kCols) continue;
+      Index at = c;
       for (; c < present; ++c) row[c] = static_cast<Scalar>(from[c * source.col_stride]);
       std::fill(row + present, row + kCols, Scalar(0));
-      for (c = 0; c < kCols; c += kLanes) {
-        not_finite = simd::fma(simd::load(row + c), simd::broadcast(Scalar(0)), not_finite);
-      }
+      for (; at < kCols; at += kLanes) not_finite = simd::fma(simd::load(row + at), zero, not_finite);
     }
   }
   return simd::reduce_add(not_finite) == Scalar(0);

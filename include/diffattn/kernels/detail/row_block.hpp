@@ -96,6 +96,39 @@ struct ChunkAhead {
   }
 };
 
+/// The rows of the result that a block will write and the queries of the block before it, which is likely to be next,
+/// fetched a few rows at a time between the block's products. Rows that are not contiguous are left to the hardware.
+template <typename Scalar, Index kMaps>
+class RowsAhead {
+ public:
+  /// count: rows of the block before. steps: calls to come, or more.
+  RowsAhead(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[kMaps], Index count, Index steps)
+      : out_(out), steps_(steps) {
+    for (Index map = 0; map < kMaps; ++map) q_[map] = q[map].middle_rows(-count, count);
+  }
+
+  void fetch_some() {
+    fetch_share(out_);
+    for (const auto& q : q_) fetch_share(q);
+    ++step_;
+  }
+
+ private:
+  template <typename T>
+  void fetch_share(const StridedView<T>& view) const {
+    constexpr Index kLine = 64 / sizeof(Scalar);
+    if (view.col_stride != 1) return;
+    for (Index row = view.rows * step_ / steps_; row < view.rows * (step_ + 1) / steps_; ++row) {
+      for (Index c = 0; c < view.cols; c += kLine) simd::prefetch(&view(row, c));
+    }
+  }
+
+  StridedView<Scalar> out_;
+  StridedView<const Scalar> q_[kMaps];
+  Index steps_;
+  Index step_ = 0;
+};
+
 /// -inf for what a row does not see, and the bias for what it does. scores: rows kChunk apart, in the log2 domain.
 template <typename Scalar, typename Mask>
 void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {

@@ -2,7 +2,7 @@
 
 // The softmax of a group of rows, one chunk of keys at a time, in the log2 domain.
 //
-// Each chunk of scores becomes exp2(score − base) in place. The base of a row is a score it has seen: the largest of
+// Each chunk of scores becomes exp2(score − base). The base of a row is a score it has seen: the largest of
 // its first chunk, and it moves only when a later score passes it by more than kHeadroom, which is rare, so that next
 // to nothing is ever rescaled and weights still stay below 2^kHeadroom. A chunk keeps the base it used; whoever reads
 // it later multiplies by exp2(base − final base). Sums are kept per lane and reduced across lanes once, at the end.
@@ -45,10 +45,11 @@ struct RowSoftmax {
     std::fill(&lane_sums[0][0], &lane_sums[0][0] + kRows * kLanes, Scalar(0));
   }
 
-  /// scores: `rows` rows, `stride` apart; columns [begin, end), whole packets, become weights relative to base. Returns
-  /// whether the base of a row with weights moved; then growth[r] is what earlier weights of row r are to be multiplied
-  /// with.
-  bool add_chunk(Scalar* scores, Index stride, Index rows, Index begin, Index end, Scalar* growth) {
+  /// weights = exp2(scores − base) in columns [begin, end), whole packets, of `rows` rows, `stride` apart; both may be
+  /// the same. Returns whether the base of a row with weights moved; then growth[r] is what earlier weights of row r
+  /// are to be multiplied with.
+  bool add_chunk(Scalar* weights, const Scalar* scores, Index stride, Index rows, Index begin, Index end,
+                 Scalar* growth) {
     alignas(64) Scalar largest[kPaddedRows];
     set_largest(largest, scores, stride, rows, begin, end);
     bool passed = false;
@@ -56,13 +57,14 @@ struct RowSoftmax {
     const bool moved = passed && move_base(largest, growth);
 
     for (Index r = 0; r < rows; ++r) {
-      Scalar* const row = scores + r * stride;
+      const Scalar* const from = scores + r * stride;
+      Scalar* const to = weights + r * stride;
       const auto row_base = simd::broadcast(base[r]);
       auto sums = simd::load(lane_sums[r]);
 #pragma GCC unroll 4
       for (Index c = begin; c < end; c += kLanes) {
-        const auto weight = packet_exp2<Scalar>(simd::sub(simd::load(row + c), row_base));
-        simd::store(row + c, weight);
+        const auto weight = packet_exp2<Scalar>(simd::sub(simd::load(from + c), row_base));
+        simd::store(to + c, weight);
         sums = simd::add(sums, weight);
       }
       simd::store(lane_sums[r], sums);

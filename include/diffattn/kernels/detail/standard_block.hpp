@@ -38,8 +38,14 @@ class StandardBlock {
     for (Index g = 0; g < groups; ++g) softmax_[g].reset();
 
     const KeyRange keys = rows.keys_of_any();
-    for (Index first_key = keys.begin / kChunk * kChunk; first_key < keys.end; first_key += kChunk) {
-      for (Index g = 0; g < groups; ++g) add_chunk(head, rows.rows(g * kRows, kRows), g, groups, first_key, keys.end);
+    const Index begin = keys.begin / kChunk * kChunk;
+    RowsAhead<Scalar, 1> rows_ahead(out, q, std::min(rows.first, kBlockRows),
+                                    groups * divide_up(keys.end - begin, kChunk));
+    for (Index first_key = begin; first_key < keys.end; first_key += kChunk) {
+      for (Index g = 0; g < groups; ++g) {
+        rows_ahead.fetch_some();
+        add_chunk(head, rows.rows(g * kRows, kRows), g, groups, first_key, keys.end);
+      }
     }
     for (Index g = 0; g < groups; ++g) {
       Scalar factors[kRows];
@@ -65,7 +71,9 @@ class StandardBlock {
                 {more ? head.chunk_keys(0, first_key + kChunk) : nullptr, g, groups});
     Scalar growth[kRows];
     Scalar* const sums = sums_ + g * group_sums_;
-    if (softmax_[g].add_chunk(weights_, kChunk, rows.count, columns.begin, columns.end, growth)) rescale(sums, growth);
+    if (softmax_[g].add_chunk(weights_, weights_, kChunk, rows.count, columns.begin, columns.end, growth)) {
+      rescale(sums, growth);
+    }
     add_weighted_values(sums, weights_, head, rows, first_key, columns,
                         {more ? head.chunk_values(first_key + kChunk) : nullptr, g, groups});
   }
