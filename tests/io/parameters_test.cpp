@@ -1,6 +1,6 @@
 // load_parameters and save_parameters, for every layer.
 
-#include <diffattn/io/safetensors.hpp>
+#include <diffattn/io/parameters.hpp>
 #include <diffattn/layers/multihead_attention.hpp>
 #include <diffattn/layers/multihead_diff_attention.hpp>
 #include <diffattn/layers/multihead_diff_attention_v2.hpp>

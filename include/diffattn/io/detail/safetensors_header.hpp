@@ -7,6 +7,7 @@
 // believed.
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -22,6 +23,8 @@
 #include "diffattn/io/detail/dtype.hpp"
 
 namespace diffattn::inline v0_1 {
+
+static_assert(std::endian::native == std::endian::little, "diffattn: safetensors are little-endian, like this reader");
 
 /// One tensor of a file: its element type, its shape (row-major, rank 0 upwards) and where its bytes are in the data.
 struct TensorInfo {
@@ -42,6 +45,12 @@ struct SafetensorsHeader {
 /// A name of a file's choosing, as JSON writes it: a NUL in it cannot end a message, nor a control character garble it.
 inline std::string in_quotes(const std::string& text) {
   return nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+inline std::string shape_text(const std::vector<Index>& shape) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + "]";
 }
 
 /// The bytes that a tensor takes, or nothing if an extent is negative or the product too large for an Index. A zero

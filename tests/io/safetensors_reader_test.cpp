@@ -1,6 +1,6 @@
 // Reading: every element type from bytes by hand, shapes, conversions, and what a file is asked that it cannot answer.
 
-#include <diffattn/io/safetensors.hpp>
+#include <diffattn/io/safetensors_reader.hpp>
 
 #include <cmath>
 #include <filesystem>

@@ -1,6 +1,7 @@
 // Writing: the bytes by the format's own rules, round trips, refusals, and what is left behind when a write fails.
 
-#include <diffattn/io/safetensors.hpp>
+#include <diffattn/io/safetensors_reader.hpp>
+#include <diffattn/io/safetensors_writer.hpp>
 
 #include <filesystem>
 #include <limits>

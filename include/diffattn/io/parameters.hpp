@@ -1,0 +1,86 @@
+#pragma once
+
+// A layer's parameters in a safetensors file, under the names that visit_parameters gives them.
+//
+//   load_parameters(layer, file, "weight.");       every parameter that visit_parameters(layer, …) names
+//   save_parameters(layer, path, "weight.");       loads in PyTorch's safetensors
+//
+// Errors   load_parameters reports every missing, surplus and mis-shaped tensor in one FormatError and changes nothing.
+//          save_parameters: std::runtime_error if the file cannot be written; it is there whole or not at all.
+
+#include <filesystem>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/io/detail/dtype.hpp"
+#include "diffattn/io/detail/safetensors_header.hpp"
+#include "diffattn/io/safetensors_reader.hpp"
+#include "diffattn/io/safetensors_writer.hpp"
+
+namespace diffattn::inline v0_1 {
+
+namespace detail {
+
+/// The shape that a parameter has in a file.
+template <typename Derived>
+std::vector<Index> stored_shape(const Eigen::DenseBase<Derived>& parameter) {
+  if constexpr (Derived::IsVectorAtCompileTime) {
+    return {parameter.size()};
+  } else {
+    return {parameter.rows(), parameter.cols()};
+  }
+}
+
+}  // namespace detail
+
+/// Copies the tensors "<prefix><name>" of `file` into the parameters of `layer`, converting to its scalar type. All of
+/// them must be there, in the right shape, and no other tensor may have the prefix; otherwise FormatError, and the
+/// layer is as it was.
+template <typename Layer>
+void load_parameters(Layer& layer, const Safetensors& file, const std::string& prefix = "") {
+  std::string problems;
+  std::map<std::string, bool> expected;
+  visit_parameters(layer, [&](std::string_view name, auto& parameter) {
+    const std::string full = prefix + std::string(name);
+    expected[full] = true;
+    if (!file.contains(full)) {
+      problems += "\n  missing: " + detail::in_quotes(full);
+      return;
+    }
+    const TensorInfo& info = file.info(full);
+    const std::vector<Index> shape = detail::stored_shape(parameter);
+    if (info.shape != shape) {
+      problems += "\n  shape: " + detail::in_quotes(full) + " must be " + detail::shape_text(shape) + ", got " +
+                  detail::shape_text(info.shape);
+    } else if (detail::is_integer(info.dtype)) {
+      problems += "\n  type: " + detail::in_quotes(full) + " must hold floating-point values, got " +
+                  std::string(detail::describe(info.dtype).name);
+    }
+  });
+  for (const auto& [name, info] : file.tensors()) {
+    if (name.compare(0, prefix.size(), prefix) == 0 && expected.count(name) == 0) {
+      problems += "\n  surplus: " + detail::in_quotes(name);
+    }
+  }
+  if (!problems.empty()) throw FormatError(file.path() + ": does not hold the parameters of this layer" + problems);
+
+  visit_parameters(
+      layer, [&](std::string_view name, auto& parameter) { file.read(prefix + std::string(name), parameter.data()); });
+}
+
+/// Writes every parameter of `layer` as "<prefix><name>".
+template <typename Layer>
+void save_parameters(const Layer& layer, const std::filesystem::path& path, const std::string& prefix = "",
+                     std::map<std::string, std::string> metadata = {}) {
+  SafetensorsWriter writer(std::move(metadata));
+  visit_parameters(
+      layer, [&](std::string_view name, const auto& parameter) { writer.add(prefix + std::string(name), parameter); });
+  writer.save(path);
+}
+
+}  // namespace diffattn::inline v0_1
