@@ -17,7 +17,6 @@
 //          any work. Const functions may be called from several threads, each with a workspace of its own.
 // Memory   (tokens x (embed_dim and hidden_dim)) scratch from the workspace; after a first call no heap.
 
-#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <iterator>
@@ -38,6 +37,7 @@
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/rms_norm.hpp"
+#include "diffattn/models/decoder_block.hpp"
 #include "diffattn/models/decoder_cache.hpp"
 #include "diffattn/models/decoder_tape.hpp"
 #include "diffattn/models/feed_forward.hpp"
@@ -53,64 +53,6 @@ struct DecoderConfig {
   bool tied_head = false;                  ///< the logits are products with the embedding
   double norm_eps = 1e-5;                  ///< of the norms before attention, before feed-forward, before the head
   std::uint64_t seed = 0;                  ///< of the initial parameters
-};
-
-/// One layer of a Decoder: x += attention(attention_norm(x)); x += feed_forward(feed_forward_norm(x)).
-template <typename Scalar, typename Attention>
-struct DecoderBlock {
-  using Weight = typename Attention::WeightMatrix;
-
-  DecoderBlock(const typename Attention::Config& config, Index hidden_dim, double norm_eps)
-      : attention_norm(config.embed_dim, norm_eps),
-        attention(config),
-        feed_forward_norm(config.embed_dim, norm_eps),
-        feed_forward(config.embed_dim, hidden_dim) {}
-
-  template <typename Self, typename Visitor>
-  static void visit(Self& self, Visitor& visitor) {
-    detail::visit_part("input_layernorm", self.attention_norm, visitor);
-    detail::visit_part("self_attn", self.attention, visitor);
-    detail::visit_part("post_attention_layernorm", self.feed_forward_norm, visitor);
-    detail::visit_part("mlp", self.feed_forward, visitor);
-  }
-
-  using Tape = DecoderBlockTape<Scalar, Attention>;
-
-  /// y (n x embed_dim) = block(x), keeping what backward needs beside x.
-  template <Executor E>
-  void forward_into(Matrix<Scalar>& y, const Matrix<Scalar>& x, std::span<const Index> lengths, Tape& tape,
-                    Workspace& workspace, E& executor) const {
-    const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> normed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
-    tape.attended.resize(x.rows(), x.cols());
-    attention_norm.forward_rows(normed.data(), x.data(), x.rows(), executor);
-    attention.forward_into(tape.attended, normed, CausalMask{}, lengths, tape.attention, workspace, executor);
-    tape.attended += x;
-    feed_forward_norm.forward_rows(normed.data(), tape.attended.data(), x.rows(), executor);
-    feed_forward.forward_into(y, normed, tape.feed_forward, workspace, executor);
-    y += tape.attended;
-  }
-
-  /// Turns dy, the gradient of y, into that of x, in place.
-  template <Executor E>
-  void backward_in_place(detail::MatrixMap<Scalar>& dy, const Matrix<Scalar>& x, const Tape& tape, DecoderBlock& grad,
-                         Workspace& workspace, E& executor) const {
-    const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> dnormed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
-    const auto through_norm = [&](const RmsNorm<Scalar>& norm, const Matrix<Scalar>& before, RmsNorm<Scalar>& to) {
-      norm.backward_rows(dy.data(), dnormed.data(), before.data(), x.rows(), to, Scalar(1), detail::Store::add,
-                         workspace, executor);
-    };
-    feed_forward.backward_into(dnormed, dy, tape.feed_forward, grad.feed_forward, workspace, executor);
-    through_norm(feed_forward_norm, tape.attended, grad.feed_forward_norm);
-    attention.backward_into(dnormed, dy, tape.attention, grad.attention, workspace, executor);
-    through_norm(attention_norm, x, grad.attention_norm);
-  }
-
-  RmsNorm<Scalar> attention_norm;
-  Attention attention;
-  RmsNorm<Scalar> feed_forward_norm;
-  FeedForward<Scalar, Weight> feed_forward;
 };
 
 template <typename Scalar, typename Attention>
@@ -179,13 +121,27 @@ class Decoder {
     head_into(y, x, workspace, executor);
   }
 
+  /// x (tokens x embed_dim): the embeddings of the tokens, all of which are checked before.
+  template <typename Tokens>
+  void embed_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens) const {
+    check_tokens(tokens);
+    const auto* const ids = std::data(tokens);
+    for (Index i = 0; i < x.rows(); ++i) {
+      const auto id = static_cast<Index>(ids[i]);
+      if constexpr (kFrozen) {
+        embedding.copy_row(id, &x(i, 0));
+      } else {
+        x.row(i) = embedding.row(id).template cast<Scalar>();
+      }
+    }
+  }
+
   /// x (tokens x embed_dim): what the head is multiplied with, after the last norm.
   template <typename Tokens, Executor E = Serial>
   void hidden_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens, Workspace& workspace, E&& executor = {}) const {
     embed_into(x, tokens);
-    run_blocks(x, workspace, executor, [&](const Block& block, std::size_t /*layer*/, auto& y, const auto& normed) {
-      block.attention.forward_into(y, normed, CausalMask{}, workspace, executor);
-    });
+    for (const Block& block : blocks) block.forward_in_place(x, CausalMask{}, workspace, executor);
+    norm.forward_rows(x.data(), x.data(), x.rows(), executor);
   }
 
   /// The same for the tokens that follow those in `cache`.
@@ -196,9 +152,10 @@ class Decoder {
     embed_into(x, tokens);
     const Index before = cache.position();
     try {
-      run_blocks(x, workspace, executor, [&](const Block& block, std::size_t layer, auto& y, const auto& normed) {
-        block.attention.forward_into(y, normed, cache.layers[layer], workspace, executor);
-      });
+      for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
+        blocks[layer].forward_in_place(x, cache.layers[layer], workspace, executor);
+      }
+      norm.forward_rows(x.data(), x.data(), x.rows(), executor);
     } catch (...) {
       cache.roll_back(before);
       throw;
@@ -256,26 +213,7 @@ class Decoder {
   template <typename Y, typename Tokens, Executor E = Serial>
   void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, std::span<const Index> lengths, Tape& tape,
                    Workspace& workspace, E&& executor = {}) const {
-    const Index n = static_cast<Index>(std::size(tokens));
-    detail::check_shape(kName, "logits", y, n, config_.vocab_size);
-    detail::check_lengths(kName, lengths, n);
-    check_tokens(tokens);
-    tape.filled = false;  // until this has come to its end
-    tape.tokens.assign(std::begin(tokens), std::end(tokens));
-    tape.lengths.assign(lengths.begin(), lengths.end());
-    tape.blocks.resize(tape.recompute ? 1 : blocks.size());
-    tape.inputs.resize(blocks.size() + 1);
-    for (Matrix<Scalar>& input : tape.inputs) input.resize(n, embedding.cols());
-    tape.hidden.resize(n, embedding.cols());
-    detail::MatrixMap<Scalar> x(tape.inputs[0].data(), n, embedding.cols());
-    embed_into(x, tokens);
-    for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
-      blocks[layer].forward_into(tape.inputs[layer + 1], tape.inputs[layer], lengths,
-                                 tape.blocks[tape.recompute ? 0 : layer], workspace, executor);
-    }
-    norm.forward_rows(tape.hidden.data(), tape.inputs.back().data(), n, executor);
-    head_into(y, tape.hidden, workspace, executor);
-    tape.filled = true;
+    detail::logits_on_tape(*this, y, tokens, lengths, tape, workspace, executor);
   }
 
   /// Adds to the parameters of `grad`, a decoder of the same configuration, their gradients: from dlogits, the gradient
@@ -289,37 +227,7 @@ class Decoder {
   template <typename DY, Executor E = Serial>
   void backward(const Eigen::MatrixBase<DY>& dlogits, Tape& tape, Decoder& grad, Workspace& workspace,
                 E&& executor = {}) const {
-    const Index n = dlogits.rows(), embed_dim = embedding.cols();
-    if (!tape.filled) {
-      detail::throw_invalid({kName, ": backward needs a tape that logits(tokens, lengths, tape) has filled"});
-    }
-    if (tape.inputs.size() != blocks.size() + 1 || tape.blocks.size() != (tape.recompute ? 1 : blocks.size()) ||
-        tape.hidden.cols() != embed_dim) {
-      detail::throw_invalid({kName, ": the tape was filled by a decoder of another configuration"});
-    }
-    detail::check_shape(kName, "dlogits", dlogits, tape.hidden.rows(), config_.vocab_size);
-    detail::check_gradient(kName, *this, grad);
-
-    const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> dx(workspace.take<Scalar>(n * embed_dim), n, embed_dim);
-    if (head) {
-      head->backward_into(dx, dlogits, tape.hidden, grad.head.value(), workspace, executor);
-    } else {
-      linear_backward_into<Scalar>(dx, grad.embedding, dlogits, tape.hidden, embedding, detail::Store::overwrite,
-                                   workspace, executor);
-    }
-    norm.backward_rows(dx.data(), dx.data(), tape.inputs.back().data(), n, grad.norm, Scalar(1),
-                       detail::Store::overwrite, workspace, executor);
-    for (std::size_t layer = blocks.size(); layer-- > 0;) {
-      typename Block::Tape& block_tape = tape.blocks[tape.recompute ? 0 : layer];
-      if (tape.recompute) {
-        // The output goes where the next block's input was, which it is, bit for bit.
-        blocks[layer].forward_into(tape.inputs[layer + 1], tape.inputs[layer], tape.lengths, block_tape, workspace,
-                                   executor);
-      }
-      blocks[layer].backward_in_place(dx, tape.inputs[layer], block_tape, grad.blocks[layer], workspace, executor);
-    }
-    for (Index i = 0; i < n; ++i) grad.embedding.row(tape.tokens[static_cast<std::size_t>(i)]) += dx.row(i);
+    detail::decoder_backward(*this, dlogits, tape, grad, workspace, executor);
   }
 
   template <typename Self, typename Visitor>
@@ -333,7 +241,7 @@ class Decoder {
   }
 
  private:
-  static constexpr const char* kName = "Decoder";
+  static constexpr const char* kName = detail::kDecoder;
   static constexpr bool kFrozen = std::is_same_v<Weight, FrozenMatrix>;
 
   static Config checked(Config config) {
@@ -349,45 +257,6 @@ class Decoder {
     if constexpr (requires { config.depth; }) config.depth = layer;
     config.seed = config_.seed + 1 + static_cast<std::uint64_t>(layer);
     return config;
-  }
-
-  /// Copies the embeddings of the tokens, all of which are checked before.
-  template <typename Tokens>
-  void embed_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens) const {
-    check_tokens(tokens);
-    const auto* const ids = std::data(tokens);
-    for (Index i = 0; i < x.rows(); ++i) {
-      const auto id = static_cast<Index>(ids[i]);
-      if constexpr (kFrozen) {
-        embedding.copy_row(id, &x(i, 0));
-      } else {
-        x.row(i) = embedding.row(id).template cast<Scalar>();
-      }
-    }
-  }
-
-  /// All blocks and the last norm on x in place; attend(block, layer, y, normed) is the attention.
-  template <Executor E, typename Attend>
-  void run_blocks(detail::MatrixMap<Scalar>& x, Workspace& workspace, E& executor, Attend&& attend) const {
-    const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> normed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
-    detail::MatrixMap<Scalar> y(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
-    const auto normalize = [&](const RmsNorm<Scalar>& with, detail::MatrixMap<Scalar>& to) {
-      detail::for_each_row_block(x.rows(), executor, [&](Index row, Index count) {
-        if (&to != &x) detail::rows_of(to, row, count) = detail::rows_of(x, row, count);
-        for (Index i = row; i < row + count; ++i) with.apply(&to(i, 0));
-      });
-    };
-    for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
-      const Block& block = blocks[layer];
-      normalize(block.attention_norm, normed);
-      attend(block, layer, y, normed);
-      x += y;
-      normalize(block.feed_forward_norm, normed);
-      block.feed_forward.forward_into(y, normed, workspace, executor);
-      x += y;
-    }
-    normalize(norm, x);
   }
 
   Config config_;

@@ -69,7 +69,7 @@ std::vector<int> random_tokens(Index count, support::Rng& rng) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("A two-layer decoder's gradients are what differences say", "[models][decoder_gradient]",
+TEMPLATE_TEST_CASE("A two-layer decoder's gradients are what differences say", "[models][decoder_tape]",
                    MultiheadDiffAttention<double>, MultiheadDiffAttentionV2<double>, MultiheadAttention<double>) {
   auto rng = support::make_rng();
   for (const bool tied : {false, true}) {
@@ -102,7 +102,7 @@ TEMPLATE_TEST_CASE("A two-layer decoder's gradients are what differences say", "
 }
 
 TEMPLATE_TEST_CASE("The adjoint law: a step along v changes the loss by what v and the gradient say",
-                   "[models][decoder_gradient]", MultiheadDiffAttention<double>, MultiheadDiffAttentionV2<double>,
+                   "[models][decoder_tape]", MultiheadDiffAttention<double>, MultiheadDiffAttentionV2<double>,
                    MultiheadAttention<double>) {
   auto rng = support::make_rng();
   Decoder<double, TestType> model(config<TestType>(24, true));
@@ -132,7 +132,7 @@ TEMPLATE_TEST_CASE("The adjoint law: a step along v changes the loss by what v a
   CHECK(std::abs(actual - expected) <= 1e-6 * std::abs(expected) + 1e-7);
 }
 
-TEMPLATE_TEST_CASE("Recomputation, threads and a used tape change no bit", "[models][decoder_gradient]",
+TEMPLATE_TEST_CASE("Recomputation, threads and a used tape change no bit", "[models][decoder_tape]",
                    MultiheadDiffAttention<float>, MultiheadDiffAttentionV2<float>, MultiheadAttention<float>) {
   auto rng = support::make_rng();
   Decoder<float, TestType> model(config<TestType>(24, false));
@@ -175,7 +175,7 @@ TEMPLATE_TEST_CASE("Recomputation, threads and a used tape change no bit", "[mod
   }
 }
 
-TEST_CASE("Stacked sequences have the gradients of each alone", "[models][decoder_gradient]") {
+TEST_CASE("Stacked sequences have the gradients of each alone", "[models][decoder_tape]") {
   auto rng = support::make_rng();
   Decoder<double, MultiheadDiffAttention<double>> model(config<MultiheadDiffAttention<double>>(16, false));
   randomize(model, rng);
@@ -197,7 +197,7 @@ TEST_CASE("Stacked sequences have the gradients of each alone", "[models][decode
   }
 }
 
-TEST_CASE("A tape or gradient that does not fit is refused before any work", "[models][decoder_gradient]") {
+TEST_CASE("A tape or gradient that does not fit is refused before any work", "[models][decoder_tape]") {
   using Model = Decoder<float, MultiheadDiffAttention<float>>;
   const auto base = config<MultiheadDiffAttention<float>>(16, false);
   auto three_layers = base, tied = base, narrow = base;
