@@ -12,6 +12,7 @@ using diffattn::DiffLlamaConfig;
 using diffattn::Index;
 using diffattn::Matrix;
 using diffattn::Safetensors;
+using hugging_face::small;
 using Kind = diffattn::RotaryScaling::Kind;
 
 const std::string kRandom = DIFFATTN_TEST_DATA "/models/diffllama_0";
@@ -38,22 +39,6 @@ void check_golden(const std::string& directory, double bound) {
   const auto count = static_cast<Index>(continuation.size());
   CHECK(model.generate(prompt, {.max_new_tokens = count}) == continuation);
   CHECK(model.generate(prompt, {.max_new_tokens = count, .prefill_chunk = 3}) == continuation);
-}
-
-/// A small model that is unlike every default.
-DiffLlamaConfig small() {
-  DiffLlamaConfig config;
-  config.vocab_size = 29;
-  config.hidden_size = 24;
-  config.intermediate_size = 20;
-  config.num_hidden_layers = 2;
-  config.num_attention_heads = 4;
-  config.num_key_value_heads = 2;
-  config.head_dim = 6;
-  config.max_position_embeddings = 40;
-  config.rms_norm_eps = 1e-3;
-  config.eos_token_ids = {};
-  return config;
 }
 
 template <typename Change>
@@ -279,43 +264,6 @@ TEST_CASE("A sequence fed whole, in chunks or token by token has the same logits
     const Matrix<float> again = model.logits(std::span<const Index>(tokens).subspan(10, 1), cache);
     CHECK((again - whole.row(10)).cwiseAbs().maxCoeff() < 1e-5f * whole.cwiseAbs().maxCoeff());
   }
-}
-
-TEST_CASE("A checkpoint that does not fit its configuration is refused by name", "[models][diffllama]") {
-  auto rng = support::make_rng();
-  const auto config = small();
-  const auto weights = hugging_face::random_weights(config, rng);
-  const files::Scratch scratch;
-  const auto path = scratch / "a";
-  const auto error_with = [&](auto change) {
-    auto tensors = weights;
-    change(tensors);
-    hugging_face::write_checkpoint<float>(path, config, tensors);
-    std::string message = format_error([&] { DiffLlama<float>::load(path); });
-    const std::string begin = path.string() + ": does not hold the tensors of its config.json\n  ";
-    REQUIRE(message.substr(0, begin.size()) == begin);
-    return message.substr(begin.size());
-  };
-  CHECK(error_with([](auto& t) { t.erase("model.layers.1.mlp.up_proj.weight"); }) ==
-        "missing: \"model.layers.1.mlp.up_proj.weight\"");
-  CHECK(error_with([](auto& t) { t.erase("lm_head.weight"); }) == "missing: \"lm_head.weight\"");
-  CHECK(error_with([](auto& t) { t["model.layers.0.self_attn.q_proj.bias"] = Eigen::MatrixXd::Zero(1, 24); }) ==
-        "surplus: \"model.layers.0.self_attn.q_proj.bias\"");
-  CHECK(error_with([](auto& t) { t["model.layers.2.self_attn.lambda_q1"] = Eigen::MatrixXd::Zero(1, 6); }) ==
-        "surplus: \"model.layers.2.self_attn.lambda_q1\"");
-  CHECK(error_with([](auto& t) { t["model.norm.weight"].resize(1, 23); }) ==
-        "shape: \"model.norm.weight\" must be [24], got [23]");
-  CHECK(error_with([](auto& t) { t["model.layers.0.self_attn.k_proj.weight"].resize(24, 12); }) ==
-        "shape: \"model.layers.0.self_attn.k_proj.weight\" must be [12, 24], got [24, 12]");
-}
-
-TEST_CASE("More layers than there are tensors are refused before they are counted out", "[models][diffllama]") {
-  const files::Scratch scratch;
-  std::filesystem::create_directory(scratch / "a");
-  std::filesystem::copy(kRandom + "/model.safetensors", scratch / "a");
-  files::write(scratch / "a" / "config.json", R"({"model_type": "diffllama", "num_hidden_layers": 268435456})");
-  CHECK(format_error([&] { DiffLlama<float>::load(scratch / "a"); }) ==
-        (scratch / "a").string() + ": has 42 tensors, too few for num_hidden_layers = 268435456");
 }
 
 TEST_CASE("Tokens outside the vocabulary and sequences that are too long are refused", "[models][diffllama]") {

@@ -23,6 +23,22 @@ using diffattn::Index;
 using Matrix = diffattn::Matrix<double>;
 using Weights = std::map<std::string, Matrix>;  // vectors are one row
 
+/// A small model that is unlike every default.
+inline DiffLlamaConfig small() {
+  DiffLlamaConfig config;
+  config.vocab_size = 29;
+  config.hidden_size = 24;
+  config.intermediate_size = 20;
+  config.num_hidden_layers = 2;
+  config.num_attention_heads = 4;
+  config.num_key_value_heads = 2;
+  config.head_dim = 6;
+  config.max_position_embeddings = 40;
+  config.rms_norm_eps = 1e-3;
+  config.eos_token_ids = {};
+  return config;
+}
+
 inline std::string layer(Index i) { return "model.layers." + std::to_string(i) + "."; }
 
 /// Every tensor of the configuration with random values, of a size that keeps activations of order 1.

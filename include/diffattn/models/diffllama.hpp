@@ -12,15 +12,12 @@
 // Weights  stay as the file has them, 16 bits included, and are multiplied in Scalar. They are mapped, not copied, but
 //          for q, k and v (about a tenth of a model), whose heads are put into our order (diffllama_layout.hpp), and
 //          for what is not aligned. The model keeps the files alive.
-// Errors   FormatError naming the file and the field or tensors: missing, surplus, of the wrong shape or type, before
+// Errors   FormatError naming the file and the field or tensors that do not fit (diffllama_checkpoint.hpp), before
 //          anything is read. std::invalid_argument for a token id outside the vocabulary and for a sequence longer than
 //          max_position_embeddings (times the factor of linear scaling; without limit for dynamic).
-// A tied head that is stored all the same must equal the embedding bit for bit; which of the two is meant otherwise, a
-// checkpoint does not say: FormatError.
 // Const functions may be called from several threads, each with a workspace and a cache of its own.
 
 #include <algorithm>
-#include <cstring>
 #include <filesystem>
 #include <initializer_list>
 #include <iterator>
@@ -28,7 +25,6 @@
 #include <memory>
 #include <span>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -39,6 +35,7 @@
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
 #include "diffattn/models/decoder.hpp"
+#include "diffattn/models/diffllama_checkpoint.hpp"
 #include "diffattn/models/diffllama_config.hpp"
 #include "diffattn/models/diffllama_layout.hpp"
 #include "diffattn/models/generate.hpp"
@@ -52,13 +49,9 @@ class DiffLlama {
   using Model = Decoder<Scalar, Attention>;
 
   static DiffLlama load(const std::filesystem::path& directory) {
-    const std::filesystem::path config_path = directory / "config.json";
-    const auto config = DiffLlamaConfig::parse(detail::read_text(config_path), config_path.string());
-    const ShardedSafetensors tensors(directory);
-    check_tensors(config, tensors);
-    check_tied_head(config, tensors);
-    DiffLlama model(config);
-    model.read(tensors);
+    const DiffLlamaCheckpoint checkpoint(directory);
+    DiffLlama model(checkpoint.config);
+    model.read(checkpoint.tensors);
     return model;
   }
 
@@ -128,9 +121,6 @@ class DiffLlama {
   }
 
  private:
-  static constexpr const char* kEmbedding = "model.embed_tokens.weight";
-  static constexpr const char* kHead = "lm_head.weight";
-
   explicit DiffLlama(const DiffLlamaConfig& config) : config_(config), decoder_(decoder_config(config)) {}
 
   static typename Model::Config decoder_config(const DiffLlamaConfig& config) {
@@ -156,104 +146,17 @@ class DiffLlama {
     return {config.num_attention_heads, config.num_key_value_heads};
   }
 
-  /// Calls f(name, shape) for every tensor of a checkpoint.
-  template <typename F>
-  static void for_each_tensor(const DiffLlamaConfig& c, F&& add) {
-    const auto f = [&](const std::string& name, std::vector<Index> shape) { add(name, shape); };
-    const Index hidden = c.hidden_size, q = c.num_attention_heads * c.head_dim, kv = c.num_key_value_heads * c.head_dim;
-    f(kEmbedding, {c.vocab_size, hidden});
-    for (Index layer = 0; layer < c.num_hidden_layers; ++layer) {
-      const std::string prefix = layer_prefix(layer), attention = prefix + "self_attn.", mlp = prefix + "mlp.";
-      f(prefix + "input_layernorm.weight", {hidden});
-      for (const auto& [name, out, in] : {std::tuple<const char*, Index, Index>{"q_proj", q, hidden},
-                                          {"k_proj", kv, hidden},
-                                          {"v_proj", kv, hidden},
-                                          {"o_proj", hidden, q}}) {
-        f(attention + name + ".weight", {out, in});
-        if (c.attention_bias) f(attention + name + ".bias", {out});
-      }
-      for (const char* const name : {"lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}) {
-        f(attention + name, {c.head_dim});
-      }
-      f(prefix + "post_attention_layernorm.weight", {hidden});
-      f(mlp + "gate_proj.weight", {c.intermediate_size, hidden});
-      f(mlp + "up_proj.weight", {c.intermediate_size, hidden});
-      f(mlp + "down_proj.weight", {hidden, c.intermediate_size});
-    }
-    f("model.norm.weight", {hidden});
-    if (!c.tie_word_embeddings) f(kHead, {c.vocab_size, hidden});
-  }
-
-  static std::string layer_prefix(Index layer) { return "model.layers." + std::to_string(layer) + "."; }
-
-  /// Throws FormatError unless the tensors are those of the configuration, no more and no less.
-  static void check_tensors(const DiffLlamaConfig& config, const ShardedSafetensors& tensors) {
-    constexpr int kMostProblems = 16;
-    std::string problems;
-    int count = 0;
-    const auto add = [&](const std::string& problem) {
-      if (count++ < kMostProblems) problems += "\n  " + problem;
-    };
-    if (static_cast<std::size_t>(config.num_hidden_layers) > tensors.tensors().size()) {
-      throw FormatError(tensors.path() + ": has " + std::to_string(tensors.tensors().size()) +
-                        " tensors, too few for num_hidden_layers = " + std::to_string(config.num_hidden_layers));
-    }
-    std::map<std::string, bool> expected;
-    const auto expect = [&](const std::string& name, const std::vector<Index>& shape) {
-      expected[name] = true;
-      if (!tensors.contains(name)) return add("missing: " + detail::in_quotes(name));
-      const TensorInfo& info = tensors.info(name);
-      if (info.shape != shape) {
-        add("shape: " + detail::in_quotes(name) + " must be " + detail::shape_text(shape) + ", got " +
-            detail::shape_text(info.shape));
-      } else if (detail::is_integer(info.dtype)) {
-        add("type: " + detail::in_quotes(name) + " must hold floating-point values, got " +
-            std::string(detail::describe(info.dtype).name));
-      }
-    };
-    for_each_tensor(config, expect);
-    if (config.tie_word_embeddings && tensors.contains(kHead)) expect(kHead, {config.vocab_size, config.hidden_size});
-    for (const auto& [name, file] : tensors.tensors()) {
-      if (expected.count(name) == 0) add("surplus: " + detail::in_quotes(name));
-    }
-    if (count > kMostProblems) problems += "\n  and " + std::to_string(count - kMostProblems) + " more";
-    if (count != 0) throw FormatError(tensors.path() + ": does not hold the tensors of its config.json" + problems);
-  }
-
-  /// Throws FormatError if a tied head is stored and is not the embedding, bit for bit.
-  static void check_tied_head(const DiffLlamaConfig& config, const ShardedSafetensors& tensors) {
-    if (!config.tie_word_embeddings || !tensors.contains(kHead)) return;
-    const bool same =
-        tensors.info(kHead).dtype == tensors.info(kEmbedding).dtype &&
-        detail::with_type_of(tensors.info(kHead).dtype, [&]<typename T>(T) {
-          const auto head = stored_values<T>(tensors, kHead), embedding = stored_values<T>(tensors, kEmbedding);
-          const Index size = config.vocab_size * config.hidden_size;
-          return std::memcmp(head.get(), embedding.get(), static_cast<std::size_t>(size) * sizeof(T)) == 0;
-        });
-    if (same) return;
-    throw FormatError(tensors.path() + ": tie_word_embeddings is true, but " + detail::in_quotes(kHead) +
-                      " is stored and differs from " + detail::in_quotes(kEmbedding));
-  }
-
-  /// The values of a tensor of type T: in the file or, if they are not aligned there, copied.
-  template <typename T>
-  static std::shared_ptr<const T> stored_values(const ShardedSafetensors& tensors, const std::string& name) {
-    const Safetensors& file = tensors.file_of(name);
-    if (std::shared_ptr<const T> mapped = file.mapped<T>(name)) return mapped;
-    const auto copy = std::make_shared<const Vector<T>>(file.vector<T>(name));
-    return std::shared_ptr<const T>(copy, copy->data());
-  }
-
   /// Calls f(name in a checkpoint, parameter, heads) for every parameter: a FrozenMatrix or a Vector. heads says which
   /// head of the checkpoint each of ours is; null where the order is the same.
   template <typename Self, typename F>
   static void for_each_parameter(Self& self, F&& f) {
     const std::vector<Index> queries = heads_of(self.config_).queries(), keys = heads_of(self.config_).keys();
     auto& decoder = self.decoder_;
-    f(kEmbedding, decoder.embedding, nullptr);
+    f(DiffLlamaCheckpoint::kEmbedding, decoder.embedding, nullptr);
     for (std::size_t layer = 0; layer < decoder.blocks.size(); ++layer) {
       auto& block = decoder.blocks[layer];
-      const std::string prefix = layer_prefix(static_cast<Index>(layer)), attention = prefix + "self_attn.";
+      const std::string prefix = DiffLlamaCheckpoint::layer_prefix(static_cast<Index>(layer)),
+                        attention = prefix + "self_attn.";
       const auto projection = [&](const std::string& name, auto& linear, const std::vector<Index>* heads) {
         f(name + ".weight", linear.weight, heads);
         if (linear.bias.size() != 0) f(name + ".bias", linear.bias, heads);
@@ -273,7 +176,7 @@ class DiffLlama {
       projection(prefix + "mlp.down_proj", block.feed_forward.down_proj, nullptr);
     }
     f("model.norm.weight", decoder.norm.weight, nullptr);
-    if (decoder.head) f(kHead, decoder.head->weight, nullptr);
+    if (decoder.head) f(DiffLlamaCheckpoint::kHead, decoder.head->weight, nullptr);
   }
 
   void read(const ShardedSafetensors& tensors) {
