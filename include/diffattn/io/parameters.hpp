@@ -36,6 +36,22 @@ std::vector<Index> stored_shape(const Eigen::DenseBase<Derived>& parameter) {
   }
 }
 
+/// What is wrong with a tensor that must be there, of this shape and of floating-point values; empty if nothing is.
+/// Tensors: Safetensors or ShardedSafetensors.
+template <typename Tensors>
+std::string mismatch(const Tensors& tensors, const std::string& name, const std::vector<Index>& shape) {
+  if (!tensors.contains(name)) return "missing: " + in_quotes(name);
+  const TensorInfo& info = tensors.info(name);
+  if (info.shape != shape) {
+    return "shape: " + in_quotes(name) + " must be " + shape_text(shape) + ", got " + shape_text(info.shape);
+  }
+  if (is_integer(info.dtype)) {
+    return "type: " + in_quotes(name) + " must hold floating-point values, got " +
+           std::string(describe(info.dtype).name);
+  }
+  return "";
+}
+
 }  // namespace detail
 
 /// Copies the tensors "<prefix><name>" of `file` into the parameters of `layer`, converting to its scalar type. All of
@@ -48,19 +64,8 @@ void load_parameters(Layer& layer, const Safetensors& file, const std::string& p
   visit_parameters(layer, [&](std::string_view name, auto& parameter) {
     const std::string full = prefix + std::string(name);
     expected[full] = true;
-    if (!file.contains(full)) {
-      problems += "\n  missing: " + detail::in_quotes(full);
-      return;
-    }
-    const TensorInfo& info = file.info(full);
-    const std::vector<Index> shape = detail::stored_shape(parameter);
-    if (info.shape != shape) {
-      problems += "\n  shape: " + detail::in_quotes(full) + " must be " + detail::shape_text(shape) + ", got " +
-                  detail::shape_text(info.shape);
-    } else if (detail::is_integer(info.dtype)) {
-      problems += "\n  type: " + detail::in_quotes(full) + " must hold floating-point values, got " +
-                  std::string(detail::describe(info.dtype).name);
-    }
+    const std::string problem = detail::mismatch(file, full, detail::stored_shape(parameter));
+    if (!problem.empty()) problems += "\n  " + problem;
   });
   for (const auto& [name, info] : file.tensors()) {
     if (name.compare(0, prefix.size(), prefix) == 0 && expected.count(name) == 0) {

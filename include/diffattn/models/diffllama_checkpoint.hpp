@@ -25,6 +25,10 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/io/detail/dtype.hpp"
+#include "diffattn/io/detail/safetensors_header.hpp"
+#include "diffattn/io/parameters.hpp"
+#include "diffattn/io/safetensors_reader.hpp"
 #include "diffattn/io/sharded_safetensors.hpp"
 #include "diffattn/models/diffllama_config.hpp"
 
@@ -94,15 +98,8 @@ class DiffLlamaCheckpoint {
     std::map<std::string, bool> expected;
     const auto expect = [&](const std::string& name, const std::vector<Index>& shape) {
       expected[name] = true;
-      if (!tensors.contains(name)) return add("missing: " + detail::in_quotes(name));
-      const TensorInfo& info = tensors.info(name);
-      if (info.shape != shape) {
-        add("shape: " + detail::in_quotes(name) + " must be " + detail::shape_text(shape) + ", got " +
-            detail::shape_text(info.shape));
-      } else if (detail::is_integer(info.dtype)) {
-        add("type: " + detail::in_quotes(name) + " must hold floating-point values, got " +
-            std::string(detail::describe(info.dtype).name));
-      }
+      const std::string problem = detail::mismatch(tensors, name, shape);
+      if (!problem.empty()) add(problem);
     };
     for_each_tensor(config, expect);
     if (config.tie_word_embeddings && tensors.contains(kHead)) expect(kHead, {config.vocab_size, config.hidden_size});
