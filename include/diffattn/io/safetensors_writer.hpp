@@ -13,12 +13,10 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <stdexcept>
+#include <ostream>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -26,6 +24,7 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/io/detail/dtype.hpp"
 #include "diffattn/io/detail/safetensors_header.hpp"
+#include "diffattn/io/detail/whole_file.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -90,22 +89,14 @@ class SafetensorsWriter {
     std::string text = header.dump();
     text.resize((text.size() + 7) / 8 * 8, ' ');
 
-    std::filesystem::path unfinished = path;
-    unfinished += ".unfinished";
-    std::ofstream out(unfinished, std::ios::binary | std::ios::trunc);
-    const std::uint64_t length = text.size();
-    out.write(reinterpret_cast<const char*>(&length), sizeof(length));
-    out.write(text.data(), static_cast<std::streamsize>(text.size()));
-    for (const auto& [name, tensor] : ordered) {
-      out.write(tensor->bytes.data(), static_cast<std::streamsize>(tensor->bytes.size()));
-    }
-    out.close();
-    std::error_code error;
-    if (out) std::filesystem::rename(unfinished, path, error);
-    if (!out || error) {
-      std::filesystem::remove(unfinished, error);
-      throw std::runtime_error(path.string() + ": cannot be written");
-    }
+    detail::write_whole(path, [&](std::ostream& out) {
+      const std::uint64_t length = text.size();
+      out.write(reinterpret_cast<const char*>(&length), sizeof(length));
+      out.write(text.data(), static_cast<std::streamsize>(text.size()));
+      for (const auto& [name, tensor] : ordered) {
+        out.write(tensor->bytes.data(), static_cast<std::streamsize>(tensor->bytes.size()));
+      }
+    });
   }
 
  private:

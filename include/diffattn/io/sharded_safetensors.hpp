@@ -12,8 +12,6 @@
 //          directory only: no path in it leads out.
 
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -21,6 +19,7 @@
 #include <vector>
 
 #include "diffattn/core/error.hpp"
+#include "diffattn/io/detail/whole_file.hpp"
 #include "diffattn/io/safetensors.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -52,27 +51,6 @@ inline std::map<std::string, std::string> parse_checkpoint_index(const std::stri
   }
   if (result.empty()) fail("has a weight_map without tensors");
   return result;
-}
-
-/// The whole of a text file. Throws std::runtime_error.
-inline std::string read_text(const std::filesystem::path& path) {
-  const FileBytes bytes(path);
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
-/// Writes a text file beside its target and renames it: it is there whole or not at all.
-inline void write_text(const std::filesystem::path& path, const std::string& text) {
-  std::filesystem::path unfinished = path;
-  unfinished += ".unfinished";
-  std::ofstream out(unfinished, std::ios::binary | std::ios::trunc);
-  out.write(text.data(), static_cast<std::streamsize>(text.size()));
-  out.close();
-  std::error_code error;
-  if (out) std::filesystem::rename(unfinished, path, error);
-  if (!out || error) {
-    std::filesystem::remove(unfinished, error);
-    throw std::runtime_error(path.string() + ": cannot be written");
-  }
 }
 
 }  // namespace detail

@@ -31,6 +31,8 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/io/detail/whole_file.hpp"
+#include "diffattn/io/safetensors.hpp"
 #include "diffattn/io/sharded_safetensors.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"

@@ -27,6 +27,7 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/io/detail/dtype.hpp"
 #include "diffattn/io/detail/safetensors_header.hpp"
+#include "diffattn/io/detail/whole_file.hpp"
 #include "diffattn/io/parameters.hpp"
 #include "diffattn/io/safetensors_reader.hpp"
 #include "diffattn/io/sharded_safetensors.hpp"

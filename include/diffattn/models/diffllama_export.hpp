@@ -22,8 +22,8 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/io/detail/whole_file.hpp"
 #include "diffattn/io/safetensors.hpp"
-#include "diffattn/io/sharded_safetensors.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/models/decoder.hpp"
