@@ -21,8 +21,9 @@ struct Comparison {
 
 /// Shapes around a tile, a block of rows, a strip and a chunk, and enough blocks for several parts.
 std::vector<Shape> shapes() {
-  return {{1, 1, 1, 1},    {2, 3, 5, 4},    {7, 1, 8, 8},    {12, 33, 16, 32},  {23, 40, 3, 70}, {24, 24, 64, 128},
-          {25, 31, 17, 9}, {48, 64, 32, 1}, {50, 20, 8, 33}, {13, 300, 40, 12}, {97, 257, 5, 6}, {450, 90, 8, 16}};
+  return {{1, 1, 1, 1},      {2, 3, 5, 4},     {7, 1, 8, 8},     {12, 33, 16, 32}, {23, 40, 3, 70},
+          {24, 24, 64, 128}, {25, 31, 17, 9},  {48, 64, 32, 1},  {50, 20, 8, 33},  {13, 300, 40, 12},
+          {97, 257, 5, 6},   {450, 90, 8, 16}, {1600, 200, 2, 3}};
 }
 
 template <typename Scalar, typename Kernel, typename Mask>

@@ -57,6 +57,7 @@ template <typename Scalar>
 void add_products(Scalar* out, Index out_strip, const LeftOperand<Scalar>& a, const Scalar* b, Index b_strip,
                   Index rows, Index cols, Index depth, Ahead<Scalar> first, Index first_strip, Ahead<Scalar> second) {
   constexpr Index kCols = Tile<Scalar>::kCols;
+  if (depth <= 0) return;
   for (Index col = 0; col < cols; col += kCols, out += out_strip, b += b_strip) {
     add_product(out, kCols, true, a, b, depth, rows, cols - col, first, second);
     if (first.data != nullptr) first.data += first_strip;
@@ -86,12 +87,12 @@ class BackwardBlock {
     chunk_factor_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     chunk_dot_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     for (Index map = 0; map < kMaps; ++map) {
-      q_rows_[map] = workspace.take<Scalar>(packed_rows_size<Scalar>(kBlockRows, shape.d));
+      q_rows_[map] = workspace.take<Scalar>(kBlockRows * shape.d);
       q_columns_[map] = workspace.take<Scalar>(packed_strips_size<Scalar>(shape.d, kBlockRows));
       dq_[map] = workspace.take<Scalar>(kGroups * group_size(shape.d));
       softmax_[map] = workspace.take<RowSoftmax<Scalar>>(kGroups);
     }
-    dout_rows_ = workspace.take<Scalar>(packed_rows_size<Scalar>(kBlockRows, shape.dv));
+    dout_rows_ = workspace.take<Scalar>(kBlockRows * shape.dv);
     dout_columns_ = workspace.take<Scalar>(packed_strips_size<Scalar>(shape.dv, kBlockRows));
   }
 
@@ -101,12 +102,12 @@ class BackwardBlock {
     const Index groups = divide_up(rows.count, kRows);
     bool finite = head.finite;
     for (Index map = 0; map < kMaps; ++map) {
-      pack_rows(q_rows_[map], block.q[map], scale * std::numbers::log2e_v<Scalar>);
+      copy_rows(q_rows_[map], block.q[map], scale * std::numbers::log2e_v<Scalar>);
       finite &= pack_columns(q_columns_[map], rows.count, block.q[map]);
       for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
       std::fill(dq_[map], dq_[map] + groups * group_size(head.d), Scalar(0));
     }
-    pack_rows(dout_rows_, block.dout, Scalar(1));
+    copy_rows(dout_rows_, block.dout, Scalar(1));
     finite &= pack_columns(dout_columns_, rows.count, block.dout);
 
     const KeyRange keys = rows.keys_of_any();
@@ -123,7 +124,7 @@ class BackwardBlock {
       const KeyRange columns = columns_of(keys, first_key);
       differentiate(rows.count, chunk, columns);
       if (finite) {
-        add_gradients(head, sums, rows.count, first_key, chunk, columns, first_key + kChunk < keys.end);
+        add_gradients(head, sums, rows, first_key, chunk, columns, first_key + kChunk < keys.end);
       } else {
         add_visible_gradients(head, sums, rows, first_key, columns);
       }
@@ -158,11 +159,27 @@ class BackwardBlock {
     return {begin, std::min(round_up(keys.end - first_key, kStep), kChunk)};
   }
 
-  /// Weights, relative to the base so far, dA, and Σ weight · dA, of one group and chunk.
+  /// What of `columns` some row of a group sees, as columns_of has it.
+  static KeyRange columns_of_group(const KeyRange& keys, Index first_key, const KeyRange& columns) {
+    const KeyRange seen = columns_of(keys, first_key);
+    const Index begin = std::clamp(seen.begin, columns.begin, columns.end);
+    return {begin, std::clamp(seen.end, begin, columns.end)};
+  }
+
+  /// Weights, relative to the base so far, dA, and Σ weight · dA, of one group and chunk; 0 where no row of the group
+  /// sees a column.
   template <typename Mask>
   void fill_panel(const Head& head, const RowRange<Mask>& rows, Index g, Index groups, Index first_key, Index chunk,
-                  const KeyRange& columns, bool more) {
+                  const KeyRange& block_columns, bool more) {
     const Index at = g * kRows * kChunk;
+    const KeyRange columns = columns_of_group(rows.keys_of_any(), first_key, block_columns);
+    for (Index p = 0; p < kPanels; ++p) {
+      for (Index r = 0; r < rows.count; ++r) {
+        Scalar* const row = panel(chunk, p) + at + r * kChunk;
+        std::fill(row + block_columns.begin, row + columns.begin, Scalar(0));
+        std::fill(row + columns.end, row + block_columns.end, Scalar(0));
+      }
+    }
     Scalar* const da = panel(chunk, kMaps) + at;
     const auto ahead = [&](const Scalar* next, Index p) {
       return more ? ChunkAhead<Scalar>{next, g, groups, panel(chunk + 1, p) + at, kRows * kChunk}
@@ -170,7 +187,7 @@ class BackwardBlock {
     };
     const ChunkAhead<Scalar> after_values = ahead(head.values + (first_key + kChunk) * head.dv, kMaps);
     for (Index c = columns.begin; c < columns.end; c += kCols) {
-      const LeftOperand<Scalar> dout{dout_rows_ + g * kRows * head.dv, 1, kRows};
+      const LeftOperand<Scalar> dout{dout_rows_ + g * kRows * head.dv, head.dv, 1};
       add_product(da + c, kChunk, false, dout, head.values + (first_key + c) * head.dv, head.dv, rows.count,
                   columns.end - c, after_values.of_chunk(c * head.dv, kCols * head.dv),
                   after_values.of_panel(c, kChunk));
@@ -181,7 +198,7 @@ class BackwardBlock {
     }
     for (Index map = 0; map < kMaps; ++map) {
       Scalar* const weights = panel(chunk, map) + at;
-      const LeftOperand<Scalar> q{q_rows_[map] + g * kRows * head.d, 1, kRows};
+      const LeftOperand<Scalar> q{q_rows_[map] + g * kRows * head.d, head.d, 1};
       score_chunk(weights, q, head.keys[map] + first_key * head.d, head.d, rows, first_key, columns,
                   ahead(head.keys[map] + (first_key + kChunk) * head.d, map));
       Scalar growth[kRows];
@@ -275,33 +292,45 @@ class BackwardBlock {
     }
   }
 
+  /// The rows of a block that see some of `keys`; none of those that do not has a gradient to add.
+  template <typename Mask>
+  static KeyRange rows_that_see(const RowRange<Mask>& rows, const KeyRange& keys) {
+    Index begin = 0, end = rows.count;
+    while (begin < end && rows.keys_of(rows.first + begin).end <= keys.begin) ++begin;
+    while (begin < end && rows.keys_of(rows.first + end - 1).begin >= keys.end) --end;
+    return {begin, end};
+  }
+
   /// dQ += dS K, dK += dSᵀ Q, dV += Aᵀ g for one chunk. On the way the tiles of dK and dV that come next are fetched,
   /// and the panel and the columns of K of the next chunk, if there is one.
-  void add_gradients(const Head& head, const Sums& sums, Index rows, Index first_key, Index chunk,
+  template <typename Mask>
+  void add_gradients(const Head& head, const Sums& sums, const RowRange<Mask>& rows, Index first_key, Index chunk,
                      const KeyRange& columns, bool more) {
-    const Index present = std::min(columns.end, head.n_k - first_key) - columns.begin;
     const auto add_transposed = [&](Scalar* to, Index p, const Scalar* b, Index width) {
       const Index piece = divide_up(panel_rows_ * kChunk, divide_up(kChunk, kRows) * divide_up(width, kCols));
       Ahead<Scalar> of_panel{more ? panel(chunk + 1, p) : nullptr, piece};
       for (Index k = columns.begin; k < columns.end; k += kRows) {
         Scalar* const tile = to + (first_key + k) * kCols;
-        add_products(tile, sums.padded_keys * kCols, {step(p) + k, 1, kStride}, b, rows * kCols,
-                     std::min(kRows, columns.end - k), width, rows, {tile + kRows * kCols, kRows * kCols},
-                     sums.padded_keys * kCols, of_panel);
+        const auto [begin, end] = rows_that_see(rows, {first_key + k, first_key + k + kRows});
+        add_products(tile, sums.padded_keys * kCols, {step(p) + begin * kStride + k, 1, kStride}, b + begin * kCols,
+                     rows.count * kCols, std::min(kRows, columns.end - k), width, end - begin,
+                     {tile + kRows * kCols, kRows * kCols}, sums.padded_keys * kCols, of_panel);
         if (more) of_panel.data += piece * divide_up(width, kCols);
       }
     };
     add_transposed(sums.dv, kMaps, dout_columns_, head.dv);
-    const Index groups = divide_up(rows, kRows), strip = head.n_k * kCols;
+    const Index groups = divide_up(rows.count, kRows), strip = head.n_k * kCols;
     for (Index map = 0; map < kMaps; ++map) {
       add_transposed(sums.dk[map], map, q_columns_[map], head.d);
       for (Index g = 0; g < groups; ++g) {
         const Scalar* const next = head.key_columns[map] + (first_key + kChunk) * kCols;
         const ChunkAhead<Scalar> ahead{more ? next : nullptr, g, groups};
+        const RowRange<Mask> group = rows.rows(g * kRows, kRows);
+        const auto [begin, end] = columns_of_group(group.keys_of_any(), first_key, columns);
         add_products(dq_[map] + g * group_size(head.d), kRows * kCols,
-                     {step(map) + g * kRows * kStride + columns.begin, kStride, 1},
-                     head.key_columns[map] + (first_key + columns.begin) * kCols, strip,
-                     std::min(kRows, rows - g * kRows), head.d, present, ahead.of_chunk(0, kChunk * kCols), strip, {});
+                     {step(map) + g * kRows * kStride + begin, kStride, 1},
+                     head.key_columns[map] + (first_key + begin) * kCols, strip, group.count, head.d,
+                     std::min(end, head.n_k - first_key) - begin, ahead.of_chunk(0, kChunk * kCols), strip, {});
       }
     }
   }
@@ -334,10 +363,10 @@ class BackwardBlock {
   Scalar* step_;              // [panel][kBlockRows][kStride]
   Scalar* chunk_factor_;      // [chunk][map][group][kPaddedRows]: what weights are relative to, then their factor
   Scalar* chunk_dot_;         // the same of Σ weight · dA
-  Scalar* q_rows_[kMaps];     // [group][d][kRows], scaled
+  Scalar* q_rows_[kMaps];     // [row][d], scaled
   Scalar* q_columns_[kMaps];  // [strip of d][row][kCols]
   Scalar* dq_[kMaps];         // [group][strip of d][kRows][kCols]: dQ / s
-  Scalar* dout_rows_;         // [group][dv][kRows]
+  Scalar* dout_rows_;         // [row][dv]
   Scalar* dout_columns_;      // [strip of dv][row][kCols]
   RowSoftmax<Scalar>* softmax_[kMaps];   // [group]
   Scalar dots_[kMaps][kGroups * kRows];  // D_m

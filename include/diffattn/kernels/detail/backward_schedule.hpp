@@ -25,20 +25,52 @@ struct HeadGradients {
   bool shared_keys() const { return dk[0].data == dk[kMaps - 1].data; }
 };
 
-/// to = sums · factor, or += : rows [first, first + count) of a gradient.
+/// The row blocks [begin, end) that one task walks, and keys that include all that they see.
+struct BlockPart {
+  Index begin;
+  Index end;
+  KeyRange keys;
+};
+
+/// Splits `blocks` row blocks into parts of about equal work; keys_of(b) are the keys that block b sees.
+template <typename KeysOf>
+void split_blocks(BlockPart* parts, Index num_parts, Index blocks, const KeysOf& keys_of) {
+  const auto work_of = [&](Index b) { return keys_of(b).end - keys_of(b).begin + 1; };
+  Index all_work = 0, work = 0, block = 0;
+  for (Index b = 0; b < blocks; ++b) all_work += work_of(b);
+  for (Index p = 0; p < num_parts; ++p) {
+    parts[p] = {block, block, keys_of(std::min(block, blocks - 1))};
+    for (; block < blocks && work < all_work * (p + 1) / num_parts; ++block) {
+      const KeyRange keys = keys_of(block);
+      parts[p].keys = {std::min(parts[p].keys.begin, keys.begin), std::max(parts[p].keys.end, keys.end)};
+      parts[p].end = block + 1;
+      work += work_of(block);
+    }
+  }
+}
+
+/// to = sums · factor, or += : rows [first, first + count) of a gradient. Rows that come next are fetched on the way.
 template <typename Scalar>
 void write_sums(const StridedView<Scalar>& to, const Scalar* sums, Index padded_keys, Index first, Index count,
                 Scalar factor, bool add) {
-  constexpr Index kCols = Tile<Scalar>::kCols;
-  for (Index col = 0; col < to.cols; col += kCols, sums += padded_keys * kCols) {
-    const Index present = std::min(kCols, to.cols - col);
-    for (Index key = first; key < first + count; ++key) {
+  constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes, kAhead = 16;
+  const auto factors = simd::broadcast(factor);
+  for (Index key = first; key < first + count; ++key) {
+    for (Index col = 0; col < to.cols; col += kCols) {
+      const Index present = std::min(kCols, to.cols - col);
       Scalar* const row = &to(key, col);
-      const Scalar* const from = sums + key * kCols;
-      if (add) {
-        for (Index c = 0; c < present; ++c) row[c * to.col_stride] += from[c] * factor;
-      } else {
-        for (Index c = 0; c < present; ++c) row[c * to.col_stride] = from[c] * factor;
+      const Scalar* const from = sums + col * padded_keys + key * kCols;
+      Index c = 0;
+      for (; to.col_stride == 1 && c + kLanes <= present; c += kLanes) {
+        const auto product = simd::mul(simd::load(from + c), factors);
+        simd::prefetch(from + c, kAhead * kCols);
+        simd::prefetch(row + c, kAhead * to.row_stride);
+        simd::storeu(row + c, add ? simd::add(simd::loadu(row + c), product) : product);
+      }
+      for (; c < present; ++c) {
+        const Scalar product = from[c] * factor;
+        Scalar& element = row[c * to.col_stride];
+        element = add ? element + product : product;
       }
     }
   }
@@ -46,11 +78,17 @@ void write_sums(const StridedView<Scalar>& to, const Scalar* sums, Index padded_
 
 template <typename Scalar>
 bool all_finite(const StridedView<const Scalar>& view) {
-  Scalar not_finite = 0;  // x · 0 is 0, or NaN
+  constexpr Index kLanes = simd::kLanes<Scalar>;
+  auto not_finite = simd::broadcast(Scalar(0));  // x · 0 is 0, or NaN
+  Scalar last_not_finite = 0;
   for (Index i = 0; i < view.rows; ++i) {
-    for (Index j = 0; j < view.cols; ++j) not_finite += view(i, j) * Scalar(0);
+    Index j = 0;
+    for (; view.col_stride == 1 && j + kLanes <= view.cols; j += kLanes) {
+      not_finite = simd::fma(simd::loadu(&view(i, j)), simd::broadcast(Scalar(0)), not_finite);
+    }
+    for (; j < view.cols; ++j) last_not_finite += view(i, j) * Scalar(0);
   }
-  return not_finite == Scalar(0);
+  return simd::reduce_add(not_finite) + last_not_finite == Scalar(0);
 }
 
 /// d2: [head][query], D of the second map (dλ = −D); kMaps = 1 has none.
@@ -58,9 +96,10 @@ template <typename Scalar, Index kMaps, typename Mask, Executor E>
 void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradients<Scalar, kMaps>& grad, Scalar* d2,
                         const Mask& mask, Workspace& workspace, E& executor) {
   using Block = BackwardBlock<Scalar, kMaps>;
-  constexpr Index kPieceRows = 512;      // keys packed, and written, by one task
-  constexpr Index kMostParts = 8;        // tasks of a call with one key head
-  constexpr Index kLeastPartBlocks = 8;  // row blocks that make a part worth its sums
+  constexpr Index kCols = Tile<Scalar>::kCols;
+  constexpr Index kPieceRows = 512;       // keys packed, and written, by one task
+  constexpr Index kMostParts = 8;         // tasks of a call with one key head
+  constexpr Index kLeastPartBlocks = 16;  // row blocks that make a part worth its sums
   const Index n_q = in.q[0].rows, n_k = in.k[0].rows, kv_heads = in.heads.num_kv_heads;
   if (n_q == 0 || n_k == 0) {
     for (Index map = 0; map < kMaps; ++map) {
@@ -90,6 +129,8 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
     const KeyRange keys = row_range(block).keys_of_any();
     max_keys = std::max(max_keys, keys.end - keys.begin);
   }
+  auto* const part_of = workspace.take<BlockPart>(parts);
+  split_blocks(part_of, parts, all_blocks, [&](Index b) { return row_range(b % blocks).keys_of_any(); });
 
   typename Block::Head shape;
   shape.n_k = n_k;
@@ -130,7 +171,7 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
         const auto view = in.k[map].middle_cols(head * in.k_step, in.d);
         pack_transposed(keys + (i * key_maps + map) * keys_size, view, row, count);
         all &= pack_columns(key_columns + (i * key_maps + map) * columns_size + row * Tile<Scalar>::kCols, n_k,
-                            view.middle_rows(row, count));
+                            view.middle_rows(row, count), true);
       }
       const auto view = in.v.middle_cols(head * in.dv, in.dv);
       pack_transposed(values + i * values_size, view, row, count);
@@ -152,8 +193,14 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
       const Index tasks = std::min(slots, present * parts - first_task);
       executor.run(tasks, [&](Index slot, Index worker) {
         const Index task = first_task + slot, i = task % present, part = task / present;
-        std::fill(all_sums + slot * sums_size, all_sums + (slot + 1) * sums_size, Scalar(0));
-        for (Index b = all_blocks * part / parts; b < all_blocks * (part + 1) / parts; ++b) {
+        // Whole chunks, since tiles at the end of what a block sees reach further.
+        const Index first = part_of[part].keys.begin / kChunk * kChunk * kCols;
+        const Index last = std::min(round_up(part_of[part].keys.end, kChunk), sums.padded_keys) * kCols;
+        for (Scalar* strip = all_sums + slot * sums_size; strip < all_sums + (slot + 1) * sums_size;
+             strip += sums.padded_keys * kCols) {
+          std::fill(strip + first, strip + last, Scalar(0));
+        }
+        for (Index b = part_of[part].begin; b < part_of[part].end; ++b) {
           const Index head = (first_head + i) * group + b / blocks;
           const RowRange<Mask> rows = row_range(b % blocks);
           typename Block::Rows block;
@@ -175,11 +222,18 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
           const Index task = first_task + slot, head = first_head + task % present;
           const bool add = task >= present;
           const typename Block::Sums from = sums_of(slot);
+          const KeyRange seen = part_of[task / present].keys;
+          const Index begin = std::clamp(seen.begin, row, row + count), end = std::clamp(seen.end, begin, row + count);
+          const auto write = [&](const StridedView<Scalar>& to, const Scalar* sums_of_slot, Scalar factor) {
+            write_sums(to, sums_of_slot, from.padded_keys, begin, end - begin, factor, add);
+            if (add) return;
+            write_constant(to.middle_rows(row, begin - row), Scalar(0));
+            write_constant(to.middle_rows(end, row + count - end), Scalar(0));
+          };
           for (Index map = 0; map < dk_maps; ++map) {
-            write_sums(grad.dk[map].middle_cols(head * in.k_step, in.d), from.dk[map], from.padded_keys, row, count,
-                       in.scale, add);
+            write(grad.dk[map].middle_cols(head * in.k_step, in.d), from.dk[map], in.scale);
           }
-          write_sums(grad.dv.middle_cols(head * in.dv, in.dv), from.dv, from.padded_keys, row, count, Scalar(1), add);
+          write(grad.dv.middle_cols(head * in.dv, in.dv), from.dv, Scalar(1));
         }
       });
     }

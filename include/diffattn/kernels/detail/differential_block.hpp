@@ -57,8 +57,7 @@ class DifferentialBlock {
 
     const KeyRange keys = rows.keys_of_any();
     const Index begin = keys.begin / kChunk * kChunk;
-    RowsAhead<Scalar, 2> rows_ahead(out, q, std::min(rows.first, kBlockRows),
-                                    3 * groups * divide_up(keys.end - begin, kChunk));
+    RowsAhead<2> rows_ahead(out, q, std::min(rows.first, kBlockRows), 3 * groups * divide_up(keys.end - begin, kChunk));
     for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
       for (Index map = 0; map < 2; ++map) {
         for (Index g = 0; g < groups; ++g) {

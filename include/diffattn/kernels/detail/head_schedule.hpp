@@ -83,7 +83,7 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
                         count);
       }
       finite[task] = pack_columns(values + i * values_size + row * Tile<Scalar>::kCols, n_k,
-                                  in.v.block(row, head * in.dv, count, in.dv));
+                                  in.v.block(row, head * in.dv, count, in.dv), true);
     });
     for (Index i = 0; i < present; ++i) {
       heads[i].finite_values =

@@ -88,9 +88,10 @@ void copy_rows(Scalar* to, const StridedView<const T>& rows, Scalar factor) {
 
 /// One strip of b(k, c) = source(first + c, k): keys to strips. Contiguous rows are transposed in registers, whole
 /// packets at a time. Past the `present` rows the strip repeats the last of them up to the end of a packet, finite
-/// wherever that is; what follows nobody reads. The next strip and its rows are fetched on the way.
+/// wherever that is; what follows nobody reads. With `ahead` the next strip and its rows are fetched on the way.
 template <typename Scalar, typename T>
-void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index first, Index present) {
+void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index first, Index present,
+                           bool ahead = false) {
   constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
   const Index depth = source.cols, last = first + present - 1, width = round_up(present, kLanes);
   Index k = 0;
@@ -101,8 +102,10 @@ void pack_transposed_strip(Scalar* to, const StridedView<const T>& source, Index
         for (Index r = 0; r < kLanes; ++r) {
           const T* const from = &source(std::min(first + c + r, last), k);
           block[r] = simd::load_as<Scalar>(from);
-          simd::prefetch(from, kCols * source.row_stride);
-          simd::prefetch(to, (depth + k + r) * kCols + c);
+          if (ahead) {
+            simd::prefetch(from, kCols * source.row_stride);
+            simd::prefetch(to, (depth + k + r) * kCols + c);
+          }
         }
         simd::transpose<Scalar>(block);
         for (Index r = 0; r < kLanes; ++r) simd::store(to + (k + r) * kCols + c, block[r]);
@@ -119,15 +122,15 @@ template <typename Scalar, typename T>
 void pack_transposed(Scalar* to, const StridedView<const T>& source, Index first, Index count) {
   constexpr Index kCols = Tile<Scalar>::kCols;
   for (Index row = first; row < first + count; row += kCols) {
-    pack_transposed_strip(to + row * source.cols, source, row, std::min(kCols, first + count - row));
+    pack_transposed_strip(to + row * source.cols, source, row, std::min(kCols, first + count - row), true);
   }
 }
 
 /// The rows of `source` → rows of strips of kCols columns, `to` being the first row of the first strip and `stride` the
-/// rows from one strip to the next. Returns whether everything packed is finite. Rows that come next are fetched on the
-/// way.
+/// rows from one strip to the next. Returns whether everything packed is finite. With `ahead` the next rows are fetched
+/// on the way.
 template <typename Scalar, typename T>
-bool pack_columns(Scalar* to, Index stride, const StridedView<const T>& source) {
+bool pack_columns(Scalar* to, Index stride, const StridedView<const T>& source, bool ahead = false) {
   constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes, kAhead = 16;
   const auto zero = simd::broadcast(Scalar(0));
   auto not_finite = zero;  // x · 0 is 0, or NaN
@@ -141,8 +144,10 @@ bool pack_columns(Scalar* to, Index stride, const StridedView<const T>& source) 
         if (source.col_stride == 1) {
           for (; c + kLanes <= present; c += kLanes) {
             const auto values = simd::loadu(from + c);
-            simd::prefetch(from + c, kAhead * source.row_stride);
-            simd::prefetch(row + c, kAhead * kCols);
+            if (ahead) {
+              simd::prefetch(from + c, kAhead * source.row_stride);
+              simd::prefetch(row + c, kAhead * kCols);
+            }
             simd::store(row + c, values);
             not_finite = simd::fma(values, zero, not_finite);
           }

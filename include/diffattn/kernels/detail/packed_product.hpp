@@ -16,6 +16,7 @@
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/packed.hpp"
+#include "diffattn/kernels/detail/prefetched_rows.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
@@ -27,33 +28,6 @@ struct ProductBlock {
   /// With fewer groups it is b that takes the time: it is read in longer pieces and not asked for ahead.
   static constexpr Index kFewGroups = 4;
   static constexpr Index kDepthOfFew = 2048;
-};
-
-/// The lines of a matrix with contiguous rows, asked for a few at a time while something else is computed.
-template <typename T>
-class PrefetchedRows {
- public:
-  PrefetchedRows() = default;
-  explicit PrefetchedRows(const StridedView<const T>& rows)
-      : rows_(rows), lines_(divide_up(rows.cols * static_cast<Index>(sizeof(T)), kLine)) {}
-
-  /// Asks for those up to part / parts of all.
-  void advance(Index part, Index parts) {
-    for (const Index end = rows_.rows * lines_ * part / parts; asked_ < end; ++asked_) {
-      simd::prefetch_far(reinterpret_cast<const char*>(&rows_(row_, 0)) + line_ * kLine);
-      if (++line_ == lines_) {
-        line_ = 0;
-        ++row_;
-      }
-    }
-  }
-
- private:
-  static constexpr Index kLine = 64;
-
-  StridedView<const T> rows_;
-  Index lines_ = 0;  // of a row
-  Index row_ = 0, line_ = 0, asked_ = 0;
 };
 
 /// b, which has at most as many columns as a tile, → one strip.
@@ -133,20 +107,18 @@ void multiply(const StridedView<Scalar>& y, const StridedView<const Scalar>& a, 
     for (Index k = 0; k == 0 || k < depth; k += block_depth) {
       const Index steps = std::min(block_depth, depth - k), next_k = k + steps;
       const Scalar* const packed = packed_at(k);
-      PrefetchedRows<Scalar> next_rows;
+      PrefetchedRows next_rows;
       if (ahead && next_k < depth) {
         const Index size = groups * kRows * std::min(block_depth, depth - next_k);
-        next_rows = PrefetchedRows<Scalar>({packed_at(next_k), 1, size, size, 1});
+        next_rows = PrefetchedRows(StridedView<const Scalar>{packed_at(next_k), size / kRows, kRows, kRows});
       }
       for (Index s = 0; s < num_strips; ++s) {
         const auto present = strip_at(k, s);
         pack_strip(strip, present);
-        PrefetchedRows<T> next_strip;
+        PrefetchedRows next_strip;
         if (ahead && (s + 1 < num_strips || next_k < depth)) {
           const auto next = s + 1 < num_strips ? strip_at(k, s + 1) : strip_at(next_k, 0);
-          if (next.col_stride == 1 || next.row_stride == 1) {
-            next_strip = PrefetchedRows<T>(next.col_stride == 1 ? next : next.transposed());
-          }
+          next_strip = PrefetchedRows(next.col_stride == 1 ? next : next.transposed());
         }
         for (Index g = 0; g < groups; ++g) {
           next_strip.advance(g + 1, groups);

@@ -8,6 +8,7 @@
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/kernels/detail/packed.hpp"
+#include "diffattn/kernels/detail/prefetched_rows.hpp"
 #include "diffattn/kernels/detail/register_tile.hpp"
 #include "diffattn/kernels/detail/row_softmax.hpp"
 #include "diffattn/kernels/mask.hpp"
@@ -96,35 +97,26 @@ struct ChunkAhead {
   }
 };
 
-/// The rows of the result that a block will write and the queries of the block before it, which is likely to be next,
-/// fetched a few rows at a time between the block's products. Rows that are not contiguous are left to the hardware.
-template <typename Scalar, Index kMaps>
+/// The rows of the result that a block will write and the queries of the block before it, which is likely to be next.
+template <Index kMaps>
 class RowsAhead {
  public:
   /// count: rows of the block before. steps: calls to come, or more.
+  template <typename Scalar>
   RowsAhead(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[kMaps], Index count, Index steps)
-      : out_(out), steps_(steps) {
-    for (Index map = 0; map < kMaps; ++map) q_[map] = q[map].middle_rows(-count, count);
+      : steps_(steps) {
+    rows_[kMaps] = PrefetchedRows(out);
+    for (Index map = 0; map < kMaps; ++map) rows_[map] = PrefetchedRows(q[map].middle_rows(-count, count));
   }
 
+  /// Fetches a few of them; to be called between products.
   void fetch_some() {
-    fetch_share(out_);
-    for (const auto& q : q_) fetch_share(q);
     ++step_;
+    for (PrefetchedRows& rows : rows_) rows.advance(step_, steps_);
   }
 
  private:
-  template <typename T>
-  void fetch_share(const StridedView<T>& view) const {
-    constexpr Index kLine = 64 / sizeof(Scalar);
-    if (view.col_stride != 1) return;
-    for (Index row = view.rows * step_ / steps_; row < view.rows * (step_ + 1) / steps_; ++row) {
-      for (Index c = 0; c < view.cols; c += kLine) simd::prefetch(&view(row, c));
-    }
-  }
-
-  StridedView<Scalar> out_;
-  StridedView<const Scalar> q_[kMaps];
+  PrefetchedRows rows_[kMaps + 1];
   Index steps_;
   Index step_ = 0;
 };

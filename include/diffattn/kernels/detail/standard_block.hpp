@@ -39,8 +39,7 @@ class StandardBlock {
 
     const KeyRange keys = rows.keys_of_any();
     const Index begin = keys.begin / kChunk * kChunk;
-    RowsAhead<Scalar, 1> rows_ahead(out, q, std::min(rows.first, kBlockRows),
-                                    groups * divide_up(keys.end - begin, kChunk));
+    RowsAhead<1> rows_ahead(out, q, std::min(rows.first, kBlockRows), groups * divide_up(keys.end - begin, kChunk));
     for (Index first_key = begin; first_key < keys.end; first_key += kChunk) {
       for (Index g = 0; g < groups; ++g) {
         rows_ahead.fetch_some();
