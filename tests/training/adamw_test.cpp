@@ -88,6 +88,20 @@ TEMPLATE_TEST_CASE("AdamW follows the documented algorithm over many steps", "[t
   }
 }
 
+TEST_CASE("The moments of a first step in float are (1 − β) times the gradient and its square", "[training][adamw]") {
+  SmallModel<float> model(1, 1), gradient(1, 1);
+  gradient.weight(0, 0) = 3;
+  AdamW<float> adamw(model, {.beta1 = 0.9, .beta2 = 0.999});
+  adamw.step(model, gradient);
+  float first = 0, second = 0;
+  diffattn::visit_parameters(adamw, [&](std::string_view name, const auto& moment) {
+    if (name == "first_moment.layers.0.q_proj.weight") first = moment(0, 0);
+    if (name == "second_moment.layers.0.q_proj.weight") second = moment(0, 0);
+  });
+  CHECK(std::abs(first - 0.3f) < 0.3f * 2e-7f);
+  CHECK(std::abs(second - 0.009f) < 0.009f * 1e-6f);
+}
+
 TEST_CASE("Decay is decoupled: without a gradient only what decays shrinks", "[training][adamw]") {
   auto rng = support::make_rng();
   auto model = random_model<double>(rng);

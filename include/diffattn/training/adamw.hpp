@@ -70,6 +70,7 @@ struct AdamWStep {
 
   Scalar keep;  // 1 − lr·weight_decay
   Scalar beta1, beta2;
+  Scalar rest1, rest2;        // 1 − β1, 1 − β2, rounded once: 1 − float(0.999) is 0.001 to five digits only
   Scalar step_size;           // lr / (1 − β1^t)
   Scalar root_of_correction;  // sqrt(1 − β2^t)
   Scalar eps;
@@ -94,8 +95,8 @@ struct AdamWStep {
   void apply_chunk(Scalar* p, const Scalar* g, Scalar* m, Scalar* v) const {
     Eigen::Map<Chunk> parameter(p), first(m), second(v);
     const Eigen::Map<const Chunk> gradient(g);
-    first = beta1 * first + (1 - beta1) * gradient;
-    second = beta2 * second + (1 - beta2) * gradient.square();
+    first = beta1 * first + rest1 * gradient;
+    second = beta2 * second + rest2 * gradient.square();
     parameter = keep * parameter - step_size * (first / (second.sqrt() / root_of_correction + eps));
   }
 };
@@ -145,6 +146,8 @@ class AdamW {
           .keep = static_cast<Scalar>(1 - rate * config_.weight_decay * slot.group.weight_decay_factor),
           .beta1 = static_cast<Scalar>(config_.beta1),
           .beta2 = static_cast<Scalar>(config_.beta2),
+          .rest1 = static_cast<Scalar>(1 - config_.beta1),
+          .rest2 = static_cast<Scalar>(1 - config_.beta2),
           .step_size = static_cast<Scalar>(rate / correction1),
           .root_of_correction = static_cast<Scalar>(std::sqrt(correction2)),
           .eps = static_cast<Scalar>(config_.eps)};
