@@ -5,14 +5,14 @@ usage: chart.py results.json > docs/benchmark.svg
 """
 import sys
 
-from report import kernel_shapes, medians
+from report import kernel_shapes, repetitions_of
 
 BAR, GAP, LEFT, SCALE = 11, 12, 190, 4.2
 SIDES = (("differential", "#2c6fbb"), ("standard", "#b8c4d0"))
 
 
 def main():
-    runs = medians(sys.argv[1])
+    runs = repetitions_of(sys.argv[1])
     shapes = [(shape, kinds) for shape, kinds in kernel_shapes(runs) if shape[0] == "float"]
     height = 44 + len(shapes) * (2 * BAR + GAP)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + 100 * SCALE + 40:.0f}" height="{height}" '

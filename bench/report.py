@@ -1,22 +1,30 @@
 #!/usr/bin/env python3
 """Turns the JSON of a benchmark run into the tables of README.md and bench/README.md.
 
-usage: report.py results.json      of a whole run or of a filtered one that measured peak/fma too
+usage: report.py [--best] results.json      of a whole run or of a filtered one that measured peak/fma too
 
-Kernels and layers run on one thread and are compared by CPU time, which a busy machine disturbs least; what may use
-two threads, by wall clock.
+The median repetition of each benchmark; with --best the fastest, which says more where neighbours take the other half
+of a core for most of the time. Kernels and layers run on one thread and are compared by CPU time, which a busy machine
+disturbs least; what may use two threads, by wall clock.
 """
+import argparse
 import json
 import re
-import sys
 
 
-def medians(path):
+def repetitions_of(path, best=False):
+    """One repetition for every benchmark, by name."""
     with open(path) as file:
-        runs = json.load(file)["benchmarks"]
-    repeated = {run["run_name"] for run in runs if run.get("aggregate_name") == "median"}
-    return {run["run_name"]: run for run in runs
-            if run.get("aggregate_name") == "median" or run["run_name"] not in repeated}
+        results = json.load(file)["benchmarks"]
+    repetitions = {}
+    for run in results:
+        if run["run_type"] == "iteration":
+            repetitions.setdefault(run["run_name"], []).append(run)
+    chosen = {}
+    for name, runs in repetitions.items():
+        runs.sort(key=lambda run: run["real_time" if name.endswith("/real_time") else "cpu_time"])
+        chosen[name] = runs[0 if best else len(runs) // 2]
+    return chosen
 
 
 def kernel_shapes(runs, room="kernel"):
@@ -44,6 +52,19 @@ def kernel_table(runs, room="kernel"):
         print(f"| {scalar}, d = {d}, {'causal' if causal else 'full'} | {n:,} | {percent['differential']} "
               f"| {percent['standard']} | {time['differential'] / time['standard']:.2f} | {eigen} "
               f"| {time['v2_pair'] / time['v2_baseline']:.2f} |")
+
+
+def stage_table(runs):
+    if "stage/scores/d64" not in runs:
+        return
+    peak = runs["peak/fma/float"]["FLOP/s"]
+    stages = ("scores", "values", "softmax", "combination", "packing")
+    print("\n| float, each stage by itself, percent of the time that the kernel takes at FMA peak | "
+          + " | ".join(stages) + " | all: the ceiling |\n|---|" + "---|" * (len(stages) + 1))
+    for d in (64, 128):
+        shares = [100 * peak / runs[f"stage/{stage}/d{d}"]["FLOP/s"] for stage in stages]
+        print(f"| d = {d} | " + " | ".join(f"{share:.1f}" for share in shares)
+              + f" | {sum(shares):.0f}: {1e4 / sum(shares):.0f} % of peak |")
 
 
 def layer_table(runs):
@@ -131,13 +152,18 @@ def model_table(runs):
 
 
 def main():
-    runs = medians(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results")
+    parser.add_argument("--best", action="store_true", help="the fastest repetition instead of the median")
+    arguments = parser.parse_args()
+    runs = repetitions_of(arguments.results, arguments.best)
     for scalar in ("float", "double"):
         if f"peak/fma/{scalar}" not in runs:
             continue
         print(f"FMA peak of one core, {scalar}: {runs[f'peak/fma/{scalar}']['FLOP/s'] / 1e9:.0f} GFLOP/s")
     print()
     kernel_table(runs)
+    stage_table(runs)
     print("\nGradients:\n")
     kernel_table(runs, "backward")
     layer_table(runs)

@@ -15,6 +15,18 @@
 
 namespace diffattn::inline v0_1::detail {
 
+/// p1 = p1 · f1[row] + p2 · f2[row] in the given columns, whole packets, of `rows` rows, kChunk apart.
+template <typename Scalar>
+void combine_maps(Scalar* p1, const Scalar* p2, const Scalar* f1, const Scalar* f2, Index rows,
+                  const KeyRange& columns) {
+  for (Index r = 0; r < rows; ++r, p1 += kChunk, p2 += kChunk) {
+    const auto first = simd::broadcast(f1[r]), second = simd::broadcast(f2[r]);
+    for (Index c = columns.begin; c < columns.end; c += simd::kLanes<Scalar>) {
+      simd::store(p1 + c, simd::fma(simd::load(p1 + c), first, simd::mul(simd::load(p2 + c), second)));
+    }
+  }
+}
+
 template <typename Scalar>
 class DifferentialBlock {
   static constexpr Index kRows = Tile<Scalar>::kRows;
@@ -136,13 +148,7 @@ class DifferentialBlock {
 
     Scalar* const p1 = panel_ + slot(chunk, 0, g) * kTile;
     const Scalar* const p2 = panel_ + slot(chunk, 1, g) * kTile;
-    for (Index r = 0; r < rows.count; ++r) {
-      const auto f1 = simd::broadcast(factor[0][r]), f2 = simd::broadcast(factor[1][r]);
-      for (Index c = columns.begin; c < columns.end; c += simd::kLanes<Scalar>) {
-        const Index at = r * kChunk + c;
-        simd::store(p1 + at, simd::fma(simd::load(p1 + at), f1, simd::mul(simd::load(p2 + at), f2)));
-      }
-    }
+    combine_maps(p1, p2, factor[0], factor[1], rows.count, columns);
     ChunkAhead<Scalar> ahead;
     if (first_key + kChunk < end_key) {
       ahead = {head.chunk_values(first_key + kChunk), g, groups_, panel_ + slot(chunk + 1, 0, g) * kTile, 2 * kTile};
