@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""PyTorch's CPU attention on the shapes of bench_kernel.cpp, one thread: milliseconds, median of alternating runs.
+"""PyTorch's CPU attention on the shapes of bench_kernel.cpp, one thread: milliseconds of alternating runs, median and
+fastest.
 
 usage: pytorch.py        needs PyTorch: Debian sid's python3-torch, or pip install torch
 
@@ -62,8 +63,8 @@ def main():
             pairs = n * (n + 1) / 2 if causal else n * n
             text = ""
             for function, list_of_times in times.items():
-                seconds = statistics.median(list_of_times)
-                text += f"  {function.__name__} {seconds * 1e3:.2f} ms"
+                seconds, fastest = statistics.median(list_of_times), min(list_of_times)
+                text += f"  {function.__name__} {seconds * 1e3:.2f} ms ({fastest * 1e3:.2f})"
                 if run is forward:
                     text += f", {8 * D * pairs / seconds / 1e9:.1f} GFLOP/s"
             print(f"{run.__name__.replace('_', ' ')}, {'causal' if causal else 'full'}, n {n}:{text}", flush=True)
