@@ -12,6 +12,7 @@
 // implementation keeps (the official naive file differs when G < H). Rotary turns each packed head. The norm weight and
 // λ are shared by all heads.
 //
+// How it is called: attention_layer.hpp.
 // Parameters (visit_parameters): q_proj, k_proj, v_proj, out_proj, lambda_q1, lambda_k1, lambda_q2, lambda_k2, subln.
 // Shapes     x, y (tokens x embed_dim). Zero rows give an empty result.
 // Errors     std::invalid_argument for a configuration that cannot be, ShapeError for an x that does not fit; before
@@ -29,7 +30,7 @@
 #include "diffattn/kernels/decode.hpp"
 #include "diffattn/kernels/diff_attention.hpp"
 #include "diffattn/kernels/mask.hpp"
-#include "diffattn/layers/detail/attention_tape.hpp"
+#include "diffattn/layers/attention_layer.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/kv_cache.hpp"
@@ -57,13 +58,13 @@ struct MultiheadDiffAttentionConfig {
 
 /// Weight: the matrix type of the projections' weights, as linear.hpp says.
 template <typename Scalar, typename Weight = Matrix<Scalar>>
-class MultiheadDiffAttention : public detail::TrainableAttention<MultiheadDiffAttention<Scalar, Weight>, Scalar> {
-  using Trainable = detail::TrainableAttention<MultiheadDiffAttention, Scalar>;
+class MultiheadDiffAttention : public AttentionLayer<MultiheadDiffAttention<Scalar, Weight>, Scalar> {
+  using Base = AttentionLayer<MultiheadDiffAttention, Scalar>;
 
  public:
   using Config = MultiheadDiffAttentionConfig;
   using WeightMatrix = Weight;
-  using Tape = typename Trainable::Tape;
+  using Tape = typename Base::Tape;
 
   /// Initial parameters are those of the official code: projections as nn.Linear, λ vectors N(0, 0.1²), norm weight 1.
   explicit MultiheadDiffAttention(const Config& config)
@@ -85,67 +86,6 @@ class MultiheadDiffAttention : public detail::TrainableAttention<MultiheadDiffAt
   /// λ as the forward pass uses it.
   Scalar lambda_value() const { return lambda.value(); }
 
-  // With a tape, and backward(dy, tape, grad): detail/attention_tape.hpp.
-  using Trainable::forward;
-  using Trainable::forward_into;
-
-  /// y (n x embed_dim) for x (n x embed_dim), one sequence.
-  template <AttentionMask Mask = CausalMask>
-  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask = {}) const {
-    const Index whole[] = {x.rows()};
-    return forward(x, mask, whole);
-  }
-
-  /// Several sequences stacked in the rows of x: `lengths` says how many rows each has. None sees another.
-  template <AttentionMask Mask>
-  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask, std::span<const Index> lengths) const {
-    Workspace workspace;
-    Matrix<Scalar> y(x.rows(), config_.embed_dim);
-    forward_into(y, x, mask, lengths, workspace);
-    return y;
-  }
-
-  /// y for the tokens that follow those in `cache`: appends them, and each attends to all up to itself (or to the last
-  /// `window`, if the cache has one). The same numbers whether a prompt comes whole, in chunks or token by token.
-  template <typename Storage>
-  Matrix<Scalar> forward(const Matrix<Scalar>& x, KvCache<Storage>& cache) const {
-    Workspace workspace;
-    Matrix<Scalar> y(x.rows(), config_.embed_dim);
-    forward_into(y, x, cache, workspace);
-    return y;
-  }
-
-  /// The same into a matrix of yours, with scratch from `workspace` and work spread over `executor`.
-  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
-  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
-                    Workspace& workspace, E&& executor = {}) const {
-    const Index whole[] = {x.rows()};
-    forward_into(y, x, mask, whole, workspace, executor);
-  }
-
-  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
-  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
-                    std::span<const Index> lengths, Workspace& workspace, E&& executor = {}) const {
-    forward_sequences(y, x, mask, lengths, nullptr, workspace, executor);
-  }
-
-  template <typename Y, typename X, typename Storage, Executor E = Serial>
-  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
-                    Workspace& workspace, E&& executor = {}) const {
-    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
-    detail::check_shape(kName, "x", x, n, config_.embed_dim);
-    detail::check_shape(kName, "y", y, n, config_.embed_dim);
-    if (n == 0) return;
-    cache.template prepare<Scalar>(kName, kv_heads, 2, d, 2 * d, n);
-    run(y, x, nullptr, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
-      detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, 0, n, cache.position(), executor);
-      cache.write(detail::view_of(k), detail::view_of(v), executor);
-      decode_diff_attention_into(attended, q, cache.packed(n), lambda.value(), Heads{heads, kv_heads},
-                                 cache.options().window, AttentionOptions{}, workspace, executor);
-    });
-    cache.commit(n);
-  }
-
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
     detail::visit_part("q_proj", self.q_proj, visitor);
@@ -157,17 +97,13 @@ class MultiheadDiffAttention : public detail::TrainableAttention<MultiheadDiffAt
   }
 
  private:
-  friend Trainable;
+  friend Base;
   static constexpr const char* kName = "MultiheadDiffAttention";
 
   template <typename Y, typename X, AttentionMask Mask, Executor E>
   void forward_sequences(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
                          std::span<const Index> lengths, Tape* tape, Workspace& workspace, E& executor) const {
-    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads;
-    detail::check_shape(kName, "x", x, n, config_.embed_dim);
-    detail::check_shape(kName, "y", y, n, config_.embed_dim);
-    detail::check_lengths(kName, lengths, n);
-    this->begin(tape, x, mask, lengths);
+    const Index heads = config_.num_heads, kv_heads = config_.num_kv_heads;
     run(y, x, tape, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
       detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
         detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, first, tokens, 0, executor);
@@ -179,13 +115,26 @@ class MultiheadDiffAttention : public detail::TrainableAttention<MultiheadDiffAt
     });
   }
 
+  template <typename Y, typename X, typename Storage, Executor E>
+  void forward_cached(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
+                      Workspace& workspace, E& executor) const {
+    const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
+    cache.template prepare<Scalar>(kName, kv_heads, 2, d, 2 * d, n);
+    run(y, x, nullptr, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
+      detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, 0, n, cache.position(), executor);
+      cache.write(detail::view_of(k), detail::view_of(v), executor);
+      decode_diff_attention_into(attended, q, cache.packed(n), lambda.value(), Heads{heads, kv_heads},
+                                 cache.options().window, AttentionOptions{}, workspace, executor);
+    });
+  }
+
   /// Projects x, lets `attend` fill what the heads have attended to (from q, k and v), and projects that to y.
   template <typename Y, typename X, Executor E, typename Attend>
   void run(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Tape* tape, Workspace& workspace, E& executor,
            Attend&& attend) const {
     const Index n = x.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
     const auto frame = workspace.frame();
-    const auto part = [&](auto member, Index cols) { return Trainable::part(tape, member, n, cols, workspace); };
+    const auto part = [&](auto member, Index cols) { return Base::part(tape, member, n, cols, workspace); };
     auto q = part(&Tape::q, heads * 2 * d), k = part(&Tape::k, kv_heads * 2 * d), v = part(&Tape::v, kv_heads * 2 * d);
     detail::MatrixMap<Scalar> attended(workspace.take<Scalar>(n * heads * 2 * d), n, heads * 2 * d);
     q_proj.forward_into(q, x, workspace, executor);
