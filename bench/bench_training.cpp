@@ -1,6 +1,6 @@
 // A whole training step of a decoder (embed_dim 512, 8 layers, 512 tokens): forward with a tape, cross-entropy,
 // backward, clipping, AdamW; the Differential Transformer (4 heads of 64, values 128) against the Transformer of equal
-// parameters (8 heads of 64).
+// parameters (8 heads of 64), and against itself in plain Eigen, whose gradient is compared with ours before.
 //
 // Counted work: 6 FLOP for every weight of a matrix and token (forward, and two products backward), and for every
 // visible pair of query and key and layer 4·embed_dim forward and 10·embed_dim backward, of which 2·embed_dim compute
@@ -8,6 +8,7 @@
 
 #include <benchmark/benchmark.h>
 
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -17,12 +18,20 @@
 #include "diffattn/training/adamw.hpp"
 #include "diffattn/training/cross_entropy.hpp"
 #include "diffattn/training/gradient_norm.hpp"
+#include "support/plain_eigen_decoder.hpp"
 
 namespace {
 
 using namespace diffattn;
 
 constexpr Index kEmbedDim = 512, kLayers = 8, kTokens = 512, kVocab = 256, kHidden = 1376, kHeads = 4;
+constexpr double kMaxNorm = 1, kLearningRate = 1e-4;
+
+std::vector<Index> token_ids(Index first) {
+  std::vector<Index> ids;
+  for (Index i = 0; i < kTokens; ++i) ids.push_back((first + i) * 37 % kVocab);
+  return ids;
+}
 
 template <typename Attention>
 class Step {
@@ -35,21 +44,25 @@ class Step {
                 .tied_head = true}),
         gradient_(zeros_like(model_)),
         optimizer_(model_),
-        logits_(kTokens, kVocab) {
-    for (Index i = 0; i < kTokens; ++i) {
-      tokens_.push_back(i * 37 % kVocab);
-      targets_.push_back((i + 1) * 37 % kVocab);
-    }
-  }
+        logits_(kTokens, kVocab) {}
+
+  const Decoder<float, Attention>& model() const { return model_; }
+  const Decoder<float, Attention>& gradient() const { return gradient_; }
 
   void run() {
+    differentiate();
+    clip_gradient_norm(gradient_, kMaxNorm);
+    optimizer_.step(model_, gradient_, kLearningRate);
+  }
+
+  /// Computes the gradient and returns the loss.
+  double differentiate() {
     const Index whole[] = {kTokens};
     model_.logits_into(logits_, tokens_, whole, tape_, workspace_);
-    cross_entropy_into(logits_, logits_, targets_, kIgnoreTarget, workspace_);
+    const CrossEntropyLoss loss = cross_entropy_into(logits_, logits_, targets_, kIgnoreTarget, workspace_);
     set_zero(gradient_);
     model_.backward(logits_, tape_, gradient_, workspace_);
-    clip_gradient_norm(gradient_, 1.0);
-    optimizer_.step(model_, gradient_, 1e-4);
+    return loss.mean;
   }
 
   static double flop() {
@@ -65,7 +78,7 @@ class Step {
   Decoder<float, Attention> model_, gradient_;
   AdamW<float> optimizer_;
   Matrix<float> logits_;
-  std::vector<Index> tokens_, targets_;
+  std::vector<Index> tokens_ = token_ids(0), targets_ = token_ids(1);
   typename Decoder<float, Attention>::Tape tape_;
   Workspace workspace_;
 };
@@ -82,11 +95,32 @@ void training_step(benchmark::State& state, Index num_heads) {
   state.counters["FLOP/s"] = benchmark::Counter(Step<Attention>::flop(), benchmark::Counter::kIsIterationInvariantRate);
 }
 
+using Differential = Step<MultiheadDiffAttention<float>>;
+
+/// Plain Eigen in the state in which ours begins; nothing unless both have the same loss and gradient there.
+std::optional<bench::PlainTraining> checked_plain_training() {
+  Differential ours(kHeads);
+  bench::PlainTraining plain(ours.model(), token_ids(0), token_ids(1));
+  const double difference = plain.differentiate() - ours.differentiate();
+  if (!(std::abs(difference) < 1e-4) || !(bench::relative_difference(plain.gradient(), ours.gradient()) < 1e-4)) {
+    return std::nullopt;
+  }
+  return plain;
+}
+
+void plain_eigen_step(benchmark::State& state) {
+  static std::optional<bench::PlainTraining> training = checked_plain_training();
+  if (!training) return state.SkipWithError("plain Eigen's loss or gradient is not ours");
+  for (auto _ : state) training->step(kMaxNorm, kLearningRate);
+  state.counters["FLOP/s"] = benchmark::Counter(Differential::flop(), benchmark::Counter::kIsIterationInvariantRate);
+}
+
 const bool registered = [] {
   benchmark::RegisterBenchmark("training/differential/float", training_step<MultiheadDiffAttention<float>>, kHeads)
       ->Unit(benchmark::kMillisecond);
   benchmark::RegisterBenchmark("training/standard/float", training_step<MultiheadAttention<float>>, 2 * kHeads)
       ->Unit(benchmark::kMillisecond);
+  benchmark::RegisterBenchmark("training/plain_eigen/float", plain_eigen_step)->Unit(benchmark::kMillisecond);
   return true;
 }();
 
