@@ -39,6 +39,13 @@ def kernel_shapes(runs, room="kernel"):
     return sorted(rows.items(), key=lambda row: (row[0][0] != "float", row[0]))
 
 
+def plain_eigen_ratio(plain_eigen, differential):
+    """How many times as long plain Eigen takes; a dash if it was not measured, or failed its check."""
+    if plain_eigen is None or plain_eigen.get("error_occurred"):
+        return "–"
+    return f"{plain_eigen['cpu_time'] / differential['cpu_time']:.2f}"
+
+
 def kernel_table(runs, room="kernel"):
     print("| | n | differential | two standard heads | differential / standard | plain Eigen / differential "
           "| V2 pair / two heads, shared K V |")
@@ -48,7 +55,7 @@ def kernel_table(runs, room="kernel"):
         percent = {kind: f"{run['FLOP/s'] / 1e9:.0f} GFLOP/s, {100 * run['FLOP/s'] / peak:.0f} %"
                    for kind, run in kinds.items()}
         time = {kind: run["cpu_time"] for kind, run in kinds.items()}
-        eigen = f"{time['plain_eigen'] / time['differential']:.1f}" if "plain_eigen" in time else "–"
+        eigen = plain_eigen_ratio(kinds.get("plain_eigen"), kinds["differential"])
         print(f"| {scalar}, d = {d}, {'causal' if causal else 'full'} | {n:,} | {percent['differential']} "
               f"| {percent['standard']} | {time['differential'] / time['standard']:.2f} | {eigen} "
               f"| {time['v2_pair'] / time['v2_baseline']:.2f} |")
@@ -68,15 +75,17 @@ def stage_table(runs):
 
 
 def layer_table(runs):
-    print("\n| layer, embed_dim 1,024, causal | differential | standard | differential / standard |\n|---|---|---|---|")
+    print("\n| layer, embed_dim 1,024, causal | differential | standard | differential / standard "
+          "| plain Eigen / differential |\n|---|---|---|---|---|")
     peak = runs["peak/fma/float"]["FLOP/s"]
     for name, run in runs.items():
         match = re.fullmatch(r"layer/differential/(.*)/n:(\d+)", name)
         if match:
             other = runs[f"layer/standard/{match[1]}/n:{match[2]}"]
+            eigen = plain_eigen_ratio(runs.get(f"layer/plain_eigen/{match[1]}/n:{match[2]}"), run)
             print(f"| {int(match[2]):,} tokens | {run['cpu_time']:.1f} ms, {100 * run['FLOP/s'] / peak:.0f} % "
                   f"| {other['cpu_time']:.1f} ms, {100 * other['FLOP/s'] / peak:.0f} % "
-                  f"| {run['cpu_time'] / other['cpu_time']:.2f} |")
+                  f"| {run['cpu_time'] / other['cpu_time']:.2f} | {eigen} |")
 
 
 def thread_table(runs):
@@ -123,13 +132,14 @@ def decode_table(runs):
 def training_table(runs):
     if "training/differential/float" not in runs:
         return
-    print("\n| training step, embed_dim 512, 8 layers, 512 tokens | differential | standard | differential / standard |"
-          "\n|---|---|---|---|")
+    print("\n| training step, embed_dim 512, 8 layers, 512 tokens | differential | standard | differential / standard "
+          "| plain Eigen / differential |\n|---|---|---|---|---|")
     peak = runs["peak/fma/float"]["FLOP/s"]
     run, other = runs["training/differential/float"], runs["training/standard/float"]
     shares = [f"{r['cpu_time']:.0f} ms, {100 * r['FLOP/s'] / peak:.0f} %" for r in (run, other)]
     print(f"| forward, loss, backward, clipping, AdamW | {shares[0]} | {shares[1]} "
-          f"| {run['cpu_time'] / other['cpu_time']:.2f} |")
+          f"| {run['cpu_time'] / other['cpu_time']:.2f} "
+          f"| {plain_eigen_ratio(runs.get('training/plain_eigen/float'), run)} |")
 
 
 def model_table(runs):
