@@ -54,9 +54,9 @@ void plain_eigen_layer(benchmark::State& state) {
   const bench::Turns turns = bench::rotary_turns(n, kEmbedDim / (2 * kHeads), kDifferential.rotary->base);
   bench::AttentionActivations activations;
   Matrix<float> y(n, kEmbedDim);
-  bench::attention_forward(y, x, layer, turns, activations);
+  bench::attention_forward(y, x, layer, turns, activations, bench::Maps::drop);
   if (!y.isApprox(layer.forward(x), 1e-4f)) return state.SkipWithError("plain Eigen's result is not ours");
-  for (auto _ : state) bench::attention_forward(y, x, layer, turns, activations);
+  for (auto _ : state) bench::attention_forward(y, x, layer, turns, activations, bench::Maps::drop);
   count(state, n);
 }
 

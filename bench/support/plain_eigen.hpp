@@ -7,6 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <utility>
+#include <vector>
 
 #include "diffattn/core/matrix.hpp"
 
@@ -18,16 +21,6 @@ using diffattn::Vector;
 
 /// Queries of a panel: the fastest of 48, 64, 96, 128, 192 and 256 for most shapes, and close to it for the others.
 inline constexpr Index kPanelRows = 96;
-
-/// Calls visit(first, rows, seen) for every panel: queries first … first + rows − 1, the last of which sees the keys
-/// 0 … seen − 1.
-template <typename Visit>
-void for_each_panel(Index n_q, Index n_k, bool causal, const Visit& visit) {
-  for (Index first = 0; first < n_q; first += kPanelRows) {
-    const Index rows = std::min(kPanelRows, n_q - first);
-    visit(first, rows, causal ? first + rows + n_k - n_q : n_k);
-  }
-}
 
 /// softmax(q kᵀ / √d) (n_q x n_k); if causal, the last query sees all keys and each one before it one less.
 template <typename Q, typename K, typename Scalar = typename Q::Scalar>
@@ -55,13 +48,36 @@ struct PlainHead {
 template <typename Scalar>
 using PlainResult = Eigen::Ref<Matrix<Scalar>, 0, Eigen::OuterStride<>>;
 
-/// out (n_q x d_v) = (P1 − λ·P2) v.
+/// Calls visit(first, panel) for every panel of a head: queries from row `first` on and the keys that the last of them
+/// sees.
+template <typename Scalar, typename Visit>
+void for_each_panel(const PlainHead<Scalar>& head, bool causal, const Visit& visit) {
+  const Index n_q = head.q1.rows(), n_k = head.k1.rows();
+  for (Index first = 0; first < n_q; first += kPanelRows) {
+    const Index rows = std::min(kPanelRows, n_q - first), seen = causal ? first + rows + n_k - n_q : n_k;
+    visit(first,
+          PlainHead<Scalar>{head.q1.middleRows(first, rows), head.k1.topRows(seen), head.q2.middleRows(first, rows),
+                            head.k2.topRows(seen), head.v.topRows(seen), head.lambda});
+  }
+}
+
+/// P1 and P2 of a panel (queries x keys).
 template <typename Scalar>
-void plain_diff_attention_into(PlainResult<Scalar> out, const PlainHead<Scalar>& head, bool causal) {
-  for_each_panel(head.q1.rows(), head.k1.rows(), causal, [&](Index first, Index rows, Index seen) {
-    Matrix<Scalar> map = plain_softmax(head.q1.middleRows(first, rows), head.k1.topRows(seen), causal);
-    map -= head.lambda * plain_softmax(head.q2.middleRows(first, rows), head.k2.topRows(seen), causal);
-    out.middleRows(first, rows).noalias() = map * head.v.topRows(seen);
+struct PlainMaps {
+  PlainMaps(const PlainHead<Scalar>& panel, bool causal)
+      : p1(plain_softmax(panel.q1, panel.k1, causal)), p2(plain_softmax(panel.q2, panel.k2, causal)) {}
+  Matrix<Scalar> p1, p2;
+};
+
+/// out (n_q x d_v) = (P1 − λ·P2) v. The maps of every panel go to `kept`, if there is one.
+template <typename Scalar>
+void plain_diff_attention_into(PlainResult<Scalar> out, const PlainHead<Scalar>& head, bool causal,
+                               std::vector<PlainMaps<Scalar>>* kept = nullptr) {
+  if (kept != nullptr) kept->clear();
+  for_each_panel(head, causal, [&](Index first, const PlainHead<Scalar>& panel) {
+    PlainMaps<Scalar> maps(panel, causal);
+    out.middleRows(first, panel.q1.rows()).noalias() = (maps.p1 - panel.lambda * maps.p2) * panel.v;
+    if (kept != nullptr) kept->push_back(std::move(maps));
   });
 }
 
@@ -88,31 +104,43 @@ Scalar plain_softmax_backward(Matrix<Scalar>& p, const Matrix<Scalar>& dp, Scala
   return sums.sum();
 }
 
-/// Where the gradients of a head go: those of queries are overwritten, those of keys and values added to.
+/// Where the gradients of a head, or of a panel of it, go.
 template <typename Scalar>
 struct PlainHeadGradients {
   PlainResult<Scalar> dq1, dk1, dq2, dk2, dv;
 };
 
-/// From dout (n_q x d_v), the gradient of the output. Returns that of λ.
+/// Overwrites the gradients of a panel's queries and adds to those of its keys and values, from dout (queries x d_v);
+/// the maps are used up. Returns the panel's part of the gradient of λ.
+template <typename Scalar>
+Scalar plain_panel_backward(PlainHeadGradients<Scalar> to, const PlainHead<Scalar>& panel,
+                            const typename PlainHead<Scalar>::Operand& dout, PlainMaps<Scalar> maps) {
+  const Scalar scale = 1 / std::sqrt(static_cast<Scalar>(panel.q1.cols()));
+  const Matrix<Scalar> map = maps.p1 - panel.lambda * maps.p2, dmap = dout * panel.v.transpose();
+  to.dv.noalias() += map.transpose() * dout;
+  plain_softmax_backward<Scalar>(maps.p1, dmap, scale);
+  const Scalar dlambda = -plain_softmax_backward<Scalar>(maps.p2, dmap, -panel.lambda * scale);
+  to.dq1.noalias() = maps.p1 * panel.k1;
+  to.dq2.noalias() = maps.p2 * panel.k2;
+  to.dk1.noalias() += maps.p1.transpose() * panel.q1;
+  to.dk2.noalias() += maps.p2.transpose() * panel.q2;
+  return dlambda;
+}
+
+/// The same for a whole head. Uses up the maps that forward has kept; without any, computes them again.
 template <typename Scalar>
 Scalar plain_diff_attention_backward_into(PlainHeadGradients<Scalar> to, const PlainHead<Scalar>& head,
-                                          const typename PlainHead<Scalar>::Operand& dout, bool causal) {
-  const Scalar scale = 1 / std::sqrt(static_cast<Scalar>(head.q1.cols()));
+                                          const typename PlainHead<Scalar>::Operand& dout, bool causal,
+                                          std::vector<PlainMaps<Scalar>>* kept = nullptr) {
   Scalar dlambda = 0;
-  for_each_panel(head.q1.rows(), head.k1.rows(), causal, [&](Index first, Index rows, Index seen) {
-    const auto q1 = head.q1.middleRows(first, rows), q2 = head.q2.middleRows(first, rows);
-    const auto k1 = head.k1.topRows(seen), k2 = head.k2.topRows(seen), v = head.v.topRows(seen);
-    const auto dpanel = dout.middleRows(first, rows);
-    Matrix<Scalar> p1 = plain_softmax(q1, k1, causal), p2 = plain_softmax(q2, k2, causal);
-    const Matrix<Scalar> map = p1 - head.lambda * p2, dmap = dpanel * v.transpose();
-    to.dv.topRows(seen).noalias() += map.transpose() * dpanel;
-    plain_softmax_backward<Scalar>(p1, dmap, scale);
-    dlambda -= plain_softmax_backward<Scalar>(p2, dmap, -head.lambda * scale);
-    to.dq1.middleRows(first, rows).noalias() = p1 * k1;
-    to.dq2.middleRows(first, rows).noalias() = p2 * k2;
-    to.dk1.topRows(seen).noalias() += p1.transpose() * q1;
-    to.dk2.topRows(seen).noalias() += p2.transpose() * q2;
+  for_each_panel(head, causal, [&](Index first, const PlainHead<Scalar>& panel) {
+    const Index rows = panel.q1.rows(), seen = panel.k1.rows();
+    const auto at = static_cast<std::size_t>(first / kPanelRows);
+    dlambda +=
+        plain_panel_backward<Scalar>({to.dq1.middleRows(first, rows), to.dk1.topRows(seen),
+                                      to.dq2.middleRows(first, rows), to.dk2.topRows(seen), to.dv.topRows(seen)},
+                                     panel, dout.middleRows(first, rows),
+                                     kept == nullptr ? PlainMaps<Scalar>(panel, causal) : std::move((*kept)[at]));
   });
   return dlambda;
 }

@@ -58,7 +58,7 @@ inline void block_forward(Matrix<float>& y, BlockActivations& a, const PlainMode
   a.attention_input.resizeLike(a.x);
   a.feed_forward_input.resizeLike(a.x);
   rms_norm(a.attention_input, a.x, block.attention_norm);
-  attention_forward(a.middle, a.attention_input, block.attention, turns, a.attention);
+  attention_forward(a.middle, a.attention_input, block.attention, turns, a.attention, Maps::keep);
   a.middle += a.x;
   rms_norm(a.feed_forward_input, a.middle, block.feed_forward_norm);
   feed_forward(y, a, block.feed_forward);
@@ -66,8 +66,8 @@ inline void block_forward(Matrix<float>& y, BlockActivations& a, const PlainMode
 }
 
 /// Turns dy, the gradient of y, into that of the block's input, in place.
-inline void block_backward(Matrix<float>& dy, const BlockActivations& a, const PlainModel::Block& block,
-                           const Turns& turns, BlockScratch& s, PlainModel::Block& grad) {
+inline void block_backward(Matrix<float>& dy, BlockActivations& a, const PlainModel::Block& block, const Turns& turns,
+                           BlockScratch& s, PlainModel::Block& grad) {
   grad.feed_forward_norm.weight.setZero();
   feed_forward_backward(s.dbranch, dy, a, block.feed_forward, s, grad.feed_forward);
   rms_norm_backward(s.dbranch, a.middle, block.feed_forward_norm, grad.feed_forward_norm);

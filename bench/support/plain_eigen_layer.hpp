@@ -6,6 +6,8 @@
 
 #include <cmath>
 #include <complex>
+#include <cstddef>
+#include <vector>
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
@@ -85,8 +87,9 @@ void rotate(Matrix<float>& x, const Eigen::MatrixBase<Derived>& turns) {
 
 /// What backward needs of a forward pass.
 struct AttentionActivations {
-  Matrix<float> q, k, v;           // n x heads·2d, q and k after rotary
-  Matrix<float> attended, normed;  // n x heads·2d, before and after the norm of every head
+  Matrix<float> q, k, v;                            // n x heads·2d, q and k after rotary
+  Matrix<float> attended, normed;                   // n x heads·2d, before and after the norm of every head
+  std::vector<std::vector<PlainMaps<float>>> maps;  // of every head
 };
 
 /// Gradients that only a backward pass needs.
@@ -106,9 +109,12 @@ inline PlainHeadGradients<float> head_of(AttentionScratch& s, Index h, Index d) 
           s.dv.middleCols(first, 2 * d)};
 }
 
-/// y (n x embed_dim) = layer(x).
+/// Whether a forward pass keeps its maps, which are large, but save backward computing them again.
+enum class Maps { keep, drop };
+
+/// y (n x embed_dim) = layer(x). Backward needs Maps::keep.
 inline void attention_forward(Matrix<float>& y, const Matrix<float>& x, const Layer& layer, const Turns& turns,
-                              AttentionActivations& a) {
+                              AttentionActivations& a, Maps maps) {
   const Index heads = layer.config().num_heads, d = layer.lambda.q1.size();
   linear(a.q, x, layer.q_proj.weight);
   linear(a.k, x, layer.k_proj.weight);
@@ -117,17 +123,20 @@ inline void attention_forward(Matrix<float>& y, const Matrix<float>& x, const La
   rotate(a.k, turns);
   a.attended.resizeLike(a.v);
   a.normed.resizeLike(a.v);
+  a.maps.resize(static_cast<std::size_t>(heads));
   for (Index h = 0; h < heads; ++h) {
     auto attended = a.attended.middleCols(2 * h * d, 2 * d);
-    plain_diff_attention_into<float>(attended, head_of(a, h, d, layer.lambda_value()), true);
+    auto& kept = a.maps[static_cast<std::size_t>(h)];
+    plain_diff_attention_into<float>(attended, head_of(a, h, d, layer.lambda_value()), true,
+                                     maps == Maps::keep ? &kept : nullptr);
     rms_norm(a.normed.middleCols(2 * h * d, 2 * d), attended, layer.subln, static_cast<float>(1 - layer.lambda.init));
   }
   linear(y, a.normed, layer.out_proj.weight);
 }
 
-/// dx from dy (n x embed_dim); the parameters of `grad` become their gradients.
+/// dx from dy (n x embed_dim); the parameters of `grad` become their gradients. Uses up the maps.
 inline void attention_backward(Matrix<float>& dx, const Matrix<float>& dy, const Matrix<float>& x, const Layer& layer,
-                               const Turns& turns, const AttentionActivations& a, AttentionScratch& s, Layer& grad) {
+                               const Turns& turns, AttentionActivations& a, AttentionScratch& s, Layer& grad) {
   const Index heads = layer.config().num_heads, d = layer.lambda.q1.size();
   linear_backward(s.dattended, grad.out_proj.weight, dy, a.normed, layer.out_proj.weight);
   s.dq.resizeLike(a.q);
@@ -140,7 +149,7 @@ inline void attention_backward(Matrix<float>& dx, const Matrix<float>& dy, const
     rms_norm_backward(dattended, a.attended.middleCols(2 * h * d, 2 * d), layer.subln, grad.subln,
                       static_cast<float>(1 - layer.lambda.init));
     dlambda += plain_diff_attention_backward_into<float>(head_of(s, h, d), head_of(a, h, d, layer.lambda_value()),
-                                                         dattended, true);
+                                                         dattended, true, &a.maps[static_cast<std::size_t>(h)]);
   }
   diffattn::set_zero(grad.lambda);
   layer.lambda.backward(dlambda, grad.lambda);
