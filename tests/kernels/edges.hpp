@@ -11,7 +11,7 @@
 namespace support {
 
 inline std::vector<Shape> edge_shapes() {
-  return {{1, 1, 1, 1}, {3, 2, 4, 6}, {4, 40, 8, 9}, {7, 7, 8, 1}, {40, 33, 8, 20}, {60, 300, 5, 16}};
+  return {{1, 1, 1, 1}, {3, 2, 4, 6}, {4, 40, 8, 9}, {7, 7, 8, 1}, {11, 8, 65, 24}, {40, 33, 8, 20}, {60, 300, 5, 16}};
 }
 
 /// Rows that see no key are exactly 0, whatever is in them and in the keys.

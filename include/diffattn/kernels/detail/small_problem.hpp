@@ -1,12 +1,14 @@
 #pragma once
 
-// Attention for a handful of queries and keys, where anything prepared ahead costs more than it saves: score by score,
-// in place, on the calling thread, with no scratch but the stack.
+// Attention for a handful of queries and keys, where anything prepared ahead costs more than it saves: in place, a few
+// rows or keys at a time, on the calling thread, with no scratch but the stack.
 
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <type_traits>
 
+#include "diffattn/kernels/detail/dot.hpp"
 #include "diffattn/kernels/detail/exp2.hpp"
 #include "diffattn/kernels/detail/head_operands.hpp"
 #include "diffattn/kernels/detail/row_softmax.hpp"
@@ -17,20 +19,32 @@ namespace diffattn::inline v0_1::detail {
 template <typename Scalar, Index kMaps, typename Mask>
 class SmallProblem {
   static constexpr Index kLanes = simd::kLanes<Scalar>;
-  static constexpr Index kMostPairs = 36;  // of a query and a key
+  static constexpr Index kKeys = 4;           // scored side by side
+  static constexpr Index kRows = 4;           // given values side by side
+  static constexpr Index kMostWeights = 600;  // of a map, rows padded to whole packets
 
  public:
-  static bool suits(const HeadOperands<Scalar, kMaps>& in) { return in.q[0].rows * in.k[0].rows <= kMostPairs; }
+  /// The wider the rows, the more packing would cost: up to 6, 8 or 17 queries and as many keys.
+  static bool suits(const HeadOperands<Scalar, kMaps>& in) {
+    const Index n_q = in.q[0].rows, n_k = in.k[0].rows;
+    const Index most_pairs = in.d < kLanes ? 6 * 6 : in.d < 8 * kLanes ? 8 * 8 : 17 * 17;
+    return n_q * n_k <= most_pairs && n_q * round_up(n_k, kLanes) <= kMostWeights;
+  }
 
   static void run(const HeadOperands<Scalar, kMaps>& in, const Mask& mask) {
     const Index n_q = in.q[0].rows, n_k = in.k[0].rows, group = in.heads.num_heads / in.heads.num_kv_heads;
-    const Index width = round_up(n_k, kLanes);  // at most n_k · kLanes
-    alignas(64) Scalar weights[kMaps][kMostPairs * kLanes];
+    const Index width = round_up(n_k, kLanes);
+    alignas(64) Scalar weights[kMaps][kMostWeights];
     for (Index head = 0; head < in.heads.num_heads; ++head) {
       // Step by step for all rows, so that none waits for what it has just stored.
       for (Index map = 0; map < kMaps; ++map) {
-        for (Index row = 0; row < n_q; ++row) {
-          set_scores(weights[map] + row * width, in, mask, map, row, head, group);
+        const auto q = in.q[map].middle_cols(head * in.q_step, in.d);
+        const auto k = in.k[map].middle_cols(head / group * in.k_step, in.d);
+        Index row = 0;
+        for (; row + 2 <= n_q; row += 2) set_scores<2>(weights[map] + row * width, width, q, k, mask, row);
+        for (; row < n_q; ++row) set_scores<1>(weights[map] + row * width, width, q, k, mask, row);
+        for (row = 0; row < n_q; ++row) {
+          finish_scores(weights[map] + row * width, width, in.scale, mask, row, n_q, n_k);
         }
       }
       for (Index map = 0; map < kMaps; ++map) {
@@ -38,44 +52,87 @@ class SmallProblem {
           set_weights(weights[map] + row * width, width, in.lse[map], row, head);
         }
       }
-      for (Index row = 0; row < n_q; ++row) {
-        if constexpr (kMaps == 2) {
+      if constexpr (kMaps == 2) {
+        for (Index row = 0; row < n_q; ++row) {
           const auto lambda = simd::broadcast(-in.lambda(row, head));
           for (Index c = row * width; c < (row + 1) * width; c += kLanes) {
             const auto p1 = simd::load(weights[0] + c), p2 = simd::load(weights[1] + c);
             simd::store(weights[0] + c, simd::fma(lambda, p2, p1));
           }
         }
-        add_values(in, mask, weights[0] + row * width, row, head, group);
       }
+      Index row = 0;
+      for (; row + kRows <= n_q; row += kRows) {
+        add_values<kRows>(in, mask, weights[0] + row * width, width, row, head, group);
+      }
+      for (; row < n_q; ++row) add_values<1>(in, mask, weights[0] + row * width, width, row, head, group);
     }
   }
 
  private:
-  static void set_scores(Scalar* scores, const HeadOperands<Scalar, kMaps>& in, const Mask& mask, Index map, Index row,
-                         Index head, Index group) {
-    const StridedView<const Scalar>&q = in.q[map], &k = in.k[map];
-    const Scalar* const query = &q(row, head * in.q_step);
-    const KeyRange keys = mask.visible_keys(row, q.rows, k.rows);
-    std::fill(scores, scores + round_up(k.rows, kLanes), kMinusInfinity<Scalar>);
-    const Scalar factor = in.scale * std::numbers::log2e_v<Scalar>;
-    for (Index key = keys.begin; key < keys.end; ++key) {
-      const Scalar* const other = &k(key, head / group * in.k_step);
-      Scalar dot = 0;
-      Index c = 0;
-      if (in.d >= kLanes && q.col_stride == 1 && k.col_stride == 1) {
-        auto sums = simd::mul(simd::loadu(query), simd::loadu(other));
-        for (c = kLanes; c + kLanes <= in.d; c += kLanes) {
-          sums = simd::fma(simd::loadu(query + c), simd::loadu(other + c), sums);
-        }
-        dot = simd::reduce_add(sums);
+  /// q · k for kCount rows, which read what any of them sees of the keys together.
+  template <Index kCount>
+  static void set_scores(Scalar* scores, Index width, const StridedView<const Scalar>& q,
+                         const StridedView<const Scalar>& k, const Mask& mask, Index row) {
+    Index key = mask.visible_keys(row, q.rows, k.rows).begin;
+    const Index end = mask.visible_keys(row + kCount - 1, q.rows, k.rows).end;
+    if (q.col_stride == 1 && k.col_stride == 1) {
+      for (; key + kKeys <= end; key += kKeys) {
+        dot_products<kCount>(scores + key, width, &q(row, 0), q.row_stride, &k(key, 0), k.row_stride, q.cols);
       }
-      for (; c < in.d; ++c) dot += query[c * q.col_stride] * other[c * k.col_stride];
-      Scalar& score = scores[key];
-      score = dot * factor;
+      for (; key < end; ++key) {
+        for (Index r = 0; r < kCount; ++r) scores[r * width + key] = dot(&q(row + r, 0), &k(key, 0), q.cols);
+      }
+    }
+    for (; key < end; ++key) {
+      for (Index r = 0; r < kCount; ++r) {
+        Scalar sum = 0;
+        for (Index c = 0; c < q.cols; ++c) sum += q(row + r, c) * k(key, c);
+        scores[r * width + key] = sum;
+      }
+    }
+  }
+
+  /// to(r, i) = (row r of q) · (row i of k), for kCount and kKeys rows.
+  template <Index kCount>
+  static EIGEN_DONT_INLINE void dot_products(Scalar* to, Index to_stride, const Scalar* q, Index q_stride,
+                                             const Scalar* k, Index k_stride, Index depth) {
+    simd::Packet<Scalar> sums[kCount][kKeys];
+    for (auto& row : sums) {
+      for (auto& sum : row) sum = simd::broadcast(Scalar(0));
+    }
+    Index c = 0;
+    for (; c + kLanes <= depth; c += kLanes) {
+      simd::Packet<Scalar> left[kCount];
+      for (Index r = 0; r < kCount; ++r) left[r] = simd::loadu(q + r * q_stride + c);
+#pragma GCC unroll 4
+      for (Index i = 0; i < kKeys; ++i) {
+        const auto right = simd::loadu(k + i * k_stride + c);
+#pragma GCC unroll 2
+        for (Index r = 0; r < kCount; ++r) sums[r][i] = simd::fma(left[r], right, sums[r][i]);
+      }
+    }
+    for (Index r = 0; r < kCount; ++r) {
+      for (Index i = 0; i < kKeys; ++i) {
+        Scalar sum = c == 0 ? Scalar(0) : simd::reduce_add(sums[r][i]);
+        for (Index rest = c; rest < depth; ++rest) sum += q[r * q_stride + rest] * k[i * k_stride + rest];
+        to[r * to_stride + i] = sum;
+      }
+    }
+  }
+
+  /// Products become scores in the log2 domain, -inf for what the row does not see.
+  static void finish_scores(Scalar* scores, Index width, Scalar scale, const Mask& mask, Index row, Index n_q,
+                            Index n_k) {
+    const KeyRange keys = mask.visible_keys(row, n_q, n_k);
+    const Scalar factor = scale * std::numbers::log2e_v<Scalar>;
+    std::fill(scores, scores + keys.begin, kMinusInfinity<Scalar>);
+    std::fill(scores + keys.end, scores + width, kMinusInfinity<Scalar>);
+    for (Index key = keys.begin; key < keys.end; ++key) {
+      scores[key] *= factor;
       if constexpr (HasBias<Mask>) {
-        const auto bias = static_cast<Scalar>(mask.bias(row, key, q.rows, k.rows));
-        score = bias == kMinusInfinity<Scalar> ? bias : score + bias * std::numbers::log2e_v<Scalar>;
+        const auto bias = static_cast<Scalar>(mask.bias(row, key, n_q, n_k));
+        scores[key] = bias == kMinusInfinity<Scalar> ? bias : scores[key] + bias * std::numbers::log2e_v<Scalar>;
       }
     }
   }
@@ -97,29 +154,60 @@ class SmallProblem {
     for (Index j = 0; j < width; j += kLanes) simd::store(scores + j, simd::mul(simd::load(scores + j), inverse));
   }
 
-  static void add_values(const HeadOperands<Scalar, kMaps>& in, const Mask& mask, const Scalar* weights, Index row,
-                         Index head, Index group) {
-    const StridedView<const Scalar>& v = in.v;
-    const KeyRange keys = mask.visible_keys(row, in.q[0].rows, v.rows);
-    const Index first = head / group * in.dv;
-    Scalar* const out = &in.out(row, head * in.dv);
-    Index c = 0;
-    if (v.col_stride == 1 && in.out.col_stride == 1) {
-      for (; c + kLanes <= in.dv; c += kLanes) {
-        auto sums = simd::broadcast(Scalar(0));
-        for (Index key = keys.begin; key < keys.end; ++key) {
-          if (!bias_shows(mask, row, key, in.q[0].rows, v.rows)) continue;
-          sums = simd::fma(simd::broadcast(weights[key]), simd::loadu(&v(key, first + c)), sums);
-        }
-        simd::storeu(out + c, sums);
+  /// kPresent rows of the result, from `row` on. A weight of 0 does not keep a NaN or Inf out: only what a row sees is
+  /// touched.
+  template <Index kPresent>
+  static void add_values(const HeadOperands<Scalar, kMaps>& in, const Mask& mask, const Scalar* weights, Index width,
+                         Index row, Index head, Index group) {
+    const Index n_q = in.q[0].rows, n_k = in.v.rows;
+    KeyRange seen[kPresent], all{0, n_k};  // by each row; by all of them, with no key that a bias hides
+    for (Index r = 0; r < kPresent; ++r) {
+      seen[r] = mask.visible_keys(row + r, n_q, n_k);
+      all = {std::max(all.begin, seen[r].begin), std::min(all.end, seen[r].end)};
+    }
+    if (HasBias<Mask> || all.end < all.begin) all.end = all.begin;
+    const auto for_each_seen = [&](Index r, Index begin, Index end, const auto& add) {
+      for (Index key = std::max(begin, seen[r].begin); key < std::min(end, seen[r].end); ++key) {
+        if (bias_shows(mask, row + r, key, n_q, n_k)) add(weights[r * width + key], key);
       }
+    };
+
+    const StridedView<const Scalar> v = in.v.middle_cols(head / group * in.dv, in.dv);
+    const StridedView<Scalar> out = in.out.block(row, head * in.dv, kPresent, in.dv);
+    const auto add_columns = [&](auto packets, Index c) {
+      constexpr Index kPackets = decltype(packets)::value;
+      simd::Packet<Scalar> sums[kPresent][kPackets];
+      const auto add = [&](Index r, Scalar weight, Index key) {
+        for (Index p = 0; p < kPackets; ++p) {
+          sums[r][p] = simd::fma(simd::broadcast(weight), simd::loadu(&v(key, c + p * kLanes)), sums[r][p]);
+        }
+      };
+      for (Index r = 0; r < kPresent; ++r) {
+        for (auto& sum : sums[r]) sum = simd::broadcast(Scalar(0));
+        for_each_seen(r, 0, all.begin, [&](Scalar weight, Index key) { add(r, weight, key); });
+      }
+      for (Index key = all.begin; key < all.end; ++key) {
+#pragma GCC unroll 4
+        for (Index r = 0; r < kPresent; ++r) add(r, weights[r * width + key], key);
+      }
+      for (Index r = 0; r < kPresent; ++r) {
+        for_each_seen(r, all.end, n_k, [&](Scalar weight, Index key) { add(r, weight, key); });
+        for (Index p = 0; p < kPackets; ++p) simd::storeu(&out(r, c + p * kLanes), sums[r][p]);
+      }
+    };
+    Index c = 0;
+    if (v.col_stride == 1 && out.col_stride == 1) {
+      for (; c + 2 * kLanes <= in.dv; c += 2 * kLanes) add_columns(std::integral_constant<Index, 2>{}, c);
+      for (; c + kLanes <= in.dv; c += kLanes) add_columns(std::integral_constant<Index, 1>{}, c);
     }
     for (; c < in.dv; ++c) {
-      Scalar sum = 0;
-      for (Index key = keys.begin; key < keys.end; ++key) {
-        if (bias_shows(mask, row, key, in.q[0].rows, v.rows)) sum += weights[key] * v(key, first + c);
+      for (Index r = 0; r < kPresent; ++r) {
+        Scalar sum = 0;
+        for (Index key = seen[r].begin; key < seen[r].end; ++key) {
+          if (bias_shows(mask, row + r, key, n_q, n_k)) sum += weights[r * width + key] * v(key, c);
+        }
+        out(r, c) = sum;
       }
-      out[c * in.out.col_stride] = sum;
     }
   }
 };
