@@ -26,7 +26,7 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
     return write_constant(in.out, Scalar(0));
   }
   using Small = SmallProblem<Scalar, Block::kMaps, Mask>;
-  if (Small::suits(in)) return Small::run(in, mask);
+  if (Small::suits(in)) return Small::run(in, mask, executor);
   using InPlace = InPlaceSource<Scalar, Block::kMaps>;
   if (InPlace::suits(in)) {
     return FewRows<Scalar, Block::kMaps, Mask, InPlace>::run(in, {}, n_k, mask, workspace, executor);

@@ -1,13 +1,14 @@
 #pragma once
 
 // Attention for a handful of queries and keys, where anything prepared ahead costs more than it saves: in place, a few
-// rows or keys at a time, on the calling thread, with no scratch but the stack.
+// rows or keys at a time, with no scratch but the stack; head by head, the smallest on the calling thread.
 
 #include <algorithm>
 #include <cmath>
 #include <numbers>
 #include <type_traits>
 
+#include "diffattn/core/parallel.hpp"
 #include "diffattn/kernels/detail/dot.hpp"
 #include "diffattn/kernels/detail/exp2.hpp"
 #include "diffattn/kernels/detail/head_operands.hpp"
@@ -21,55 +22,68 @@ class SmallProblem {
   static constexpr Index kLanes = simd::kLanes<Scalar>;
   static constexpr Index kKeys = 4;           // scored side by side
   static constexpr Index kRows = 4;           // given values side by side
+  static constexpr Index kTinyPairs = 6 * 6;  // of a query and a key, too few to be worth a task
   static constexpr Index kMostWeights = 600;  // of a map, rows padded to whole packets
+  static_assert(kTinyPairs * kLanes <= kMostWeights);
 
  public:
-  /// The wider the rows, the more packing would cost: up to 6, 8 or 17 queries and as many keys.
+  /// The wider contiguous rows are, the more packing would cost: up to 6, 8 or 17 queries and as many keys.
   static bool suits(const HeadOperands<Scalar, kMaps>& in) {
     const Index n_q = in.q[0].rows, n_k = in.k[0].rows;
-    const Index most_pairs = in.d < kLanes ? 6 * 6 : in.d < 8 * kLanes ? 8 * 8 : 17 * 17;
-    return n_q * n_k <= most_pairs && n_q * round_up(n_k, kLanes) <= kMostWeights;
+    if (n_q * n_k <= kTinyPairs) return true;
+    for (Index map = 0; map < kMaps; ++map) {
+      if (in.q[map].col_stride != 1 || in.k[map].col_stride != 1) return false;
+    }
+    const Index most_pairs = in.d < kLanes ? kTinyPairs : in.d < 8 * kLanes ? 8 * 8 : 17 * 17;
+    // Fewer queries than kRows have a path of their own (few_rows.hpp).
+    return n_q > kRows && n_q * n_k <= most_pairs && n_q * round_up(n_k, kLanes) <= kMostWeights;
   }
 
-  static void run(const HeadOperands<Scalar, kMaps>& in, const Mask& mask) {
-    const Index n_q = in.q[0].rows, n_k = in.k[0].rows, group = in.heads.num_heads / in.heads.num_kv_heads;
-    const Index width = round_up(n_k, kLanes);
-    alignas(64) Scalar weights[kMaps][kMostWeights];
-    for (Index head = 0; head < in.heads.num_heads; ++head) {
-      // Step by step for all rows, so that none waits for what it has just stored.
-      for (Index map = 0; map < kMaps; ++map) {
-        const auto q = in.q[map].middle_cols(head * in.q_step, in.d);
-        const auto k = in.k[map].middle_cols(head / group * in.k_step, in.d);
-        Index row = 0;
-        for (; row + 2 <= n_q; row += 2) set_scores<2>(weights[map] + row * width, width, q, k, mask, row);
-        for (; row < n_q; ++row) set_scores<1>(weights[map] + row * width, width, q, k, mask, row);
-        for (row = 0; row < n_q; ++row) {
-          finish_scores(weights[map] + row * width, width, in.scale, mask, row, n_q, n_k);
-        }
-      }
-      for (Index map = 0; map < kMaps; ++map) {
-        for (Index row = 0; row < n_q; ++row) {
-          set_weights(weights[map] + row * width, width, in.lse[map], row, head);
-        }
-      }
-      if constexpr (kMaps == 2) {
-        for (Index row = 0; row < n_q; ++row) {
-          const auto lambda = simd::broadcast(-in.lambda(row, head));
-          for (Index c = row * width; c < (row + 1) * width; c += kLanes) {
-            const auto p1 = simd::load(weights[0] + c), p2 = simd::load(weights[1] + c);
-            simd::store(weights[0] + c, simd::fma(lambda, p2, p1));
-          }
-        }
-      }
-      Index row = 0;
-      for (; row + kRows <= n_q; row += kRows) {
-        add_values<kRows>(in, mask, weights[0] + row * width, width, row, head, group);
-      }
-      for (; row < n_q; ++row) add_values<1>(in, mask, weights[0] + row * width, width, row, head, group);
+  template <Executor E>
+  static void run(const HeadOperands<Scalar, kMaps>& in, const Mask& mask, E& executor) {
+    if (in.q[0].rows * in.k[0].rows > kTinyPairs) {
+      return executor.run(in.heads.num_heads, [&](Index head, Index /*worker*/) { run_head(in, mask, head); });
     }
+    for (Index head = 0; head < in.heads.num_heads; ++head) run_head(in, mask, head);
   }
 
  private:
+  static void run_head(const HeadOperands<Scalar, kMaps>& in, const Mask& mask, Index head) {
+    const Index n_q = in.q[0].rows, n_k = in.k[0].rows, group = in.heads.num_heads / in.heads.num_kv_heads;
+    const Index width = round_up(n_k, kLanes);
+    alignas(64) Scalar weights[kMaps][kMostWeights];
+    // Step by step for all rows, so that none waits for what it has just stored.
+    for (Index map = 0; map < kMaps; ++map) {
+      const auto q = in.q[map].middle_cols(head * in.q_step, in.d);
+      const auto k = in.k[map].middle_cols(head / group * in.k_step, in.d);
+      Index row = 0;
+      for (; row + 2 <= n_q; row += 2) set_scores<2>(weights[map] + row * width, width, q, k, mask, row);
+      for (; row < n_q; ++row) set_scores<1>(weights[map] + row * width, width, q, k, mask, row);
+      for (row = 0; row < n_q; ++row) {
+        finish_scores(weights[map] + row * width, width, in.scale, mask, row, n_q, n_k);
+      }
+    }
+    for (Index map = 0; map < kMaps; ++map) {
+      for (Index row = 0; row < n_q; ++row) {
+        set_weights(weights[map] + row * width, width, in.lse[map], row, head);
+      }
+    }
+    if constexpr (kMaps == 2) {
+      for (Index row = 0; row < n_q; ++row) {
+        const auto lambda = simd::broadcast(-in.lambda(row, head));
+        for (Index c = row * width; c < (row + 1) * width; c += kLanes) {
+          const auto p1 = simd::load(weights[0] + c), p2 = simd::load(weights[1] + c);
+          simd::store(weights[0] + c, simd::fma(lambda, p2, p1));
+        }
+      }
+    }
+    Index row = 0;
+    for (; row + kRows <= n_q; row += kRows) {
+      add_values<kRows>(in, mask, weights[0] + row * width, width, row, head, group);
+    }
+    for (; row < n_q; ++row) add_values<1>(in, mask, weights[0] + row * width, width, row, head, group);
+  }
+
   /// q · k for kCount rows, which read what any of them sees of the keys together.
   template <Index kCount>
   static void set_scores(Scalar* scores, Index width, const StridedView<const Scalar>& q,
