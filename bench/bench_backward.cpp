@@ -116,6 +116,7 @@ const bool registered = [] {
   for (const Index n : {384, 1920, 3840}) add_shape<FullMask>("full", 64, n);
   add_shape<CausalMask>("causal", 64, 1920);
   add_shape<FullMask>("full", 128, 1920);
+  add_shape<CausalMask>("causal", 128, 1920);
   return true;
 }();
 
