@@ -22,7 +22,8 @@ def repetitions_of(path, best=False):
             repetitions.setdefault(run["run_name"], []).append(run)
     chosen = {}
     for name, runs in repetitions.items():
-        runs.sort(key=lambda run: run["real_time" if name.endswith("/real_time") else "cpu_time"])
+        clock = "real_time" if name.endswith("/real_time") else "cpu_time"
+        runs.sort(key=lambda run: run.get(clock, 0))  # one that ended in an error has no time
         chosen[name] = runs[0 if best else len(runs) // 2]
     return chosen
 
