@@ -14,41 +14,10 @@
 #include <numbers>
 
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/backward_operands.hpp"
 #include "diffattn/kernels/detail/row_block.hpp"
-#include "diffattn/kernels/options.hpp"
 
 namespace diffattn::inline v0_1::detail {
-
-/// Keys and values of one head, packed once and read by every block of its query rows.
-template <typename Scalar, Index kMaps>
-struct BackwardHead {
-  const Scalar* keys[kMaps] = {};         // strips of keys, for the scores
-  const Scalar* key_columns[kMaps] = {};  // strips of columns, for dQ
-  const Scalar* values = nullptr;         // strips of keys, for dA
-  Index n_k = 0;
-  Index d = 0;
-  Index dv = 0;
-  bool finite = true;  // everything in it
-};
-
-/// Where dK / s and dV of one head add up: [strip of columns][key][kCols]. The same dk twice when the maps share keys.
-template <typename Scalar, Index kMaps>
-struct KeyValueSums {
-  Scalar* dk[kMaps] = {};
-  Scalar* dv = nullptr;
-  Index padded_keys = 0;
-};
-
-/// The operands and results of one block: its rows of each.
-template <typename Scalar, Index kMaps>
-struct BackwardRows {
-  StridedView<const Scalar> q[kMaps];
-  StridedView<const Scalar> dout;
-  StridedView<Scalar> dq[kMaps];
-  Scalar* d2 = nullptr;  // one value a row: D of the second map
-  LambdaView<Scalar> lambda;
-  Index head_index = 0;  // of λ
-};
 
 /// out += a · b for up to kRows rows and any number of columns. out: strips of kCols columns, `strip_size` apart; b:
 /// strips over `depth`, b_strip apart. Fetches `first`, which is first_strip further on for every strip, and `second`,
