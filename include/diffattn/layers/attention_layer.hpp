@@ -19,10 +19,9 @@
 //          tape add up. λ_init is a constant and has no gradient. A tape may be used again, for any shape; it
 //          allocates only when it grows. The parameters must not change between forward and backward, and what a
 //          mask's bias reads in place must live until then.
-// Errors   before any work: ShapeError for an x, y, dx or dy that does not fit, or lengths that do not add up to the
-// rows
-//          of x; std::invalid_argument for a negative length, for a tape that no forward has filled, or the forward of
-//          a layer of another configuration, and for a `grad` of another configuration.
+// Errors   before any work. ShapeError for an x, y, dx or dy that does not fit, and for lengths that do not add up to
+//          the rows of x. std::invalid_argument for a negative length, for a tape that no forward has filled, or the
+//          forward of a layer of another configuration, and for a `grad` of another configuration.
 
 #include <span>
 #include <vector>
