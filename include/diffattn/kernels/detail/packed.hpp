@@ -131,36 +131,41 @@ void pack_transposed(Scalar* to, const StridedView<const T>& source, Index first
 /// on the way.
 template <typename Scalar, typename T>
 bool pack_columns(Scalar* to, Index stride, const StridedView<const T>& source, bool ahead = false) {
-  constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes, kAhead = 16;
+  constexpr Index kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes, kPackets = Tile<Scalar>::kPackets;
+  const Index row_stride = source.row_stride, col_stride = source.col_stride;
+  // A few rows at a time, strip by strip: the same row of many strips may fall on the same few places of the nearest
+  // cache.
+  constexpr Index kTogether = 8;
   const auto zero = simd::broadcast(Scalar(0));
-  auto not_finite = zero;  // x · 0 is 0, or NaN
-  for (Index k = 0; k < source.rows; ++k) {
+  simd::Packet<Scalar> not_finite[] = {zero, zero};  // x · 0 is 0, or NaN; two sums, since each waits for itself
+  for (Index first = 0; first < source.rows; first += kTogether) {
+    const Index rows = std::min(kTogether, source.rows - first);
     for (Index col = 0; col < source.cols; col += kCols) {
       const Index present = std::min(kCols, source.cols - col);
-      const T* const from = &source(k, col);
-      Scalar* const row = to + col * stride + k * kCols;
-      Index c = 0;
-      if constexpr (std::is_same_v<Scalar, T>) {
-        if (source.col_stride == 1) {
-          for (; c + kLanes <= present; c += kLanes) {
-            const auto values = simd::loadu(from + c);
-            if (ahead) {
-              simd::prefetch(from + c, kAhead * source.row_stride);
-              simd::prefetch(row + c, kAhead * kCols);
-            }
-            simd::store(row + c, values);
-            not_finite = simd::fma(values, zero, not_finite);
+      const Index copied = col_stride == 1 ? present / kLanes * kLanes : 0;  // columns, as packets
+      const T* from = &source(first, col);
+      Scalar* row = to + col * stride + first * kCols;
+      for (Index k = 0; k < rows; ++k, from += row_stride, row += kCols) {
+        if (ahead) simd::prefetch(from, kTogether * row_stride);
+        if (copied == kCols) {
+#pragma GCC unroll 2
+          for (Index p = 0; p < kPackets; ++p) {
+            const auto values = simd::load_as<Scalar>(from + p * kLanes);
+            simd::store(row + p * kLanes, values);
+            not_finite[p] = simd::fma(values, zero, not_finite[p]);
           }
+          continue;
         }
+        for (Index c = 0; c < copied; c += kLanes) simd::store(row + c, simd::load_as<Scalar>(from + c));
+        for (Index c = copied; c < present; ++c) row[c] = static_cast<Scalar>(from[c * col_stride]);
+        std::fill(row + present, row + kCols, Scalar(0));
+#pragma GCC unroll 2
+        for (Index p = 0; p < kPackets; ++p)
+          not_finite[p] = simd::fma(simd::load(row + p * kLanes), zero, not_finite[p]);
       }
-      if (c == kCols) continue;
-      Index at = c;
-      for (; c < present; ++c) row[c] = static_cast<Scalar>(from[c * source.col_stride]);
-      std::fill(row + present, row + kCols, Scalar(0));
-      for (; at < kCols; at += kLanes) not_finite = simd::fma(simd::load(row + at), zero, not_finite);
     }
   }
-  return simd::reduce_add(not_finite) == Scalar(0);
+  return simd::reduce_add(simd::add(not_finite[0], not_finite[1])) == Scalar(0);
 }
 
 }  // namespace diffattn::inline v0_1::detail
