@@ -2,6 +2,9 @@
 // which memory can only lower. A stage is run over one group of rows and one chunk of keys, both maps, and its rate is
 // given in the FLOP of the whole kernel there (8d a pair): peak rate / rate is its share of the time at peak, and the
 // shares of all stages add up to 1 / the ceiling. Packing is what one row block of n queries pays for n keys.
+//
+// And block by block of rows, what the kernels do once the keys are packed: a block takes 0.1 to 5 ms, short enough to
+// fall between the disturbances of a busy machine, which a whole head does not.
 
 #include <benchmark/benchmark.h>
 
@@ -10,6 +13,7 @@
 
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/differential_block.hpp"
+#include "diffattn/kernels/detail/standard_block.hpp"
 
 namespace {
 
@@ -95,6 +99,46 @@ void packing(benchmark::State& state, Index d) {
   count(state, d, kPackedKeys * kPackedKeys);
 }
 
+/// The row blocks of one head in the order of the kernel, last first: DifferentialBlock (d, V 2d) or StandardBlock
+/// (d, d), whose heads also come one after the other.
+template <typename Block>
+void row_blocks(benchmark::State& state, Index d, Index n) {
+  constexpr Index kMaps = Block::kMaps, kBlockRows = Block::kBlockRows;
+  const Index dv = kMaps * d;
+  const Matrix<float> v = Matrix<float>::Random(n, dv);
+  Matrix<float> q[kMaps], out(n, dv);
+  Workspace workspace;
+  PackedHead<float> head;
+  head.value_stride = head.n_k = n;
+  head.d = d;
+  head.dv = dv;
+  for (Index map = 0; map < kMaps; ++map) {
+    q[map] = Matrix<float>::Random(n, d) * 3.0f;
+    const Matrix<float> k = Matrix<float>::Random(n, d) * 3.0f;
+    float* const keys = workspace.take<float>(packed_strips_size<float>(n, d));
+    pack_transposed(keys, view_of(k), 0, n);
+    head.keys[map] = keys;
+  }
+  float* const values = workspace.take<float>(packed_strips_size<float>(dv, n));
+  pack_columns(values, n, view_of(v));
+  head.values = values;
+
+  const FullMask mask;
+  Block block(workspace, head, n);
+  Index first = n / kBlockRows * kBlockRows;
+  const auto run_next = [&] {
+    first = (first == 0 ? n / kBlockRows * kBlockRows : first) - kBlockRows;
+    const RowRange<FullMask> rows{mask, first, kBlockRows, n, n};
+    StridedView<const float> q_rows[kMaps];
+    for (Index map = 0; map < kMaps; ++map) q_rows[map] = view_of(q[map]).middle_rows(first, kBlockRows);
+    const StridedView<float> lse[kMaps] = {};
+    block.run(writable_view_of(out).middle_rows(first, kBlockRows), q_rows, head, rows, 0.18f, {0.7f}, lse, 0);
+  };
+  run_next();
+  for (auto _ : state) run_next();
+  count(state, d, kBlockRows * n * kMaps / 2);
+}
+
 const bool registered = [] {
   for (const Index d : {64, 128}) {
     const auto add = [&](const std::string& name, void (*stage)(Operands&)) {
@@ -106,6 +150,11 @@ const bool registered = [] {
     add("combination", combination);
     add("values", values);
     benchmark::RegisterBenchmark(("stage/packing/d" + std::to_string(d)).c_str(), packing, d);
+    for (const Index n : {384, 1920, 7680, 16384}) {
+      const std::string shape = "/d" + std::to_string(d) + "/n" + std::to_string(n);
+      benchmark::RegisterBenchmark(("block/differential" + shape).c_str(), row_blocks<DifferentialBlock<float>>, d, n);
+      benchmark::RegisterBenchmark(("block/standard" + shape).c_str(), row_blocks<StandardBlock<float>>, d, n);
+    }
   }
   return true;
 }();

@@ -21,6 +21,7 @@ void combine_maps(Scalar* p1, const Scalar* p2, const Scalar* f1, const Scalar* 
                   const KeyRange& columns) {
   for (Index r = 0; r < rows; ++r, p1 += kChunk, p2 += kChunk) {
     const auto first = simd::broadcast(f1[r]), second = simd::broadcast(f2[r]);
+#pragma GCC unroll 4
     for (Index c = columns.begin; c < columns.end; c += simd::kLanes<Scalar>) {
       simd::store(p1 + c, simd::fma(simd::load(p1 + c), first, simd::mul(simd::load(p2 + c), second)));
     }
@@ -113,8 +114,10 @@ class DifferentialBlock {
     Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
     // The second map's keys come next, then the first's of the next chunk.
     ChunkAhead<Scalar> ahead{nullptr, g, groups_, weights, kTile};
-    if (map == 0) ahead.chunk = head.chunk_keys(1, first_key);
-    if (map == 1 && first_key + kChunk < end_key) ahead.chunk = head.chunk_keys(0, first_key + kChunk);
+    if (head.fetch_ahead()) {
+      if (map == 0) ahead.chunk = head.chunk_keys(1, first_key);
+      if (map == 1 && first_key + kChunk < end_key) ahead.chunk = head.chunk_keys(0, first_key + kChunk);
+    }
     const LeftOperand<Scalar> q{q_[map] + g * kRows * head.d, head.d, 1};
     score_chunk(scores_, q, head.chunk_keys(map, first_key), head.d, rows, first_key, columns, ahead);
     RowSoftmax<Scalar>& softmax = softmax_[map][g];
@@ -149,9 +152,13 @@ class DifferentialBlock {
     Scalar* const p1 = panel_ + slot(chunk, 0, g) * kTile;
     const Scalar* const p2 = panel_ + slot(chunk, 1, g) * kTile;
     combine_maps(p1, p2, factor[0], factor[1], rows.count, columns);
-    ChunkAhead<Scalar> ahead;
-    if (first_key + kChunk < end_key) {
-      ahead = {head.chunk_values(first_key + kChunk), g, groups_, panel_ + slot(chunk + 1, 0, g) * kTile, 2 * kTile};
+    // Of the panel, what the next group reads; the first group's of the next chunk follow the last's of this one.
+    ChunkAhead<Scalar> ahead{nullptr, g, groups_};
+    const bool more = first_key + kChunk < end_key, last = g + 1 == groups_;
+    if (more && head.fetch_ahead()) ahead.chunk = head.chunk_values(first_key + kChunk);
+    if (more || !last) {
+      ahead.panel = last ? panel_ + slot(chunk + 1, 0, 0) * kTile : p1 + 2 * kTile;
+      ahead.panel_size = 2 * kTile;
     }
     add_weighted_values(sums_ + g * group_sums_, p1, head, rows, first_key, columns, ahead);
   }

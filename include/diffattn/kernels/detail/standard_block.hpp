@@ -64,7 +64,7 @@ class StandardBlock {
                  Index end_key) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
-    const bool more = first_key + kChunk < end_key;
+    const bool more = head.fetch_ahead() && first_key + kChunk < end_key;
     const LeftOperand<Scalar> q{q_ + g * kRows * head.d, head.d, 1};
     score_chunk(weights_, q, head.chunk_keys(0, first_key), head.d, rows, first_key, columns,
                 {more ? head.chunk_keys(0, first_key + kChunk) : nullptr, g, groups});
