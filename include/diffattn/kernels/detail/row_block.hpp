@@ -203,17 +203,22 @@ void add_weighted_values(Scalar* out, const Scalar* weights, const PackedHead<Sc
 template <typename Scalar>
 void write_rows(const StridedView<Scalar>& out, const Scalar* sums, const Scalar* factors) {
   constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols, kLanes = Tile<Scalar>::kLanes;
-  const Index whole = out.col_stride == 1 ? out.cols / kCols * kCols : 0;  // columns that are written as packets
+  const Index whole = out.col_stride == 1 ? out.cols / kCols * kCols : 0;  // columns of whole strips
   for (Index r = 0; r < out.rows; ++r, sums += kCols) {
     const auto factor = simd::broadcast(factors[r]);
     const Scalar* from = sums;
-    Scalar* to = &out(r, 0);
+    Scalar* to = out.data + r * out.row_stride;
     for (Index col = 0; col < whole; col += kCols, from += kRows * kCols, to += kCols) {
 #pragma GCC unroll 2
       for (Index c = 0; c < kCols; c += kLanes) simd::storeu(to + c, simd::mul(simd::load(from + c), factor));
     }
     for (Index col = whole; col < out.cols; col += kCols, from += kRows * kCols) {
-      for (Index c = 0; c < std::min(kCols, out.cols - col); ++c) out(r, col + c) = from[c] * factors[r];
+      const Index present = std::min(kCols, out.cols - col);
+      Index c = 0;
+      for (; out.col_stride == 1 && c + kLanes <= present; c += kLanes) {
+        simd::storeu(&out(r, col + c), simd::mul(simd::load(from + c), factor));
+      }
+      for (; c < present; ++c) out(r, col + c) = from[c] * factors[r];
     }
   }
 }

@@ -64,17 +64,17 @@ class StandardBlock {
                  Index end_key) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
-    const bool more = head.fetch_ahead() && first_key + kChunk < end_key;
+    const bool fetch = head.fetch_ahead() && first_key + kChunk < end_key;
     const LeftOperand<Scalar> q{q_ + g * kRows * head.d, head.d, 1};
     score_chunk(weights_, q, head.chunk_keys(0, first_key), head.d, rows, first_key, columns,
-                {more ? head.chunk_keys(0, first_key + kChunk) : nullptr, g, groups});
+                {fetch ? head.chunk_keys(0, first_key + kChunk) : nullptr, g, groups});
     Scalar growth[kRows];
     Scalar* const sums = sums_ + g * group_sums_;
     if (softmax_[g].add_chunk(weights_, weights_, kChunk, rows.count, columns.begin, columns.end, growth)) {
       rescale(sums, growth);
     }
     add_weighted_values(sums, weights_, head, rows, first_key, columns,
-                        {more ? head.chunk_values(first_key + kChunk) : nullptr, g, groups});
+                        {fetch ? head.chunk_values(first_key + kChunk) : nullptr, g, groups});
   }
 
   void rescale(Scalar* sums, const Scalar* growth) const {
