@@ -1,6 +1,6 @@
 // Decoding: one query against a long cache, 16 differential heads (64, 128) or 32 standard heads (64, 64): the same
 // bytes, from a KvCache (packed; float, or bfloat16 for half the bytes) and from matrices read in place. What bounds it
-// is reading them, so the ceiling is a plain sum over as many, with as many threads.
+// is reading them, so the ceiling is a sum over as many, with as many threads.
 
 #include <benchmark/benchmark.h>
 
@@ -69,16 +69,22 @@ void count(benchmark::State& state, Index n, Index value_bytes) {
   state.counters["bytes/s"] = benchmark::Counter(bytes, benchmark::Counter::kIsIterationInvariantRate);
 }
 
+/// From four places far apart, side by side, as the kernels read: one stream does not use all that a core can have.
 float sum(const float* values, Index size) {
-  constexpr Index kLanes = simd::kLanes<float>, kChains = 8;
-  simd::Packet<float> sums[kChains];
-  for (auto& chain : sums) chain = simd::broadcast(0.0f);
-  for (Index i = 0; i + kChains * kLanes <= size; i += kChains * kLanes) {
-#pragma GCC unroll 8
-    for (Index c = 0; c < kChains; ++c) sums[c] = simd::add(sums[c], simd::loadu(values + i + c * kLanes));
+  constexpr Index kLanes = simd::kLanes<float>, kStreams = 4;
+  const Index length = size / kStreams;
+  simd::Packet<float> sums[kStreams][2];
+  for (auto& stream : sums) stream[0] = stream[1] = simd::broadcast(0.0f);
+  for (Index i = 0; i + 2 * kLanes <= length; i += 2 * kLanes) {
+#pragma GCC unroll 4
+    for (Index s = 0; s < kStreams; ++s) {
+      const float* const from = values + s * length + i;
+      sums[s][0] = simd::add(sums[s][0], simd::loadu(from));
+      sums[s][1] = simd::add(sums[s][1], simd::loadu(from + kLanes));
+    }
   }
   float total = 0;
-  for (auto& chain : sums) total += simd::reduce_add(chain);
+  for (auto& stream : sums) total += simd::reduce_add(simd::add(stream[0], stream[1]));
   return total;
 }
 
@@ -86,12 +92,12 @@ void read_bandwidth(benchmark::State& state) {
   const Index n = state.range(0);
   const Matrices& in = kept<Matrices>(n);
   ThreadPool pool(state.range(1));
+  constexpr Index kPiece = 65536;
+  const Index pieces = in.k.size() / kPiece;
   for (auto _ : state) {
-    constexpr Index kPieces = 64;
-    const Index piece = in.k.size() / kPieces;
-    pool.run(2 * kPieces, [&](Index task, Index /*worker*/) {
-      const Matrix<float>& m = task < kPieces ? in.k : in.v;
-      benchmark::DoNotOptimize(sum(m.data() + task % kPieces * piece, piece));
+    pool.run(2 * pieces, [&](Index task, Index /*worker*/) {
+      const Matrix<float>& m = task < pieces ? in.k : in.v;
+      benchmark::DoNotOptimize(sum(m.data() + task % pieces * kPiece, kPiece));
     });
   }
   count(state, n, sizeof(float));

@@ -186,6 +186,8 @@ def main():
     parser.add_argument("--best", action="store_true", help="the fastest repetition instead of the median")
     arguments = parser.parse_args()
     runs = repetitions_of(arguments.results, arguments.best)
+    if "peak/fma/float" not in runs:
+        parser.error("the run did not measure peak/fma/float: add peak/ to its --benchmark_filter")
     for scalar in ("float", "double"):
         if f"peak/fma/{scalar}" not in runs:
             continue

@@ -121,6 +121,7 @@ void check_all() {
     }
   }
   check<Scalar, Storage>({1, 300, 10, 12}, 14, 2, 2, 0);
+  check<Scalar, Storage>({2, 300, 12, 24}, 7, 7, 1, 0);
 }
 
 }  // namespace
@@ -137,23 +138,31 @@ TEST_CASE("Decoding from narrower pages agrees with the oracle on what they hold
 
 TEST_CASE("What a later key or value holds does not reach an earlier query", "[kernels][decode]") {
   Rng rng = make_rng();
-  const Index n_q = GENERATE(3, 60), n_k = 300, d = 8;
-  auto k = random_matrix<float>(n_k, 2 * d, rng), v = random_matrix<float>(n_k, d, rng);
-  const auto q = random_matrix<float>(n_q, 2 * d, rng);
+  const Index n_q = GENERATE(3, 60), n_k = 300, d = 8, heads = 3, bad_head = GENERATE(0, 1, 2);
+  auto k = random_matrix<float>(n_k, heads * 2 * d, rng), v = random_matrix<float>(n_k, heads * d, rng);
+  const auto q = random_matrix<float>(n_q, heads * 2 * d, rng);
   const auto decode = [&] {
-    const Pages<float> pages(k, v, 1, 2, rng);
+    const Pages<float> pages(k, v, heads, 2, rng);
     Workspace workspace;
-    Matrix<float> out(n_q, d);
-    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{1, 1}, 0, {}, workspace);
+    Matrix<float> out(n_q, heads * d);
+    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{heads, heads}, 0, {}, workspace);
     return out;
   };
   const Matrix<float> clean = decode();
   for (const bool in_key : {false, true}) {
     const auto old_k = k, old_v = v;
-    (in_key ? k : v).bottomRows(1).setConstant(std::numeric_limits<float>::quiet_NaN());
+    const Index width = in_key ? 2 * d : d;
+    (in_key ? k : v)
+        .bottomRows(1)
+        .middleCols(bad_head * width, width)
+        .setConstant(std::numeric_limits<float>::quiet_NaN());
     const Matrix<float> out = decode();
-    CHECK(out.topRows(n_q - 1).isApprox(clean.topRows(n_q - 1), 1e-5f));
-    CHECK(out.bottomRows(1).array().isNaN().all());
+    for (Index head = 0; head < heads; ++head) {
+      const auto of_head = out.middleCols(head * d, d), before = clean.middleCols(head * d, d);
+      const Index unharmed = head == bad_head ? n_q - 1 : n_q;
+      CHECK(of_head.topRows(unharmed).isApprox(before.topRows(unharmed), 1e-5f));
+      CHECK(of_head.bottomRows(n_q - unharmed).array().isNaN().all());
+    }
     k = old_k;
     v = old_v;
   }

@@ -80,7 +80,7 @@ struct FewRowsState {
 };
 
 /// `Source` knows where keys and values are:
-///   kHeadsApart                          whether heads are tasks of their own, or all of them one
+///   heads_of_task(heads, maps)           how many of the heads make a task
 ///   score(state, piece, heads)           weights(…, map, row)[c] = q · k for the columns that some row sees
 ///   add_values(state, piece, heads)      sums(…, row) = Σ_c weights(…, 0, row)[c] · v over what each row sees
 template <typename Scalar, Index kMaps, typename Mask, typename Source>
@@ -94,11 +94,12 @@ class FewRows {
                   Workspace& workspace, E& executor) {
     const auto frame = workspace.frame();
     FewRows few(in, source, n_k, mask, workspace);
-    const Index heads = in.heads.num_kv_heads, splits = Source::kHeadsApart ? heads : 1, rows = few.state_.rows;
+    const Index heads = in.heads.num_kv_heads, rows = few.state_.rows;
+    const Index together = std::min(heads, Source::heads_of_task(heads, kMaps)), splits = divide_up(heads, together);
     const auto for_each_part = [&](auto&& f) {
       executor.run(few.state_.pieces * splits, [&](Index task, Index /*worker*/) {
-        const Index head = task % splits;
-        f(task / splits, KeyRange{head, splits == 1 ? heads : head + 1});
+        const Index head = task % splits * together;
+        f(task / splits, KeyRange{head, std::min(heads, head + together)});
       });
     };
     for (Index head = 0; head < heads; ++head) few.pack_queries(head);

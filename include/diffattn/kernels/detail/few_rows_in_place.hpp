@@ -12,8 +12,9 @@ namespace diffattn::inline v0_1::detail {
 
 template <typename Scalar, Index kMaps>
 struct InPlaceSource {
-  static constexpr bool kHeadsApart = false;
   static constexpr Index kLanes = simd::kLanes<Scalar>;
+
+  static Index heads_of_task(Index heads, Index /*maps*/) { return heads; }
 
   /// Whether the rows that share a key head are few enough, and keys and values contiguous.
   static bool suits(const HeadOperands<Scalar, kMaps>& in) {

@@ -1,8 +1,12 @@
 #pragma once
 
 // Keys and values of a few rows that are packed in pages: a strip of keys is multiplied by all rows that share them
-// with no sums across lanes, and so is a strip of values.
+// with no sums across lanes, and so is a strip of values. Strips far apart are read side by side, since one stream does
+// not use all of the bandwidth that a core has: hardware looks ahead in each, up to the end of a page of memory.
 
+#include <algorithm>
+#include <array>
+#include <cstddef>
 #include <type_traits>
 
 #include "diffattn/kernels/detail/few_rows.hpp"
@@ -10,99 +14,122 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// to(r, c) = Σ_k a[r·a_stride + k] · strip[k·kCols + c] for kHeight rows. Sums are kept in chains enough to hide the
-/// latency of an addition.
-template <Index kHeight, typename Scalar, typename Storage>
-void multiply_strip(Scalar* to, Index to_stride, const Scalar* a, Index a_stride, const Storage* strip, Index depth) {
+inline constexpr Index kStreams = 4;
+
+/// A strip of keys or values, the rows that meet it, and where the products go.
+template <typename Scalar, typename Storage>
+struct StripProduct {
+  Scalar* to;
+  const Scalar* a;
+  const Storage* strip;
+};
+
+/// to(r, c) = Σ_k a[r·a_stride + k] · strip[k·kCols + c] for kHeight rows of each product, all at once.
+template <Index kHeight, std::size_t kCount, typename Scalar, typename Storage>
+void multiply_strips(const std::array<StripProduct<Scalar, Storage>, kCount>& products, Index to_stride, Index a_stride,
+                     Index depth) {
   constexpr Index kLanes = Tile<Scalar>::kLanes, kCols = Tile<Scalar>::kCols;
-  constexpr Index kChains = 4 / kHeight;
-  simd::Packet<Scalar> sums[kChains][kHeight][2];
-  for (auto& chain : sums) {
-    for (auto& row : chain) row[0] = row[1] = simd::broadcast(Scalar(0));
+  simd::Packet<Scalar> sums[kCount][kHeight][2];
+  for (auto& product : sums) {
+    for (auto& row : product) row[0] = row[1] = simd::broadcast(Scalar(0));
   }
-  const auto add = [&](auto& chain, Index k) {
-    simd::Packet<Scalar> right[2];
-    right[0] = simd::load_as<Scalar>(strip + k * kCols);
-    right[1] = simd::load_as<Scalar>(strip + k * kCols + kLanes);
-    // Hardware foresees a stream of whole floats well enough; one that is used up twice as fast it does not.
-    constexpr Index kAhead = 4096 / sizeof(Storage);
-    if constexpr (sizeof(Storage) < sizeof(Scalar)) simd::prefetch_far(strip + k * kCols + kAhead);
+  for (Index k = 0; k < depth; ++k) {
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < kCount; ++i) {
+      const Storage* const strip = products[i].strip + k * kCols;
+      const simd::Packet<Scalar> right[2] = {simd::load_as<Scalar>(strip), simd::load_as<Scalar>(strip + kLanes)};
+#pragma GCC unroll 4
+      for (Index r = 0; r < kHeight; ++r) {
+        const auto left = simd::broadcast(products[i].a[r * a_stride + k]);
+        sums[i][r][0] = simd::fma(left, right[0], sums[i][r][0]);
+        sums[i][r][1] = simd::fma(left, right[1], sums[i][r][1]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < kCount; ++i) {
 #pragma GCC unroll 4
     for (Index r = 0; r < kHeight; ++r) {
-      const auto left = simd::broadcast(a[r * a_stride + k]);
-      chain[r][0] = simd::fma(left, right[0], chain[r][0]);
-      chain[r][1] = simd::fma(left, right[1], chain[r][1]);
-    }
-  };
-  Index k = 0;
-  for (; k + kChains <= depth; k += kChains) {
-#pragma GCC unroll 4
-    for (Index chain = 0; chain < kChains; ++chain) add(sums[chain], k + chain);
-  }
-  for (; k < depth; ++k) add(sums[0], k);
-#pragma GCC unroll 4
-  for (Index r = 0; r < kHeight; ++r) {
-#pragma GCC unroll 2
-    for (Index p = 0; p < 2; ++p) {
-#pragma GCC unroll 4
-      for (Index chain = 1; chain < kChains; ++chain) sums[0][r][p] = simd::add(sums[0][r][p], sums[chain][r][p]);
-      simd::store(to + r * to_stride + p * kLanes, sums[0][r][p]);
+      simd::store(products[i].to + r * to_stride, sums[i][r][0]);
+      simd::store(products[i].to + r * to_stride + kLanes, sums[i][r][1]);
     }
   }
 }
 
-/// The same for any number of rows.
-template <typename Scalar, typename Storage>
-void multiply_strip(Scalar* to, Index to_stride, const Scalar* a, Index a_stride, const Storage* strip, Index depth,
-                    Index rows) {
+/// The same for any number of rows, as many products together as the registers hold sums of.
+template <std::size_t kCount, typename Scalar, typename Storage>
+void multiply_strips(const std::array<StripProduct<Scalar, Storage>, kCount>& products, Index to_stride, Index a_stride,
+                     Index depth, Index rows) {
+  Index row = 0;
   const auto take = [&]<Index kHeight>(std::integral_constant<Index, kHeight>) {
-    multiply_strip<kHeight>(to, to_stride, a, a_stride, strip, depth);
-    to += kHeight * to_stride;
-    a += kHeight * a_stride;
-    rows -= kHeight;
+    constexpr std::size_t kTogether = std::min<std::size_t>(kCount, std::max(simd::kRegisters / 4 / kHeight, Index(1)));
+    for (std::size_t first = 0; first < kCount; first += kTogether) {
+      std::array<StripProduct<Scalar, Storage>, kTogether> some;
+      for (std::size_t i = 0; i < kTogether; ++i) {
+        const auto& [to, a, strip] = products[first + i];
+        some[i] = {to + row * to_stride, a + row * a_stride, strip};
+      }
+      multiply_strips<kHeight>(some, to_stride, a_stride, depth);
+    }
+    row += kHeight;
   };
-  while (rows >= 4) take(std::integral_constant<Index, 4>{});
-  if (rows >= 2) take(std::integral_constant<Index, 2>{});
-  if (rows >= 1) take(std::integral_constant<Index, 1>{});
+  while (rows - row >= 4) take(std::integral_constant<Index, 4>{});
+  if (rows - row >= 2) take(std::integral_constant<Index, 2>{});
+  if (rows - row >= 1) take(std::integral_constant<Index, 1>{});
+}
+
+/// The products at(0 … count − 1), whose strips follow each other in memory: kStreams of them in as many places.
+template <typename At>
+void multiply_streams(Index count, Index to_stride, Index a_stride, Index depth, Index rows, const At& at) {
+  static_assert(kStreams == 4);
+  const Index length = count / kStreams;
+  for (Index i = 0; i < length; ++i) {
+    const std::array products = {at(i), at(length + i), at(2 * length + i), at(3 * length + i)};
+    multiply_strips(products, to_stride, a_stride, depth, rows);
+  }
+  for (Index i = kStreams * length; i < count; ++i) {
+    multiply_strips(std::array{at(i)}, to_stride, a_stride, depth, rows);
+  }
 }
 
 template <typename Storage>
 struct PackedSource {
-  static constexpr bool kHeadsApart = true;
   const PackedPages<Storage>& pages;
+
+  /// Heads enough for a stream of their own for each, or for each map of each.
+  static Index heads_of_task(Index /*heads*/, Index maps) { return kStreams / maps; }
 
   template <typename Scalar, Index kMaps, typename Mask>
   void score(const FewRowsState<Scalar, kMaps, Mask>& s, Index piece, const KeyRange& heads) const {
     static_assert(FewRowsState<Scalar, kMaps, Mask>::kPiece == kPageKeys);
     const KeyRange columns = s.strips_of_any(piece);
-    const Index key_maps = pages.shape.key_maps;
+    const Index strips = (columns.end - columns.begin) / s.kCols, maps = pages.shape.key_maps;
     // Maps that share their keys meet each strip together.
-    const Index rows = key_maps == kMaps ? s.rows : kMaps * s.rows;
-    for (Index head = heads.begin; head < heads.end; ++head) {
-      for (Index map = 0; map < key_maps; ++map) {
-        const Storage* const keys = pages.keys(s.first + piece, head, map);
-        for (Index c = columns.begin; c < columns.end; c += s.kCols) {
-          multiply_strip(s.weights(piece, head, map, 0) + c, s.kWeightStride, s.q(head, map), s.in.d, keys + c * s.in.d,
-                         s.in.d, rows);
-        }
-      }
-    }
+    const Index rows = maps == kMaps ? s.rows : kMaps * s.rows, count = (heads.end - heads.begin) * maps * strips;
+    multiply_streams(count, s.kWeightStride, s.in.d, s.in.d, rows, [&](Index i) {
+      const Index head = heads.begin + i / strips / maps, map = i / strips % maps;
+      const Index column = columns.begin + i % strips * s.kCols;
+      return StripProduct<Scalar, Storage>{s.weights(piece, head, map, 0) + column, s.q(head, map),
+                                           pages.keys(s.first + piece, head, map) + column * s.in.d};
+    });
   }
 
   template <typename Scalar, Index kMaps, typename Mask>
   void add_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index piece, const KeyRange& heads) const {
-    for (Index head = heads.begin; head < heads.end; ++head) {
-      // A weight of 0 does not keep a NaN or Inf out: unless all is finite, a row touches only what it sees.
-      const bool together = pages.finite_values(s.first + piece, head);
-      for (Index row = 0; row < s.rows; row += together ? s.rows : 1) {
-        const KeyRange seen = together ? s.columns_of_any(piece) : s.columns_of(piece, s.query(row));
-        const Storage* values = pages.values(s.first + piece, head) + seen.begin * s.kCols;
-        for (Index col = 0; col < s.width; col += s.kCols, values += kPageKeys * s.kCols) {
-          multiply_strip(s.sums(piece, head, row) + col, s.width, s.weights(piece, head, 0, row) + seen.begin,
-                         s.kWeightStride, values, seen.end - seen.begin, together ? s.rows : 1);
-        }
-      }
-    }
+    const auto add = [&](const KeyRange& some, Index row, Index rows, const KeyRange& seen) {
+      const Index strips = s.width / s.kCols, count = (some.end - some.begin) * strips, depth = seen.end - seen.begin;
+      multiply_streams(count, s.width, s.kWeightStride, depth, rows, [&](Index i) {
+        const Index head = some.begin + i / strips, column = i % strips * s.kCols;
+        return StripProduct<Scalar, Storage>{
+            s.sums(piece, head, row) + column, s.weights(piece, head, 0, row) + seen.begin,
+            pages.values(s.first + piece, head) + column * kPageKeys + seen.begin * s.kCols};
+      });
+    };
+    bool finite = true;
+    for (Index head = heads.begin; head < heads.end; ++head) finite &= pages.finite_values(s.first + piece, head);
+    if (finite) return add(heads, 0, s.rows, s.columns_of_any(piece));
+    // A weight of 0 does not keep a NaN or Inf out: a row touches only what it sees.
+    for (Index row = 0; row < s.rows; ++row) add(heads, row, 1, s.columns_of(piece, s.query(row)));
   }
 };
 
