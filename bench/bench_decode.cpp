@@ -9,11 +9,11 @@
 #include <string>
 
 #include "diffattn/core/parallel_threads.hpp"
-#include "diffattn/core/simd.hpp"
 #include "diffattn/kernels/attention.hpp"
 #include "diffattn/kernels/decode.hpp"
 #include "diffattn/kernels/diff_attention.hpp"
 #include "diffattn/layers/kv_cache.hpp"
+#include "support/peak.hpp"
 
 namespace {
 
@@ -69,35 +69,15 @@ void count(benchmark::State& state, Index n, Index value_bytes) {
   state.counters["bytes/s"] = benchmark::Counter(bytes, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-/// From four places far apart, side by side, as the kernels read: one stream does not use all that a core can have.
-float sum(const float* values, Index size) {
-  constexpr Index kLanes = simd::kLanes<float>, kStreams = 4;
-  const Index length = size / kStreams;
-  simd::Packet<float> sums[kStreams][2];
-  for (auto& stream : sums) stream[0] = stream[1] = simd::broadcast(0.0f);
-  for (Index i = 0; i + 2 * kLanes <= length; i += 2 * kLanes) {
-#pragma GCC unroll 4
-    for (Index s = 0; s < kStreams; ++s) {
-      const float* const from = values + s * length + i;
-      sums[s][0] = simd::add(sums[s][0], simd::loadu(from));
-      sums[s][1] = simd::add(sums[s][1], simd::loadu(from + kLanes));
-    }
-  }
-  float total = 0;
-  for (auto& stream : sums) total += simd::reduce_add(simd::add(stream[0], stream[1]));
-  return total;
-}
-
 void read_bandwidth(benchmark::State& state) {
   const Index n = state.range(0);
   const Matrices& in = kept<Matrices>(n);
   ThreadPool pool(state.range(1));
-  constexpr Index kPiece = 65536;
-  const Index pieces = in.k.size() / kPiece;
+  const Index pieces = in.k.size() / bench::kReadPiece;
   for (auto _ : state) {
     pool.run(2 * pieces, [&](Index task, Index /*worker*/) {
       const Matrix<float>& m = task < pieces ? in.k : in.v;
-      benchmark::DoNotOptimize(sum(m.data() + task % pieces * kPiece, kPiece));
+      benchmark::DoNotOptimize(bench::sum_of_piece(m.data() + task % pieces * bench::kReadPiece));
     });
   }
   count(state, n, sizeof(float));

@@ -15,6 +15,7 @@
 #include "diffattn/layers/multihead_attention.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
 #include "diffattn/models/decoder.hpp"
+#include "support/peak.hpp"
 
 namespace {
 
@@ -128,21 +129,16 @@ void decode(benchmark::State& state) {
 
 /// What one core reads of the same memory: the sum of the embedding.
 void read_bandwidth(benchmark::State& state) {
-  constexpr Index kLanes = simd::kLanes<float>, kChains = 8;
   model<Differential, float>().embedding.visit([&]<typename T>(const detail::StridedView<const T>& view) {
     if constexpr (std::is_same_v<T, float>) {
-      const Index size = view.rows * view.cols;
+      const Index pieces = view.rows * view.cols / bench::kReadPiece;
       for (auto _ : state) {
-        simd::Packet<float> sums[kChains];
-        for (auto& sum : sums) sum = simd::broadcast(0.0f);
-        for (Index i = 0; i + kChains * kLanes <= size; i += kChains * kLanes) {
-#pragma GCC unroll 8
-          for (Index c = 0; c < kChains; ++c) sums[c] = simd::add(sums[c], simd::loadu(view.data + i + c * kLanes));
+        for (Index piece = 0; piece < pieces; ++piece) {
+          benchmark::DoNotOptimize(bench::sum_of_piece(view.data + piece * bench::kReadPiece));
         }
-        for (auto& sum : sums) benchmark::DoNotOptimize(simd::reduce_add(sum));
       }
-      state.counters["bytes/s"] =
-          benchmark::Counter(static_cast<double>(size) * sizeof(float), benchmark::Counter::kIsIterationInvariantRate);
+      state.counters["bytes/s"] = benchmark::Counter(static_cast<double>(pieces * bench::kReadPiece) * sizeof(float),
+                                                     benchmark::Counter::kIsIterationInvariantRate);
     }
   });
 }

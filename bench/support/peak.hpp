@@ -32,4 +32,25 @@ void fma_peak(benchmark::State& state) {
                                                 benchmark::Counter::kIsIterationInvariantRate);
 }
 
+/// How many values are read at a time by what measures the read bandwidth.
+inline constexpr Index kReadPiece = 65536;
+
+/// The sum of kReadPiece values, from four places side by side: one stream does not use all that a core can have.
+inline float sum_of_piece(const float* values) {
+  constexpr Index kLanes = diffattn::simd::kLanes<float>, kStreams = 4, kLength = kReadPiece / kStreams;
+  diffattn::simd::Packet<float> sums[kStreams][2];
+  for (auto& stream : sums) stream[0] = stream[1] = diffattn::simd::broadcast(0.0f);
+  for (Index i = 0; i < kLength; i += 2 * kLanes) {
+#pragma GCC unroll 4
+    for (Index s = 0; s < kStreams; ++s) {
+      const float* const from = values + s * kLength + i;
+      sums[s][0] = diffattn::simd::add(sums[s][0], diffattn::simd::loadu(from));
+      sums[s][1] = diffattn::simd::add(sums[s][1], diffattn::simd::loadu(from + kLanes));
+    }
+  }
+  float total = 0;
+  for (auto& stream : sums) total += diffattn::simd::reduce_add(diffattn::simd::add(stream[0], stream[1]));
+  return total;
+}
+
 }  // namespace bench

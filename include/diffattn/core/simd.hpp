@@ -196,8 +196,5 @@ EIGEN_ALWAYS_INLINE void prefetch(const T* p, Index offset) {
   const auto bytes = static_cast<std::uintptr_t>(offset * static_cast<Index>(sizeof(T)));
   prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + bytes));
 }
-/// The same for what is read some microseconds from now and would not last in the nearest cache: a hint that cores heed
-/// less.
-EIGEN_ALWAYS_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace diffattn::inline v0_1::simd
