@@ -8,10 +8,12 @@
 
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/backward_block.hpp"
 #include "diffattn/kernels/detail/differential_block.hpp"
 #include "diffattn/kernels/detail/standard_block.hpp"
 
@@ -41,9 +43,10 @@ struct Operands {
   float* const sums = filled(kRows * kCols);
 };
 
-void count(benchmark::State& state, Index d, Index pairs) {
+/// As many FLOP a pair as `flop_per_d` times d.
+void count(benchmark::State& state, Index d, Index pairs, Index flop_per_d = 8) {
   state.counters["FLOP/s"] =
-      benchmark::Counter(8.0 * static_cast<double>(d * pairs), benchmark::Counter::kIsIterationInvariantRate);
+      benchmark::Counter(static_cast<double>(flop_per_d * d * pairs), benchmark::Counter::kIsIterationInvariantRate);
 }
 
 template <typename Stage>
@@ -99,44 +102,104 @@ void packing(benchmark::State& state, Index d) {
   count(state, d, kPackedKeys * kPackedKeys);
 }
 
-/// The row blocks of one head in the order of the kernel, last first: DifferentialBlock (d, V 2d) or StandardBlock
-/// (d, d), whose heads also come one after the other.
+/// One head of n queries and keys: its operands, and keys packed.
+template <Index kMaps>
+struct Head {
+  Head(Index d, Index n) : v(Matrix<float>::Random(n, kMaps * d)) {
+    for (Index map = 0; map < kMaps; ++map) {
+      q[map] = Matrix<float>::Random(n, d) * 3.0f;
+      k[map] = Matrix<float>::Random(n, d) * 3.0f;
+      keys[map] = workspace.take<float>(packed_strips_size<float>(n, d));
+      pack_transposed(keys[map], view_of(k[map]), 0, n);
+    }
+  }
+  Matrix<float> v, q[kMaps], k[kMaps];
+  Workspace workspace;
+  float* keys[kMaps];
+};
+
+/// Runs the row blocks of a head in the order of the kernel, last first, one an iteration.
+template <typename Run>
+void time_blocks(benchmark::State& state, Index n, Index block_rows, const Run& run) {
+  Index first = n / block_rows * block_rows;
+  const auto run_next = [&] {
+    first = (first == 0 ? n / block_rows * block_rows : first) - block_rows;
+    run(RowRange<FullMask>{FullMask{}, first, block_rows, n, n});
+  };
+  run_next();
+  for (auto _ : state) run_next();
+}
+
+/// DifferentialBlock (d, V 2d) or StandardBlock (d, d), whose heads also come one after the other.
 template <typename Block>
 void row_blocks(benchmark::State& state, Index d, Index n) {
   constexpr Index kMaps = Block::kMaps, kBlockRows = Block::kBlockRows;
   const Index dv = kMaps * d;
-  const Matrix<float> v = Matrix<float>::Random(n, dv);
-  Matrix<float> q[kMaps], out(n, dv);
-  Workspace workspace;
+  Head<kMaps> in(d, n);
   PackedHead<float> head;
   head.value_stride = head.n_k = n;
   head.d = d;
   head.dv = dv;
-  for (Index map = 0; map < kMaps; ++map) {
-    q[map] = Matrix<float>::Random(n, d) * 3.0f;
-    const Matrix<float> k = Matrix<float>::Random(n, d) * 3.0f;
-    float* const keys = workspace.take<float>(packed_strips_size<float>(n, d));
-    pack_transposed(keys, view_of(k), 0, n);
-    head.keys[map] = keys;
-  }
-  float* const values = workspace.take<float>(packed_strips_size<float>(dv, n));
-  pack_columns(values, n, view_of(v));
+  float* const values = in.workspace.template take<float>(packed_strips_size<float>(dv, n));
+  pack_columns(values, n, view_of(in.v));
   head.values = values;
+  std::copy_n(in.keys, kMaps, head.keys);
 
-  const FullMask mask;
-  Block block(workspace, head, n);
-  Index first = n / kBlockRows * kBlockRows;
-  const auto run_next = [&] {
-    first = (first == 0 ? n / kBlockRows * kBlockRows : first) - kBlockRows;
-    const RowRange<FullMask> rows{mask, first, kBlockRows, n, n};
-    StridedView<const float> q_rows[kMaps];
-    for (Index map = 0; map < kMaps; ++map) q_rows[map] = view_of(q[map]).middle_rows(first, kBlockRows);
+  Matrix<float> out(n, dv);
+  Block block(in.workspace, head, n);
+  time_blocks(state, n, kBlockRows, [&](const RowRange<FullMask>& rows) {
+    StridedView<const float> q[kMaps];
+    for (Index map = 0; map < kMaps; ++map) q[map] = view_of(in.q[map]).middle_rows(rows.first, kBlockRows);
     const StridedView<float> lse[kMaps] = {};
-    block.run(writable_view_of(out).middle_rows(first, kBlockRows), q_rows, head, rows, 0.18f, {0.7f}, lse, 0);
-  };
-  run_next();
-  for (auto _ : state) run_next();
+    block.run(writable_view_of(out).middle_rows(rows.first, kBlockRows), q, head, rows, 0.18f, {0.7f}, lse, 0);
+  });
   count(state, d, kBlockRows * n * kMaps / 2);
+}
+
+/// The gradients of the same, counted as 20d a pair for two maps.
+template <Index kMaps>
+void gradient_blocks(benchmark::State& state, Index d, Index n) {
+  using Block = BackwardBlock<float, kMaps>;
+  const Index dv = kMaps * d, columns_size = packed_strips_size<float>(d, n);
+  Head<kMaps> in(d, n);
+  typename Block::Head head;
+  typename Block::Sums sums;
+  head.n_k = sums.padded_keys = n;
+  head.d = d;
+  head.dv = dv;
+  const auto zeros = [&](Index width) {
+    const Index size = packed_strips_size<float>(width, n);
+    return std::fill_n(in.workspace.template take<float>(size), size, 0.0f) - size;
+  };
+  for (Index map = 0; map < kMaps; ++map) {
+    float* const columns = in.workspace.template take<float>(columns_size);
+    pack_columns(columns, n, view_of(in.k[map]));
+    head.keys[map] = in.keys[map];
+    head.key_columns[map] = columns;
+    sums.dk[map] = zeros(d);
+  }
+  float* const values = in.workspace.template take<float>(packed_strips_size<float>(n, dv));
+  pack_transposed(values, view_of(in.v), 0, n);
+  head.values = values;
+  sums.dv = zeros(dv);
+
+  const Matrix<float> dout = Matrix<float>::Random(n, dv) * 1e-3f;
+  Matrix<float> dq[kMaps];
+  for (auto& m : dq) m.resize(n, d);
+  Vector<float> d2(n);
+  Block block(in.workspace, head, n, n);
+  time_blocks(state, n, Block::kBlockRows, [&](const RowRange<FullMask>& range) {
+    typename Block::Rows rows;
+    for (Index map = 0; map < kMaps; ++map) {
+      rows.q[map] = view_of(in.q[map]).middle_rows(range.first, range.count);
+      rows.dq[map] = writable_view_of(dq[map]).middle_rows(range.first, range.count);
+    }
+    rows.dout = view_of(dout).middle_rows(range.first, range.count);
+    rows.d2 = d2.data() + range.first;
+    rows.lambda = {0.7f};
+    block.run(rows, head, sums, range, 0.125f);
+  });
+  count(state, d, Block::kBlockRows * n * kMaps / 2, 20);
 }
 
 const bool registered = [] {
@@ -154,6 +217,11 @@ const bool registered = [] {
       const std::string shape = "/d" + std::to_string(d) + "/n" + std::to_string(n);
       benchmark::RegisterBenchmark(("block/differential" + shape).c_str(), row_blocks<DifferentialBlock<float>>, d, n);
       benchmark::RegisterBenchmark(("block/standard" + shape).c_str(), row_blocks<StandardBlock<float>>, d, n);
+    }
+    for (const Index n : {384, 1920, 3840, 7680}) {
+      const std::string shape = "/d" + std::to_string(d) + "/n" + std::to_string(n);
+      benchmark::RegisterBenchmark(("gradient_block/differential" + shape).c_str(), gradient_blocks<2>, d, n);
+      benchmark::RegisterBenchmark(("gradient_block/standard" + shape).c_str(), gradient_blocks<1>, d, n);
     }
   }
   return true;

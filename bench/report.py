@@ -75,19 +75,19 @@ def stage_table(runs):
               + f" | {sum(shares):.0f}: {1e4 / sum(shares):.0f} % of peak |")
 
 
-def block_table(runs):
+def block_table(runs, kind, title):
     """Blocks of rows against keys that are packed already, which are short enough to find a quiet moment."""
     rows = []
     peak = runs["peak/fma/float"]["FLOP/s"]
     for name, run in runs.items():
-        match = re.fullmatch(r"block/differential/d(\d+)/n(\d+)", name)
+        match = re.fullmatch(kind + r"/differential/d(\d+)/n(\d+)", name)
         if match:
             d, n = map(int, match.groups())
-            ours, other = run["FLOP/s"], runs[f"block/standard/d{d}/n{n}"]["FLOP/s"]
+            ours, other = run["FLOP/s"], runs[f"{kind}/standard/d{d}/n{n}"]["FLOP/s"]
             rows.append((d, n, f"| d = {d} | {n:,} | {100 * ours / peak:.1f} % | {100 * other / peak:.1f} % "
                                f"| {other / ours:.3f} |"))
     if rows:
-        print("\n| float, full, 48 rows, keys packed | n | differential | standard | differential / standard |"
+        print(f"\n| {title}, float, full, 48 rows, keys packed | n | differential | standard | differential / standard |"
               "\n|---|---|---|---|---|")
     for row in sorted(rows):
         print(row[-1])
@@ -195,7 +195,8 @@ def main():
     print()
     kernel_table(runs)
     stage_table(runs)
-    block_table(runs)
+    block_table(runs, "block", "output")
+    block_table(runs, "gradient_block", "gradients")
     print("\nGradients:\n")
     kernel_table(runs, "backward")
     layer_table(runs)
