@@ -21,7 +21,7 @@
 // Masks      a hidden key gets no gradient from a query that does not see it, and gives none, whatever they hold; a row
 //            that sees nothing has gradient 0.
 // Errors     ShapeError before any work.
-// Memory     a panel of 48 · n_k · (maps + 1) values a worker; packed keys and values of a head and their gradients a
+// Memory     a panel of 96 · n_k · (maps + 1) values a worker; packed keys and values of a head and their gradients a
 //            worker. Threads as in attention.hpp: same bits for any number.
 // Cost       2·n_q·n_k·(maps·3·d + 2·dv) FLOP a head over visible pairs: with dv = 2d, that of two standard heads.
 

@@ -42,7 +42,8 @@ class BackwardBlock {
   static constexpr Index kPaddedRows = RowSoftmax<Scalar>::kPaddedRows;
 
  public:
-  static constexpr Index kBlockRows = 48;
+  /// Every block reads and writes the sums of dK and dV once, in products as deep as it has rows.
+  static constexpr Index kBlockRows = 96;
   using Head = BackwardHead<Scalar, kMaps>;
   using Sums = KeyValueSums<Scalar, kMaps>;
   using Rows = BackwardRows<Scalar, kMaps>;
@@ -52,7 +53,7 @@ class BackwardBlock {
       : panel_rows_(round_up(std::min(max_rows, kBlockRows), kRows)) {
     const Index chunks = divide_up(max_keys, kChunk) + 1;
     panel_ = workspace.take<Scalar>(chunks * kPanels * panel_rows_ * kChunk);
-    step_ = workspace.take<Scalar>(kPanels * kBlockRows * kStride);
+    step_ = workspace.take<Scalar>(kPanels * panel_rows_ * kStride);
     chunk_factor_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     chunk_dot_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     for (Index map = 0; map < kMaps; ++map) {
@@ -118,8 +119,8 @@ class BackwardBlock {
   static Index slot(Index chunk, Index map) { return (chunk * kMaps + map) * kGroups * kPaddedRows; }
   /// Map m's weights; panel kMaps is dA. [panel_rows_][kChunk].
   Scalar* panel(Index chunk, Index p) const { return panel_ + (chunk * kPanels + p) * panel_rows_ * kChunk; }
-  /// dS of map m; step kMaps is A. [kBlockRows][kStride].
-  Scalar* step(Index p) const { return step_ + p * kBlockRows * kStride; }
+  /// dS of map m; step kMaps is A. [panel_rows_][kStride].
+  Scalar* step(Index p) const { return step_ + p * panel_rows_ * kStride; }
 
   /// The columns of a chunk that some row of the block sees, up to the end of a packet and of a lowest tile.
   static KeyRange columns_of(const KeyRange& keys, Index first_key) {
@@ -329,7 +330,7 @@ class BackwardBlock {
 
   Index panel_rows_;
   Scalar* panel_;             // [chunk][panel][panel_rows_][kChunk]
-  Scalar* step_;              // [panel][kBlockRows][kStride]
+  Scalar* step_;              // [panel][panel_rows_][kStride]
   Scalar* chunk_factor_;      // [chunk][map][group][kPaddedRows]: what weights are relative to, then their factor
   Scalar* chunk_dot_;         // the same of Σ weight · dA
   Scalar* q_rows_[kMaps];     // [row][d], scaled
