@@ -145,9 +145,7 @@ class BackwardBlock {
     const KeyRange columns = columns_of_group(rows.keys_of_any(), first_key, block_columns);
     for (Index p = 0; p < kPanels; ++p) {
       for (Index r = 0; r < rows.count; ++r) {
-        Scalar* const row = panel(chunk, p) + at + r * kChunk;
-        std::fill(row + block_columns.begin, row + columns.begin, Scalar(0));
-        std::fill(row + columns.end, row + block_columns.end, Scalar(0));
+        fill_unseen(panel(chunk, p) + at + r * kChunk, block_columns, columns, Scalar(0));
       }
     }
     Scalar* const da = panel(chunk, kMaps) + at;
@@ -164,7 +162,7 @@ class BackwardBlock {
     }
     const KeyRange all = rows.keys_of_all();
     if (HasBias<Mask> || first_key + columns.begin < all.begin || first_key + columns.end > all.end) {
-      clear_masked(da, rows, first_key, columns);
+      clear_hidden(da, rows, first_key, columns);
     }
     for (Index map = 0; map < kMaps; ++map) {
       Scalar* const weights = panel(chunk, map) + at;
@@ -185,32 +183,16 @@ class BackwardBlock {
     }
   }
 
-  /// Calls f(r, k) for every visible pair of the columns of a chunk.
-  template <typename Mask, typename F>
-  static void for_each_visible(const RowRange<Mask>& rows, Index first_key, const KeyRange& columns, F&& f) {
-    for (Index r = 0; r < rows.count; ++r) {
-      const KeyRange keys = rows.keys_of(rows.first + r);
-      const Index end = std::min(keys.end - first_key, columns.end);
-      for (Index k = std::max(keys.begin - first_key, columns.begin); k < end; ++k) {
-        if (bias_shows(rows.mask, rows.first + r, first_key + k, rows.n_q, rows.n_k)) f(r, k);
-      }
-    }
-  }
-
   /// 0 in the place of what a row does not see: 0 · (NaN − D) would not be 0.
   template <typename Mask>
-  static void clear_masked(Scalar* values, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
-    for (Index r = 0; r < rows.count; ++r) {
-      const KeyRange keys = rows.keys_of(rows.first + r);
-      const Index begin = std::clamp(keys.begin - first_key, columns.begin, columns.end);
-      const Index end = std::clamp(keys.end - first_key, begin, columns.end);
+  static void clear_hidden(Scalar* values, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
+    for_each_row(rows, first_key, columns, [&](Index r, const KeyRange& seen) {
       Scalar* const row = values + r * kChunk;
-      std::fill(row + columns.begin, row + begin, Scalar(0));
-      std::fill(row + end, row + columns.end, Scalar(0));
-      for (Index c = begin; HasBias<Mask> && c < end; ++c) {
+      fill_unseen(row, columns, seen, Scalar(0));
+      for (Index c = seen.begin; HasBias<Mask> && c < seen.end; ++c) {
         if (!bias_shows(rows.mask, rows.first + r, first_key + c, rows.n_q, rows.n_k)) row[c] = Scalar(0);
       }
-    }
+    });
   }
 
   /// 1/l_1, −λ/l_2 and D_m of every row; 0 for a row that saw no key. Returns whether all are finite.
@@ -262,15 +244,6 @@ class BackwardBlock {
     }
   }
 
-  /// The rows of a block that see some of `keys`; none of those that do not has a gradient to add.
-  template <typename Mask>
-  static KeyRange rows_that_see(const RowRange<Mask>& rows, const KeyRange& keys) {
-    Index begin = 0, end = rows.count;
-    while (begin < end && rows.keys_of(rows.first + begin).end <= keys.begin) ++begin;
-    while (begin < end && rows.keys_of(rows.first + end - 1).begin >= keys.end) --end;
-    return {begin, end};
-  }
-
   /// dQ += dS K, dK += dSᵀ Q, dV += Aᵀ g for one chunk. On the way the tiles of dK and dV that come next are fetched,
   /// and the panel and the columns of K of the next chunk, if there is one.
   template <typename Mask>
@@ -281,7 +254,8 @@ class BackwardBlock {
       Ahead<Scalar> of_panel{more ? panel(chunk + 1, p) : nullptr, piece};
       for (Index k = columns.begin; k < columns.end; k += kRows) {
         Scalar* const tile = to + (first_key + k) * kCols;
-        const auto [begin, end] = rows_that_see(rows, {first_key + k, first_key + k + kRows});
+        // None of the others has a gradient to add.
+        const auto [begin, end] = rows.rows_that_see({first_key + k, first_key + k + kRows});
         add_products(tile, sums.padded_keys * kCols, {step(p) + begin * kStride + k, 1, kStride}, b + begin * kCols,
                      rows.count * kCols, std::min(kRows, columns.end - k), width, end - begin,
                      {tile + kRows * kCols, kRows * kCols}, sums.padded_keys * kCols, of_panel);

@@ -18,6 +18,7 @@
 #include "diffattn/kernels/detail/exp2.hpp"
 #include "diffattn/kernels/detail/head_operands.hpp"
 #include "diffattn/kernels/detail/row_softmax.hpp"
+#include "diffattn/kernels/detail/visible_pairs.hpp"
 #include "diffattn/kernels/mask.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -158,8 +159,7 @@ class FewRows {
   void mask_scores(Scalar* scores, Index query, const KeyRange& seen, const KeyRange& columns, Index first_key) const {
     const Index begin = std::clamp(seen.begin, columns.begin, columns.end);
     const Index end = std::clamp(seen.end, begin, columns.end);
-    std::fill(scores + columns.begin, scores + begin, kMinusInfinity<Scalar>);
-    std::fill(scores + end, scores + columns.end, kMinusInfinity<Scalar>);
+    fill_unseen(scores, columns, {begin, end}, kMinusInfinity<Scalar>);
     if constexpr (HasBias<Mask>) {
       for (Index c = begin; c < end; ++c) {
         const auto bias = static_cast<Scalar>(state_.mask.bias(query, first_key + c, state_.n_q, state_.n_k));

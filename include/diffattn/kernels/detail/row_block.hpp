@@ -11,6 +11,7 @@
 #include "diffattn/kernels/detail/prefetched_rows.hpp"
 #include "diffattn/kernels/detail/register_tile.hpp"
 #include "diffattn/kernels/detail/row_softmax.hpp"
+#include "diffattn/kernels/detail/visible_pairs.hpp"
 #include "diffattn/kernels/mask.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -54,23 +55,6 @@ struct PackedHead : PackedPart<Scalar> {
     if (pages == nullptr) return this->values + first_key * Tile<Scalar>::kCols;
     return pages[first_key / page_keys].values + first_key % page_keys * Tile<Scalar>::kCols;
   }
-};
-
-/// Query rows [first, first + count) out of n_q, with what they may see.
-template <typename Mask>
-struct RowRange {
-  const Mask& mask;
-  Index first;
-  Index count;
-  Index n_q;
-  Index n_k;
-
-  KeyRange keys_of(Index row) const { return mask.visible_keys(row, n_q, n_k); }
-  /// Keys that some row sees; neither end of a mask's ranges decreases from row to row.
-  KeyRange keys_of_any() const { return {keys_of(first).begin, keys_of(first + count - 1).end}; }
-  KeyRange keys_of_all() const { return {keys_of(first + count - 1).begin, keys_of(first).end}; }
-
-  RowRange rows(Index begin, Index num) const { return {mask, first + begin, std::min(num, count - begin), n_q, n_k}; }
 };
 
 /// The columns of a chunk that hold every key which some row of a group sees: from the start of a strip to the end of a
@@ -132,20 +116,16 @@ class RowsAhead {
 /// -inf for what a row does not see, and the bias for what it does. scores: rows kChunk apart, in the log2 domain.
 template <typename Scalar, typename Mask>
 void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
-  for (Index r = 0; r < rows.count; ++r) {
-    const KeyRange keys = rows.keys_of(rows.first + r);
-    const Index begin = std::clamp(keys.begin - first_key, columns.begin, columns.end);
-    const Index end = std::clamp(keys.end - first_key, begin, columns.end);
+  for_each_row(rows, first_key, columns, [&](Index r, const KeyRange& seen) {
     Scalar* const row = scores + r * kChunk;
-    std::fill(row + columns.begin, row + begin, kMinusInfinity<Scalar>);
-    std::fill(row + end, row + columns.end, kMinusInfinity<Scalar>);
+    fill_unseen(row, columns, seen, kMinusInfinity<Scalar>);
     if constexpr (HasBias<Mask>) {
-      for (Index c = begin; c < end; ++c) {
+      for (Index c = seen.begin; c < seen.end; ++c) {
         const auto bias = static_cast<Scalar>(rows.mask.bias(rows.first + r, first_key + c, rows.n_q, rows.n_k));
         row[c] = bias == kMinusInfinity<Scalar> ? bias : row[c] + bias * std::numbers::log2e_v<Scalar>;
       }
     }
-  }
+  });
 }
 
 /// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one group, scaled by s·log2(e). keys: those
@@ -169,19 +149,12 @@ template <typename Scalar, typename Mask>
 void add_visible_values(Scalar* out, const Scalar* weights, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
                         Index first_key, const KeyRange& columns) {
   constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
-  for (Index r = 0; r < rows.count; ++r) {
-    const Index row = rows.first + r;
-    const KeyRange keys = rows.keys_of(row);
-    const Index begin = std::max(keys.begin - first_key, columns.begin),
-                end = std::min(keys.end - first_key, columns.end);
-    for (Index k = begin; k < end; ++k) {
-      if (!bias_shows(rows.mask, row, first_key + k, rows.n_q, rows.n_k)) continue;
-      for (Index col = 0; col < head.dv; col += kCols) {
-        const Scalar* const values = head.chunk_values(first_key) + col * head.value_stride + k * kCols;
-        for (Index c = 0; c < kCols; ++c) out[col * kRows + r * kCols + c] += weights[r * kChunk + k] * values[c];
-      }
+  for_each_visible(rows, first_key, columns, [&](Index r, Index k) {
+    for (Index col = 0; col < head.dv; col += kCols) {
+      const Scalar* const values = head.chunk_values(first_key) + col * head.value_stride + k * kCols;
+      for (Index c = 0; c < kCols; ++c) out[col * kRows + r * kCols + c] += weights[r * kChunk + k] * values[c];
     }
-  }
+  });
 }
 
 /// out += weights · V over the given columns. out: [strip of dv][kRows][kCols]; weights: rows kChunk apart.
