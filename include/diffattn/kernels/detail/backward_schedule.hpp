@@ -97,9 +97,9 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
                         const Mask& mask, Workspace& workspace, E& executor) {
   using Block = BackwardBlock<Scalar, kMaps>;
   constexpr Index kCols = Tile<Scalar>::kCols;
-  constexpr Index kPieceRows = 512;       // keys packed, and written, by one task
-  constexpr Index kMostParts = 8;         // tasks of a call with one key head
-  constexpr Index kLeastPartBlocks = 8;   // row blocks that make a part worth its sums
+  constexpr Index kPieceRows = 512;      // keys packed, and written, by one task
+  constexpr Index kMostParts = 8;        // tasks of a call with one key head
+  constexpr Index kLeastPartBlocks = 8;  // row blocks that make a part worth its sums
   const Index n_q = in.q[0].rows, n_k = in.k[0].rows, kv_heads = in.heads.num_kv_heads;
   if (n_q == 0 || n_k == 0) {
     for (Index map = 0; map < kMaps; ++map) {
