@@ -8,6 +8,7 @@
 
 #include "diffattn/kernels/backward.hpp"
 #include "support/plain_eigen.hpp"
+#include "support/whole_matrices.hpp"
 
 namespace {
 
@@ -75,6 +76,14 @@ void plain_eigen(benchmark::State& state, Index d, Index n) {
   count(state, n, std::is_same_v<Mask, CausalMask>, 20.0 * static_cast<double>(d));
 }
 
+void whole_matrices(benchmark::State& state, Index d, Index n) {
+  const Problem p(n, d);
+  measure(state, [&] {
+    benchmark::DoNotOptimize(bench::whole_diff_attention_backward(p.q1, p.k1, p.q2, p.k2, p.v, 0.7f, p.dout));
+  });
+  count(state, n, false, 20.0 * static_cast<double>(d));
+}
+
 template <typename Mask>
 void v2_pair(benchmark::State& state, Index d, Index n) {
   const Problem p(n, d);
@@ -108,6 +117,7 @@ void add_shape(const std::string& mask, Index d, Index n) {
   add("differential", differential<Mask>);
   add("standard", standard<Mask>);
   if (n <= 1920) add("plain_eigen", plain_eigen<Mask>);
+  if (n <= 1920 && std::is_same_v<Mask, FullMask>) add("whole_matrices", whole_matrices);
   add("v2_pair", v2_pair<Mask>);
   add("v2_baseline", v2_baseline<Mask>);
 }

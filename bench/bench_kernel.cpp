@@ -10,6 +10,7 @@
 #include "diffattn/kernels/diff_attention.hpp"
 #include "support/peak.hpp"
 #include "support/plain_eigen.hpp"
+#include "support/whole_matrices.hpp"
 
 namespace {
 
@@ -68,6 +69,13 @@ void plain_eigen(benchmark::State& state, Index d, Index n) {
   count(state, n, kCausal, 8.0 * static_cast<double>(d), Workspace{});
 }
 
+template <typename Scalar>
+void whole_matrices(benchmark::State& state, Index d, Index n) {
+  Head<Scalar> h(n, d);
+  for (auto _ : state) h.out = bench::whole_diff_attention(h.q1, h.k1, h.q2, h.k2, h.v, Scalar(0.7));
+  count(state, n, false, 8.0 * static_cast<double>(d), Workspace{});
+}
+
 template <typename Scalar, typename Mask>
 void v2_pair(benchmark::State& state, Index d, Index n) {
   Head<Scalar> h(n, d);
@@ -101,6 +109,7 @@ void add_shape(const std::string& type, const std::string& mask, Index d, Index 
   add("differential", differential<Scalar, Mask>);
   add("standard", standard<Scalar, Mask>);
   if (n <= 1920) add("plain_eigen", plain_eigen<Scalar, Mask>);
+  if (n <= 1920 && std::is_same_v<Mask, FullMask>) add("whole_matrices", whole_matrices<Scalar>);
   add("v2_pair", v2_pair<Scalar, Mask>);
   add("v2_baseline", v2_baseline<Scalar, Mask>);
 }

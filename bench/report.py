@@ -62,6 +62,19 @@ def kernel_table(runs, room="kernel"):
               f"| {time['v2_pair'] / time['v2_baseline']:.2f} |")
 
 
+def whole_matrices_table(runs):
+    """What Eigen code that follows the formulas takes, on whole score matrices."""
+    rows = []
+    for (scalar, d, causal, n), kinds in kernel_shapes(runs):
+        back = dict(kernel_shapes(runs, "backward")).get((scalar, d, causal, n), {})
+        ratios = [plain_eigen_ratio(room.get("whole_matrices"), room.get("differential")) for room in (kinds, back)]
+        if ratios != ["–", "–"]:
+            rows.append(f"| {scalar}, d = {d}, full | {n:,} | {ratios[0]} | {ratios[1]} |")
+    if rows:
+        print("\n| Eigen, whole score matrices / differential | n | output | gradients |\n|---|---|---|---|")
+        print("\n".join(rows))
+
+
 def stage_table(runs):
     if "stage/scores/d64" not in runs:
         return
@@ -199,6 +212,7 @@ def main():
     block_table(runs, "gradient_block", "gradients of 96 rows")
     print("\nGradients:\n")
     kernel_table(runs, "backward")
+    whole_matrices_table(runs)
     layer_table(runs)
     thread_table(runs)
     exp_table(runs)
