@@ -3,8 +3,8 @@
 // given in the FLOP of the whole kernel there (8d a pair): peak rate / rate is its share of the time at peak, and the
 // shares of all stages add up to 1 / the ceiling. Packing is what one row block of n queries pays for n keys.
 //
-// And block by block of rows, what the kernels do once the keys are packed: a block takes 0.1 to 5 ms, short enough to
-// fall between the disturbances of a busy machine, which a whole head does not.
+// And block by block of rows, what the kernels do once the keys are packed: a block takes 0.1 to 30 ms, short enough
+// to fall between the disturbances of a busy machine, which a whole head does not.
 
 #include <benchmark/benchmark.h>
 
@@ -118,7 +118,7 @@ struct Head {
   float* keys[kMaps];
 };
 
-/// Runs the row blocks of a head in the order of the kernel, last first, one an iteration.
+/// Runs the row blocks of a head, last first, one an iteration.
 template <typename Run>
 void time_blocks(benchmark::State& state, Index n, Index block_rows, const Run& run) {
   Index first = n / block_rows * block_rows;
@@ -169,7 +169,9 @@ void gradient_blocks(benchmark::State& state, Index d, Index n) {
   head.dv = dv;
   const auto zeros = [&](Index width) {
     const Index size = packed_strips_size<float>(width, n);
-    return std::fill_n(in.workspace.template take<float>(size), size, 0.0f) - size;
+    float* const to = in.workspace.template take<float>(size);
+    std::fill_n(to, size, 0.0f);
+    return to;
   };
   for (Index map = 0; map < kMaps; ++map) {
     float* const columns = in.workspace.template take<float>(columns_size);

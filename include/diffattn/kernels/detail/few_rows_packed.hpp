@@ -14,6 +14,7 @@
 
 namespace diffattn::inline v0_1::detail {
 
+/// Places in memory that are read side by side.
 inline constexpr Index kStreams = 4;
 
 /// A strip of keys or values, the rows that meet it, and where the products go.
@@ -116,10 +117,10 @@ struct PackedSource {
 
   template <typename Scalar, Index kMaps, typename Mask>
   void add_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index piece, const KeyRange& heads) const {
-    const auto add = [&](const KeyRange& some, Index row, Index rows, const KeyRange& seen) {
-      const Index strips = s.width / s.kCols, count = (some.end - some.begin) * strips, depth = seen.end - seen.begin;
-      multiply_streams(count, s.width, s.kWeightStride, depth, rows, [&](Index i) {
-        const Index head = some.begin + i / strips, column = i % strips * s.kCols;
+    const Index strips = s.width / s.kCols, count = (heads.end - heads.begin) * strips;
+    const auto add = [&](Index row, Index rows, const KeyRange& seen) {
+      multiply_streams(count, s.width, s.kWeightStride, seen.end - seen.begin, rows, [&](Index i) {
+        const Index head = heads.begin + i / strips, column = i % strips * s.kCols;
         return StripProduct<Scalar, Storage>{
             s.sums(piece, head, row) + column, s.weights(piece, head, 0, row) + seen.begin,
             pages.values(s.first + piece, head) + column * kPageKeys + seen.begin * s.kCols};
@@ -127,9 +128,9 @@ struct PackedSource {
     };
     bool finite = true;
     for (Index head = heads.begin; head < heads.end; ++head) finite &= pages.finite_values(s.first + piece, head);
-    if (finite) return add(heads, 0, s.rows, s.columns_of_any(piece));
+    if (finite) return add(0, s.rows, s.columns_of_any(piece));
     // A weight of 0 does not keep a NaN or Inf out: a row touches only what it sees.
-    for (Index row = 0; row < s.rows; ++row) add(heads, row, 1, s.columns_of(piece, s.query(row)));
+    for (Index row = 0; row < s.rows; ++row) add(row, 1, s.columns_of(piece, s.query(row)));
   }
 };
 
