@@ -8,6 +8,11 @@ target_compile_options(
     # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for a mistake of ours.
     $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized;-Wno-maybe-uninitialized>
     $<$<BOOL:${DIFFATTN_NATIVE}>:-march=native>)
+if(DIFFATTN_PACKET_BYTES)
+  # Packets that are wider than the target's are passed in memory; GCC says so at each of them.
+  target_compile_options(diffattn_own_flags INTERFACE -Wno-psabi)
+  target_compile_definitions(diffattn_own_flags INTERFACE DIFFATTN_PACKET_BYTES=${DIFFATTN_PACKET_BYTES})
+endif()
 if(DIFFATTN_SANITIZE)
   # pointer-overflow finds what Eigen does with an empty matrix, an offset to a null pointer; vptr and object-size cost
   # compile time for what AddressSanitizer mostly sees.

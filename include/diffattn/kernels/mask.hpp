@@ -113,6 +113,20 @@ inline void check_mask(const char* where, const SlidingWindowMask& mask, Index /
   }
 }
 
+/// The bias of a pair as a Scalar. -inf stays -inf and only that does: a finite one that Scalar cannot hold is the
+/// lowest or the largest that it can.
+template <typename Scalar, typename Mask>
+Scalar bias_of(const Mask& mask, Index query, Index key, Index n_q, Index n_k) {
+  const auto bias = mask.bias(query, key, n_q, n_k);
+  using Bias = std::remove_cv_t<decltype(bias)>;
+  if constexpr (std::is_floating_point_v<Bias> && sizeof(Bias) > sizeof(Scalar)) {
+    using Limits = std::numeric_limits<Scalar>;
+    if (bias < Bias(Limits::lowest()) && bias != -std::numeric_limits<Bias>::infinity()) return Limits::lowest();
+    if (bias > Bias(Limits::max()) && bias != std::numeric_limits<Bias>::infinity()) return Limits::max();
+  }
+  return static_cast<Scalar>(bias);
+}
+
 /// Whether the bias, if there is one, leaves key `key` visible. The range is not looked at.
 template <typename Mask>
 bool bias_shows(const Mask& mask, Index query, Index key, Index n_q, Index n_k) {
@@ -122,6 +136,16 @@ bool bias_shows(const Mask& mask, Index query, Index key, Index n_q, Index n_k) 
   } else {
     return true;
   }
+}
+
+/// a + b, where only -inf is -inf: two finite biases that add up to less than any number are the lowest number.
+template <typename A, typename B>
+auto sum_of_biases(A a, B b) {
+  using Sum = decltype(a + b);
+  using Limits = std::numeric_limits<Sum>;
+  const bool masked = a == -std::numeric_limits<A>::infinity() || b == -std::numeric_limits<B>::infinity();
+  const Sum sum = a + b;
+  return sum == -Limits::infinity() && !masked ? Limits::lowest() : sum;
 }
 
 }  // namespace detail
@@ -136,7 +160,7 @@ struct BiasedMask {
 
   auto bias(Index query, Index key, Index n_q, Index n_k) const {
     if constexpr (detail::HasBias<Mask>) {
-      return mask.bias(query, key, n_q, n_k) + added(query, key, n_q, n_k);
+      return detail::sum_of_biases(mask.bias(query, key, n_q, n_k), added(query, key, n_q, n_k));
     } else {
       return added(query, key, n_q, n_k);
     }

@@ -16,6 +16,7 @@
 // Shapes: q, q1, q2 (n_q x d) · k, k1, k2 (n_k x d) · v (n_k x dv). Any mismatch throws ShapeError.
 // Cost: O(n_q·n_k·(d + dv)) time, O(n_q·n_k) memory.
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -48,7 +49,11 @@ Matrix<typename Q::Scalar> attention_map(const Eigen::MatrixBase<Q>& q, const Ei
       Scalar dot = 0;
       for (Index c = 0; c < q.cols(); ++c) dot += q(i, c) * k(j, c);
       p(i, j) = dot * scale;
-      if constexpr (detail::HasBias<Mask>) p(i, j) += static_cast<Scalar>(mask.bias(i, j, n_q, n_k));
+      if constexpr (detail::HasBias<Mask>) {
+        // A visible key is a score like any other, however low.
+        p(i, j) =
+            std::max(p(i, j) + detail::bias_of<Scalar>(mask, i, j, n_q, n_k), std::numeric_limits<Scalar>::lowest());
+      }
       if (p(i, j) > max) max = p(i, j);
     }
     if (max == -std::numeric_limits<Scalar>::infinity()) max = 0;  // no weight anywhere: exp gives zeros, or NaN

@@ -11,8 +11,6 @@
 // the panel turns a chunk of P and dA into A and dS and multiplies each with what it meets. dA and dV cost differential
 // attention no more than one map.
 
-#include <numbers>
-
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/backward_operands.hpp"
 #include "diffattn/kernels/detail/row_block.hpp"
@@ -70,9 +68,11 @@ class BackwardBlock {
   template <typename Mask>
   void run(const Rows& block, const Head& head, const Sums& sums, const RowRange<Mask>& rows, Scalar scale) {
     const Index groups = divide_up(rows.count, kRows);
+    const ScoreScale<Scalar> score_scale = split_scale<Mask>(scale);
+    const ScaledExp2<Scalar> exp2(score_scale.of_exponent);
     bool finite = head.finite;
     for (Index map = 0; map < kMaps; ++map) {
-      copy_rows(q_rows_[map], block.q[map], scale * std::numbers::log2e_v<Scalar>);
+      copy_rows(q_rows_[map], block.q[map], score_scale.of_queries);
       finite &= pack_columns(q_columns_[map], rows.count, block.q[map]);
       for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
       std::fill(dq_[map], dq_[map] + groups * group_size(head.d), Scalar(0));
@@ -86,10 +86,10 @@ class BackwardBlock {
       const KeyRange columns = columns_of(keys, first_key);
       for (Index g = 0; g < groups; ++g) {
         fill_panel(head, rows.rows(g * kRows, kRows), g, groups, first_key, chunk, columns,
-                   first_key + kChunk < keys.end);
+                   first_key + kChunk < keys.end, score_scale, exp2);
       }
     }
-    finite &= set_factors(block, rows, divide_up(keys.end - begin, kChunk));
+    finite &= set_factors(block, rows, divide_up(keys.end - begin, kChunk), exp2);
     for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
       const KeyRange columns = columns_of(keys, first_key);
       differentiate(rows.count, chunk, columns);
@@ -140,7 +140,8 @@ class BackwardBlock {
   /// sees a column.
   template <typename Mask>
   void fill_panel(const Head& head, const RowRange<Mask>& rows, Index g, Index groups, Index first_key, Index chunk,
-                  const KeyRange& block_columns, bool more) {
+                  const KeyRange& block_columns, bool more, const ScoreScale<Scalar>& scale,
+                  const ScaledExp2<Scalar>& exp2) {
     const Index at = g * kRows * kChunk;
     const KeyRange columns = columns_of_group(rows.keys_of_any(), first_key, block_columns);
     for (Index p = 0; p < kPanels; ++p) {
@@ -158,7 +159,7 @@ class BackwardBlock {
       const LeftOperand<Scalar> dout{dout_rows_ + g * kRows * head.dv, head.dv, 1};
       add_product(da + c, kChunk, false, dout, head.values + (first_key + c) * head.dv, head.dv, rows.count,
                   columns.end - c, after_values.of_chunk(c * head.dv, kCols * head.dv),
-                  after_values.of_panel(c, kChunk));
+                  after_values.of_panel(c, kChunk), kScoreChain);
     }
     const KeyRange all = rows.keys_of_all();
     if (HasBias<Mask> || first_key + columns.begin < all.begin || first_key + columns.end > all.end) {
@@ -167,10 +168,10 @@ class BackwardBlock {
     for (Index map = 0; map < kMaps; ++map) {
       Scalar* const weights = panel(chunk, map) + at;
       const LeftOperand<Scalar> q{q_rows_[map] + g * kRows * head.d, head.d, 1};
-      score_chunk(weights, q, head.keys[map] + first_key * head.d, head.d, rows, first_key, columns,
+      score_chunk(weights, q, head.keys[map] + first_key * head.d, head.d, rows, first_key, columns, scale,
                   ahead(head.keys[map] + (first_key + kChunk) * head.d, map));
       Scalar growth[kRows];
-      softmax_[map][g].add_chunk(weights, weights, kChunk, rows.count, columns.begin, columns.end, growth);
+      softmax_[map][g].add_chunk(weights, weights, kChunk, rows.count, columns.begin, columns.end, exp2, growth);
       const Index values = slot(chunk, map) + g * kPaddedRows;
       std::copy(softmax_[map][g].base, softmax_[map][g].base + kPaddedRows, chunk_factor_ + values);
       for (Index r = 0; r < rows.count; ++r) {
@@ -197,7 +198,7 @@ class BackwardBlock {
 
   /// 1/l_1, −λ/l_2 and D_m of every row; 0 for a row that saw no key. Returns whether all are finite.
   template <typename Mask>
-  bool set_factors(const Rows& block, const RowRange<Mask>& rows, Index chunks) {
+  bool set_factors(const Rows& block, const RowRange<Mask>& rows, Index chunks, const ScaledExp2<Scalar>& exp2) {
     Scalar not_finite = 0;  // x · 0 is 0, or NaN
     for (Index row = 0; row < rows.count; ++row) {
       const Index g = row / kRows, r = row % kRows;
@@ -208,7 +209,7 @@ class BackwardBlock {
         for (Index chunk = 0; chunk < chunks; ++chunk) {
           Scalar* const value = chunk_factor_ + slot(chunk, map) + g * kPaddedRows + r;
           // What turns the weights of the chunk into probabilities; 0 while the row has seen no key.
-          *value = std::exp2(*value - softmax_[map][g].base[r]) * inverse;
+          *value = simd::first(exp2(simd::broadcast(*value - softmax_[map][g].base[r]))) * inverse;
           dot += chunk_dot_[slot(chunk, map) + g * kPaddedRows + r] * *value;
           if (map == 1) *value *= -block.lambda(rows.first + row, block.head_index);
           not_finite += *value * Scalar(0);

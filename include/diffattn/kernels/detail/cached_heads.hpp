@@ -4,7 +4,6 @@
 // row blocks, as head_schedule.hpp has them, but with nothing left to pack.
 
 #include <algorithm>
-#include <numbers>
 #include <type_traits>
 
 #include "diffattn/core/parallel.hpp"
@@ -34,6 +33,7 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Packed
   }
 
   const auto frame = workspace.frame();
+  const ScoreScale<Scalar> scale = split_scale<Mask>(in.scale);
   const Index group = in.heads.num_heads / in.heads.num_kv_heads, blocks = divide_up(n_q, Block::kBlockRows);
   const Index pages = divide_up(n_k, kPageKeys), key_maps = cache.shape.key_maps, workers = executor.concurrency();
   const Index keys_size = cache.shape.keys_size(), values_size = cache.shape.values_size();
@@ -80,8 +80,8 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Packed
       for (Index map = 0; map < Block::kMaps; ++map) {
         q[map] = in.q[map].block(first, query_head * in.q_step, rows.count, in.d);
       }
-      scratch[worker].run(in.out.block(first, query_head * in.dv, rows.count, in.dv), q, packed, rows,
-                          in.scale * std::numbers::log2e_v<Scalar>, in.lambda, in.lse, query_head);
+      scratch[worker].run(in.out.block(first, query_head * in.dv, rows.count, in.dv), q, packed, rows, scale, in.lambda,
+                          in.lse, query_head);
     });
   }
 }

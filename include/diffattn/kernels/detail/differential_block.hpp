@@ -56,14 +56,15 @@ class DifferentialBlock {
     factors_ = workspace.take<Scalar>(2 * groups_ * kPaddedRows);
   }
 
-  /// q, out: the block's rows. scale: s·log2(e). lambda, lse: of all rows and heads.
+  /// q, out: the block's rows. lambda, lse: of all rows and heads.
   template <typename Mask>
   void run(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[2], const PackedHead<Scalar>& head,
-           const RowRange<Mask>& rows, Scalar scale, const LambdaView<Scalar>& lambda,
+           const RowRange<Mask>& rows, const ScoreScale<Scalar>& scale, const LambdaView<Scalar>& lambda,
            const StridedView<Scalar> (&lse)[2], Index head_index) {
     const Index groups = divide_up(rows.count, kRows);
+    const ScaledExp2<Scalar> exp2(scale.of_exponent);
     for (Index map = 0; map < 2; ++map) {
-      copy_rows(q_[map], q[map], scale);
+      copy_rows(q_[map], q[map], scale.of_queries);
       for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
     }
     std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
@@ -75,7 +76,7 @@ class DifferentialBlock {
       for (Index map = 0; map < 2; ++map) {
         for (Index g = 0; g < groups; ++g) {
           rows_ahead.fetch_some();
-          score(head, rows.rows(g * kRows, kRows), map, g, first_key, chunk, keys.end);
+          score(head, rows.rows(g * kRows, kRows), map, g, first_key, chunk, keys.end, scale, exp2);
         }
       }
     }
@@ -83,7 +84,7 @@ class DifferentialBlock {
     for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
       for (Index g = 0; g < groups; ++g) {
         rows_ahead.fetch_some();
-        add_values(head, rows.rows(g * kRows, kRows), g, first_key, chunk, keys.end);
+        add_values(head, rows.rows(g * kRows, kRows), g, first_key, chunk, keys.end, exp2);
       }
     }
 
@@ -96,7 +97,7 @@ class DifferentialBlock {
       const Index present = std::min(kRows, rows.count - g * kRows);
       write_rows(out.middle_rows(g * kRows, present), sums_ + g * group_sums_, ones.data());
       for (Index map = 0; map < 2; ++map) {
-        write_log_sum_exp(lse[map], rows.first + g * kRows, present, head_index, softmax_[map][g]);
+        write_log_sum_exp(lse[map], rows.first + g * kRows, present, head_index, softmax_[map][g], scale);
       }
     }
   }
@@ -108,7 +109,7 @@ class DifferentialBlock {
   /// nearest cache, while the place of the weights is fetched.
   template <typename Mask>
   void score(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index map, Index g, Index first_key,
-             Index chunk, Index end_key) {
+             Index chunk, Index end_key, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
@@ -119,10 +120,10 @@ class DifferentialBlock {
       if (map == 1 && first_key + kChunk < end_key) ahead.chunk = head.chunk_keys(0, first_key + kChunk);
     }
     const LeftOperand<Scalar> q{q_[map] + g * kRows * head.d, head.d, 1};
-    score_chunk(scores_, q, head.chunk_keys(map, first_key), head.d, rows, first_key, columns, ahead);
+    score_chunk(scores_, q, head.chunk_keys(map, first_key), head.d, rows, first_key, columns, scale, ahead);
     RowSoftmax<Scalar>& softmax = softmax_[map][g];
     Scalar growth[kRows];
-    softmax.add_chunk(weights, scores_, kChunk, rows.count, columns.begin, columns.end, growth);
+    softmax.add_chunk(weights, scores_, kChunk, rows.count, columns.begin, columns.end, exp2, growth);
     std::copy(softmax.base, softmax.base + kPaddedRows, chunk_base_ + slot(chunk, map, g) * kPaddedRows);
   }
 
@@ -143,11 +144,11 @@ class DifferentialBlock {
   /// Combines both maps of one group and chunk, in the place of the first, and multiplies by V.
   template <typename Mask>
   void add_values(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index first_key, Index chunk,
-                  Index end_key) {
+                  Index end_key, const ScaledExp2<Scalar>& exp2) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
     alignas(64) Scalar factor[2][kPaddedRows];
-    for (Index map = 0; map < 2; ++map) chunk_factors(factor[map], map, g, chunk);
+    for (Index map = 0; map < 2; ++map) chunk_factors(factor[map], map, g, chunk, exp2);
 
     Scalar* const p1 = panel_ + slot(chunk, 0, g) * kTile;
     const Scalar* const p2 = panel_ + slot(chunk, 1, g) * kTile;
@@ -163,12 +164,12 @@ class DifferentialBlock {
     add_weighted_values(sums_ + g * group_sums_, p1, head, rows, first_key, columns, ahead);
   }
 
-  /// What turns the weights of a chunk into probabilities: exp2(its base − the last)/l, with −λ for the second map.
-  void chunk_factors(Scalar* to, Index map, Index g, Index chunk) {
+  /// What turns the weights of a chunk into probabilities: 2^(c·(its base − the last))/l, with −λ for the second map.
+  void chunk_factors(Scalar* to, Index map, Index g, Index chunk, const ScaledExp2<Scalar>& exp2) {
     const Scalar* const chunk_base = chunk_base_ + slot(chunk, map, g) * kPaddedRows;
     const Scalar* const base = softmax_[map][g].base;
     for (Index r = 0; r < kPaddedRows; r += simd::kLanes<Scalar>) {
-      const auto relative = packet_exp2<Scalar>(simd::sub(simd::load(chunk_base + r), simd::load(base + r)));
+      const auto relative = exp2(simd::sub(simd::load(chunk_base + r), simd::load(base + r)));
       simd::store(to + r, simd::mul(relative, simd::load(factors(map, g) + r)));
     }
   }
@@ -179,7 +180,7 @@ class DifferentialBlock {
   Scalar* scores_;                  // [kRows][kChunk]
   Scalar* panel_;                   // [chunk][group][map][kRows][kChunk]
   Scalar* chunk_base_;              // [chunk][group][map][kPaddedRows]: what a chunk's weights are relative to
-  Scalar* q_[2];                    // [row][d], scaled by s·log2(e)
+  Scalar* q_[2];                    // [row][d], multiplied by scale.of_queries
   RowSoftmax<Scalar>* softmax_[2];  // [group]
   Scalar* factors_;                 // [map][group][kPaddedRows]
 };

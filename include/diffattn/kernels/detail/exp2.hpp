@@ -1,11 +1,12 @@
 #pragma once
 
-// 2^x for x that are negative or small, the only exponential a softmax needs once log2(e) is folded into the scores.
+// 2^(s·x) for s·x that are negative or small, the only exponential a softmax needs: e^x is 2^(log2(e)·x).
 //
-// x = n + f with n the nearest integer and |f| <= 1/2; 2^x = 2^n · p(f). Adding a large constant leaves n in the low
-// bits of a float's significand, and shifting them into the exponent gives 2^n: no conversion, no table. Below the
-// smallest normal number 2^n is 0 exactly, so -inf gives 0 and a masked key has no weight at all. NaN stays NaN. p is
-// the minimax polynomial for the relative error, with p(0) = 1 so that 2^0 is exact.
+// s·x = n + f with n the nearest integer and |f| <= 1/2; 2^(s·x) = 2^n · p(f). Adding a large constant leaves n in the
+// low bits of a float's significand, and shifting them into the exponent gives 2^n: no conversion, no table. Both uses
+// of s·x are fused multiply-adds, so that the product costs no instruction and, where they are fused, no rounding.
+// Below the smallest normal number 2^n is 0 exactly, so -inf gives 0 and a masked key has no weight at all. NaN stays
+// NaN. p is the minimax polynomial for the relative error, with p(0) = 1 so that 2^0 is exact.
 
 #include <array>
 
@@ -36,18 +37,33 @@ struct Exp2Constants<double> {
       5.5504108664819921475e-2,  2.4022650695910156205e-1, 6.9314718055994533046e-1};  // f^11 … f^1
 };
 
-/// 2^x in every lane, x < 127 or NaN. 12 instructions for float with fused multiply-add.
+/// x ↦ 2^(scale · x) in every lane, scale · x < 127 or NaN. 12 instructions for float with fused multiply-add.
 template <typename Scalar>
-EIGEN_ALWAYS_INLINE simd::Packet<Scalar> packet_exp2(const simd::Packet<Scalar>& x) {
+class ScaledExp2 {
   using C = Exp2Constants<Scalar>;
-  const auto clamped = simd::max(x, simd::broadcast(C::kLowest));
-  const auto shifted = simd::add(clamped, simd::broadcast(C::kShifter));
-  const auto f = simd::sub(clamped, simd::sub(shifted, simd::broadcast(C::kShifter)));
-  auto p = simd::broadcast(C::kPolynomial[0]);
+  using Packet = simd::Packet<Scalar>;
+
+ public:
+  /// A positive scale, not so small that kLowest / scale is infinite.
+  EIGEN_ALWAYS_INLINE explicit ScaledExp2(Scalar scale)
+      : scale_(simd::broadcast(scale)), lowest_(simd::broadcast(C::kLowest / scale)) {}
+
+  EIGEN_ALWAYS_INLINE Packet operator()(const Packet& x) const {
+    const auto shifter = simd::broadcast(C::kShifter);
+    const auto clamped = simd::max(x, lowest_);
+    const auto shifted = simd::barrier(simd::fma(clamped, scale_, shifter));
+    const auto minus_n = simd::barrier(simd::sub(shifter, shifted));
+    const auto f = simd::fma(clamped, scale_, minus_n);
+    auto p = simd::broadcast(C::kPolynomial[0]);
 #pragma GCC unroll 16
-  for (std::size_t i = 1; i < C::kPolynomial.size(); ++i) p = simd::fma(p, f, simd::broadcast(C::kPolynomial[i]));
-  p = simd::fma(p, f, simd::broadcast(Scalar(1)));
-  return simd::mul(p, simd::shift_bits_left<C::kSignificandBits, Scalar>(shifted));
-}
+    for (std::size_t i = 1; i < C::kPolynomial.size(); ++i) p = simd::fma(p, f, simd::broadcast(C::kPolynomial[i]));
+    p = simd::fma(p, f, simd::broadcast(Scalar(1)));
+    return simd::mul(p, simd::shift_bits_left<C::kSignificandBits, Scalar>(shifted));
+  }
+
+ private:
+  Packet scale_;
+  Packet lowest_;  // exp2 of it is 0
+};
 
 }  // namespace diffattn::inline v0_1::detail

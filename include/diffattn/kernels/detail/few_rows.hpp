@@ -11,13 +11,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numbers>
 
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/exp2.hpp"
 #include "diffattn/kernels/detail/head_operands.hpp"
 #include "diffattn/kernels/detail/row_softmax.hpp"
+#include "diffattn/kernels/detail/score_scale.hpp"
 #include "diffattn/kernels/detail/visible_pairs.hpp"
 #include "diffattn/kernels/mask.hpp"
 
@@ -51,7 +51,7 @@ struct FewRowsState {
     return (slot(piece, head) * kMaps + map) * rows + row;
   }
 
-  /// [head][map][row][d], scaled by s·log2(e).
+  /// [head][map][row][d], multiplied by scale.of_queries.
   Scalar* q(Index head, Index map) const { return queries + (head * kMaps + map) * rows * in.d; }
   /// [piece][head][map][row][kWeightStride].
   Scalar* weights(Index piece, Index head, Index map, Index row) const {
@@ -113,7 +113,10 @@ class FewRows {
  private:
   FewRows(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
           Workspace& workspace)
-      : source_(source), state_{in, mask, in.q[0].rows, n_k, 0, 0, 0, 0, nullptr, nullptr, nullptr} {
+      : source_(source),
+        scale_(split_scale<Mask>(in.scale)),
+        exp2_(scale_.of_exponent),
+        state_{in, mask, in.q[0].rows, n_k, 0, 0, 0, 0, nullptr, nullptr, nullptr} {
     State& s = state_;
     s.rows = s.n_q * (in.heads.num_heads / in.heads.num_kv_heads);
     s.width = round_up(in.dv, State::kCols);
@@ -129,13 +132,12 @@ class FewRows {
 
   void pack_queries(Index head) {
     const State& s = state_;
-    const Scalar factor = s.in.scale * std::numbers::log2e_v<Scalar>;
     for (Index map = 0; map < kMaps; ++map) {
       const Index step = s.in.q[map].col_stride;
       for (Index row = 0; row < s.rows; ++row) {
         const Scalar* const from = &s.in.q[map](s.query(row), s.query_head(head, row) * s.in.q_step);
         Scalar* const to = s.q(head, map) + row * s.in.d;
-        for (Index c = 0; c < s.in.d; ++c) to[c] = from[c * step] * factor;
+        for (Index c = 0; c < s.in.d; ++c) to[c] = from[c * step] * scale_.of_queries;
       }
     }
   }
@@ -162,14 +164,14 @@ class FewRows {
     fill_unseen(scores, columns, {begin, end}, kMinusInfinity<Scalar>);
     if constexpr (HasBias<Mask>) {
       for (Index c = begin; c < end; ++c) {
-        const auto bias = static_cast<Scalar>(state_.mask.bias(query, first_key + c, state_.n_q, state_.n_k));
-        scores[c] = bias == kMinusInfinity<Scalar> ? bias : scores[c] + bias * std::numbers::log2e_v<Scalar>;
+        const auto bias = bias_of<Scalar>(state_.mask, query, first_key + c, state_.n_q, state_.n_k);
+        scores[c] = biased_score(scores[c], scale_, bias);
       }
     }
   }
 
-  /// exp2(score − max) in place.
-  static void exponentiate(Scalar* scores, const KeyRange& columns, Scalar& max, Scalar& sum) {
+  /// 2^(c·(score − max)) in place.
+  void exponentiate(Scalar* scores, const KeyRange& columns, Scalar& max, Scalar& sum) const {
     auto packet_max = simd::broadcast(kMinusInfinity<Scalar>);
     for (Index c = columns.begin; c < columns.end; c += kLanes) {
       packet_max = simd::max(simd::load(scores + c), packet_max);
@@ -178,14 +180,14 @@ class FewRows {
     const auto base = simd::broadcast(finite_or_zero(max));
     auto packet_sum = simd::broadcast(Scalar(0));
     for (Index c = columns.begin; c < columns.end; c += kLanes) {
-      const auto weight = packet_exp2<Scalar>(simd::sub(simd::load(scores + c), base));
+      const auto weight = exp2_(simd::sub(simd::load(scores + c), base));
       simd::store(scores + c, weight);
       packet_sum = simd::add(packet_sum, weight);
     }
     sum = simd::reduce_add(packet_sum);
   }
 
-  /// What turns the weights of each piece into probabilities, exp2(m_piece − m)/l, times −λ for the second map, takes
+  /// What turns the weights of each piece into probabilities, 2^(c·(m_piece − m))/l, times −λ for the second map, takes
   /// the place of the piece's maximum.
   void set_factors(Index head, Index row) {
     const State& s = state_;
@@ -196,10 +198,10 @@ class FewRows {
       const Scalar base = finite_or_zero(max);
       for (Index piece = 0; piece < s.pieces; ++piece) {
         const Index at = s.index(piece, head, map, row);
-        max_[at] = simd::first(packet_exp2<Scalar>(simd::broadcast(max_[at] - base)));
+        max_[at] = simd::first(exp2_(simd::broadcast(max_[at] - base)));
         sum += max_[at] * weight_sum_[at];
       }
-      if (s.in.lse[map].data != nullptr) s.in.lse[map](query, query_head) = max + std::log2(sum);
+      if (s.in.lse[map].data != nullptr) s.in.lse[map](query, query_head) = scale_.of_exponent * max + std::log2(sum);
       const Scalar sign = map == 0 ? Scalar(1) : -s.in.lambda(query, query_head);
       const Scalar factor = sum == Scalar(0) ? Scalar(0) : sign / sum;
       for (Index piece = 0; piece < s.pieces; ++piece) max_[s.index(piece, head, map, row)] *= factor;
@@ -239,6 +241,8 @@ class FewRows {
   }
 
   const Source& source_;
+  ScoreScale<Scalar> scale_;
+  ScaledExp2<Scalar> exp2_;
   State state_;
   Scalar* max_;         // of every piece, head, map and row; then the factor of its weights
   Scalar* weight_sum_;  // likewise

@@ -31,28 +31,32 @@ void multiply_strips(const std::array<StripProduct<Scalar, Storage>, kCount>& pr
                      Index depth) {
   constexpr Index kLanes = Tile<Scalar>::kLanes, kCols = Tile<Scalar>::kCols;
   simd::Packet<Scalar> sums[kCount][kHeight][2];
-  for (auto& product : sums) {
-    for (auto& row : product) row[0] = row[1] = simd::broadcast(Scalar(0));
-  }
-  for (Index k = 0; k < depth; ++k) {
+  for (Index begin = 0; begin == 0 || begin < depth; begin += kScoreChain) {
+    for (auto& product : sums) {
+      for (auto& row : product) row[0] = row[1] = simd::broadcast(Scalar(0));
+    }
+    for (Index k = begin; k < std::min(begin + kScoreChain, depth); ++k) {
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < kCount; ++i) {
-      const Storage* const strip = products[i].strip + k * kCols;
-      const simd::Packet<Scalar> right[2] = {simd::load_as<Scalar>(strip), simd::load_as<Scalar>(strip + kLanes)};
+      for (std::size_t i = 0; i < kCount; ++i) {
+        const Storage* const strip = products[i].strip + k * kCols;
+        const simd::Packet<Scalar> right[2] = {simd::load_as<Scalar>(strip), simd::load_as<Scalar>(strip + kLanes)};
 #pragma GCC unroll 4
-      for (Index r = 0; r < kHeight; ++r) {
-        const auto left = simd::broadcast(products[i].a[r * a_stride + k]);
-        sums[i][r][0] = simd::fma(left, right[0], sums[i][r][0]);
-        sums[i][r][1] = simd::fma(left, right[1], sums[i][r][1]);
+        for (Index r = 0; r < kHeight; ++r) {
+          const auto left = simd::broadcast(products[i].a[r * a_stride + k]);
+          sums[i][r][0] = simd::fma(left, right[0], sums[i][r][0]);
+          sums[i][r][1] = simd::fma(left, right[1], sums[i][r][1]);
+        }
       }
     }
-  }
 #pragma GCC unroll 4
-  for (std::size_t i = 0; i < kCount; ++i) {
+    for (std::size_t i = 0; i < kCount; ++i) {
 #pragma GCC unroll 4
-    for (Index r = 0; r < kHeight; ++r) {
-      simd::store(products[i].to + r * to_stride, sums[i][r][0]);
-      simd::store(products[i].to + r * to_stride + kLanes, sums[i][r][1]);
+      for (Index r = 0; r < kHeight; ++r) {
+        for (Index p = 0; p < 2; ++p) {
+          Scalar* const to = products[i].to + r * to_stride + p * kLanes;
+          simd::store(to, begin == 0 ? sums[i][r][p] : simd::add(simd::load(to), sums[i][r][p]));
+        }
+      }
     }
   }
 }

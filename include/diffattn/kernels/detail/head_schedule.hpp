@@ -5,7 +5,6 @@
 // so the result does not depend on who runs them.
 
 #include <algorithm>
-#include <numbers>
 
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -33,6 +32,7 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
   }
 
   const auto frame = workspace.frame();
+  const ScoreScale<Scalar> scale = split_scale<Mask>(in.scale);
   const Index key_maps = in.shared_keys() ? 1 : Block::kMaps;
   const Index group = in.heads.num_heads / in.heads.num_kv_heads;  // query heads that share a key head
   const Index blocks = divide_up(n_q, Block::kBlockRows);
@@ -100,8 +100,8 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
       for (Index map = 0; map < Block::kMaps; ++map) {
         q[map] = in.q[map].block(rows.first, head * in.q_step, rows.count, in.d);
       }
-      scratch[worker].run(in.out.block(rows.first, head * in.dv, rows.count, in.dv), q, heads[i], rows,
-                          in.scale * std::numbers::log2e_v<Scalar>, in.lambda, in.lse, head);
+      scratch[worker].run(in.out.block(rows.first, head * in.dv, rows.count, in.dv), q, heads[i], rows, scale,
+                          in.lambda, in.lse, head);
     });
   }
 }

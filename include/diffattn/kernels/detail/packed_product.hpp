@@ -7,8 +7,8 @@
 // it is used and stays in the first-level cache, so that b is read once for each block of rows, whatever its type and
 // strides. What comes next, of a and of b, is asked for from memory while the present strip is multiplied.
 //
-// Each sum is one chain of multiply-adds along depth: the result depends neither on the blocks nor on the number of
-// threads.
+// Each sum is made of chains of kChain multiply-adds along depth, added up in order, and every block of depth is a
+// multiple of kChain: the result depends neither on the blocks nor on the number of threads.
 
 #include <algorithm>
 
@@ -28,6 +28,7 @@ struct ProductBlock {
   /// With fewer groups it is b that takes the time: it is read in longer pieces and not asked for ahead.
   static constexpr Index kFewGroups = 4;
   static constexpr Index kDepthOfFew = 2048;
+  static_assert(kDepth % kChain == 0 && kDepthOfFew % kChain == 0);
 };
 
 /// b, which has at most as many columns as a tile, → one strip.

@@ -4,13 +4,13 @@
 // chunk of the packed keys. Scores of a group and a chunk are a kRows x kChunk tile that stays in the L1 cache.
 
 #include <algorithm>
-#include <numbers>
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/kernels/detail/packed.hpp"
 #include "diffattn/kernels/detail/prefetched_rows.hpp"
 #include "diffattn/kernels/detail/register_tile.hpp"
 #include "diffattn/kernels/detail/row_softmax.hpp"
+#include "diffattn/kernels/detail/score_scale.hpp"
 #include "diffattn/kernels/detail/visible_pairs.hpp"
 #include "diffattn/kernels/mask.hpp"
 
@@ -113,34 +113,37 @@ class RowsAhead {
   Index step_ = 0;
 };
 
-/// -inf for what a row does not see, and the bias for what it does. scores: rows kChunk apart, in the log2 domain.
+/// Products of queries and keys become scores: -inf for what a row does not see, with a bias for what it does. scores:
+/// rows kChunk apart.
 template <typename Scalar, typename Mask>
-void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
+void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns,
+                 const ScoreScale<Scalar>& scale) {
   for_each_row(rows, first_key, columns, [&](Index r, const KeyRange& seen) {
     Scalar* const row = scores + r * kChunk;
     fill_unseen(row, columns, seen, kMinusInfinity<Scalar>);
     if constexpr (HasBias<Mask>) {
       for (Index c = seen.begin; c < seen.end; ++c) {
-        const auto bias = static_cast<Scalar>(rows.mask.bias(rows.first + r, first_key + c, rows.n_q, rows.n_k));
-        row[c] = bias == kMinusInfinity<Scalar> ? bias : row[c] + bias * std::numbers::log2e_v<Scalar>;
+        const auto bias = bias_of<Scalar>(rows.mask, rows.first + r, first_key + c, rows.n_q, rows.n_k);
+        row[c] = biased_score(row[c], scale, bias);
       }
     }
   });
 }
 
-/// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one group, scaled by s·log2(e). keys: those
-/// of the chunk.
+/// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one group, multiplied by scale.of_queries.
+/// keys: those of the chunk.
 template <typename Scalar, typename Mask>
 void score_chunk(Scalar* scores, const LeftOperand<Scalar>& q, const Scalar* keys, Index d, const RowRange<Mask>& rows,
-                 Index first_key, const KeyRange& columns, const ChunkAhead<Scalar>& ahead = {}) {
+                 Index first_key, const KeyRange& columns, const ScoreScale<Scalar>& scale,
+                 const ChunkAhead<Scalar>& ahead = {}) {
   constexpr Index kCols = Tile<Scalar>::kCols;
   for (Index c = columns.begin; c < columns.end; c += kCols) {
     add_product(scores + c, kChunk, false, q, keys + c * d, d, rows.count, columns.end - c,
-                ahead.of_chunk(c * d, kCols * d), ahead.of_panel(c, kChunk));
+                ahead.of_chunk(c * d, kCols * d), ahead.of_panel(c, kChunk), kScoreChain);
   }
   const KeyRange all = rows.keys_of_all();
   const bool edge = first_key + columns.begin < all.begin || first_key + columns.end > all.end;
-  if (edge || HasBias<Mask>) mask_scores(scores, rows, first_key, columns);
+  if (edge || HasBias<Mask>) mask_scores(scores, rows, first_key, columns, scale);
 }
 
 /// The same as add_weighted_values for values that are not all finite. A weight of 0 does not keep a NaN or Inf out, so
@@ -199,9 +202,9 @@ void write_rows(const StridedView<Scalar>& out, const Scalar* sums, const Scalar
 /// The log-sum-exp of a group, in the log2 domain, to rows [first, …) of `lse`, if it is wanted.
 template <typename Scalar>
 void write_log_sum_exp(const StridedView<Scalar>& lse, Index first, Index count, Index head_index,
-                       const RowSoftmax<Scalar>& softmax) {
+                       const RowSoftmax<Scalar>& softmax, const ScoreScale<Scalar>& scale) {
   if (lse.data == nullptr) return;
-  for (Index r = 0; r < count; ++r) lse(first + r, head_index) = softmax.log_sum_exp(r);
+  for (Index r = 0; r < count; ++r) lse(first + r, head_index) = softmax.log_sum_exp(r, scale.of_exponent);
 }
 
 /// No data: not wanted.

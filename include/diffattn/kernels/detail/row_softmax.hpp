@@ -1,11 +1,12 @@
 #pragma once
 
-// The softmax of a group of rows, one chunk of keys at a time, in the log2 domain.
+// The softmax of a group of rows, one chunk of keys at a time.
 //
-// Each chunk of scores becomes exp2(score − base). The base of a row is a score it has seen: the largest of
-// its first chunk, and it moves only when a later score passes it by more than kHeadroom, which is rare, so that next
-// to nothing is ever rescaled and weights still stay below 2^kHeadroom. A chunk keeps the base it used; whoever reads
-// it later multiplies by exp2(base − final base). Sums are kept per lane and reduced across lanes once, at the end.
+// Each chunk of scores becomes 2^(c·(score − base)), c as split_scale has it (score_scale.hpp). The base of a row is a
+// score it has seen: the largest of its first chunk, and it moves only when a later score passes it by more than
+// kHeadroom, which is rare, so that next to nothing is ever rescaled and weights still stay below 2^kHeadroom. A chunk
+// keeps the base it used; whoever reads it later multiplies by 2^(c·(base − final base)). Sums are kept per lane and
+// reduced across lanes once, at the end.
 
 #include <algorithm>
 #include <cmath>
@@ -45,16 +46,16 @@ struct RowSoftmax {
     std::fill(&lane_sums[0][0], &lane_sums[0][0] + kRows * kLanes, Scalar(0));
   }
 
-  /// weights = exp2(scores − base) in columns [begin, end), whole packets, of `rows` rows, `stride` apart; both may be
-  /// the same. Returns whether the base of a row with weights moved; then growth[r] is what earlier weights of row r
+  /// weights = exp2(c·(scores − base)) in columns [begin, end), whole packets, of `rows` rows, `stride` apart; both may
+  /// be the same. Returns whether the base of a row with weights moved; then growth[r] is what earlier weights of row r
   /// are to be multiplied with.
   bool add_chunk(Scalar* weights, const Scalar* scores, Index stride, Index rows, Index begin, Index end,
-                 Scalar* growth) {
+                 const ScaledExp2<Scalar>& exp2, Scalar* growth) {
     alignas(64) Scalar largest[kPaddedRows];
     set_largest(largest, scores, stride, rows, begin, end);
     bool passed = false;
     for (Index r = 0; r < kRows; ++r) passed |= largest[r] > base[r] + kHeadroom;
-    const bool moved = passed && move_base(largest, growth);
+    const bool moved = passed && move_base(largest, exp2, growth);
 
     for (Index r = 0; r < rows; ++r) {
       const Scalar* const from = scores + r * stride;
@@ -63,7 +64,7 @@ struct RowSoftmax {
       auto sums = simd::load(lane_sums[r]);
 #pragma GCC unroll 4
       for (Index c = begin; c < end; c += kLanes) {
-        const auto weight = packet_exp2<Scalar>(simd::sub(simd::load(from + c), row_base));
+        const auto weight = exp2(simd::sub(simd::load(from + c), row_base));
         simd::store(to + c, weight);
         sums = simd::add(sums, weight);
       }
@@ -74,8 +75,8 @@ struct RowSoftmax {
 
   Scalar sum(Index r) const { return simd::reduce_add(simd::load(lane_sums[r])); }
 
-  /// log2 Σ 2^score over what the row has seen; -inf for nothing.
-  Scalar log_sum_exp(Index r) const { return base[r] + std::log2(sum(r)); }
+  /// log2 Σ 2^(c·score) over what the row has seen; -inf for nothing.
+  Scalar log_sum_exp(Index r, Scalar c) const { return c * base[r] + std::log2(sum(r)); }
 
  private:
   /// largest[r] = the largest score of row r. Several rows at a time, and reduced across lanes all together.
@@ -107,13 +108,14 @@ struct RowSoftmax {
     }
   }
 
-  bool move_base(const Scalar* largest, Scalar* growth) {
+  bool move_base(const Scalar* largest, const ScaledExp2<Scalar>& exp2, Scalar* growth) {
     bool moved = false;
     for (Index r = 0; r < kRows; ++r) {
       growth[r] = 1;
       if (!(largest[r] > base[r] + kHeadroom)) continue;
-      const auto factor = packet_exp2<Scalar>(simd::broadcast(base[r] - largest[r]));
-      moved |= base[r] != kNoBase;
+      const auto factor = exp2(simd::broadcast(base[r] - largest[r]));
+      // A score of kNoBase has a weight too.
+      moved |= base[r] != kNoBase || sum(r) != Scalar(0);
       base[r] = largest[r];
       growth[r] = simd::first(factor);
       simd::store(lane_sums[r], simd::mul(simd::load(lane_sums[r]), factor));

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numbers>
 #include <type_traits>
 
 #include "diffattn/core/parallel.hpp"
@@ -13,6 +12,7 @@
 #include "diffattn/kernels/detail/exp2.hpp"
 #include "diffattn/kernels/detail/head_operands.hpp"
 #include "diffattn/kernels/detail/row_softmax.hpp"
+#include "diffattn/kernels/detail/score_scale.hpp"
 #include "diffattn/kernels/mask.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -23,8 +23,9 @@ class SmallProblem {
   static constexpr Index kKeys = 4;           // scored side by side
   static constexpr Index kRows = 4;           // given values side by side
   static constexpr Index kTinyPairs = 6 * 6;  // of a query and a key, too few to be worth a task
-  static constexpr Index kMostWeights = 600;  // of a map, rows padded to whole packets
+  static constexpr Index kMostWeights = 640;  // of a map, rows padded to whole packets
   static_assert(kTinyPairs * kLanes <= kMostWeights);
+  static_assert(kMostWeights % kLanes == 0, "the weights of the second map must begin at a packet");
 
  public:
   /// The wider contiguous rows are, the more packing would cost: up to 6, 8 or 17 queries and as many keys.
@@ -51,7 +52,9 @@ class SmallProblem {
   static void run_head(const HeadOperands<Scalar, kMaps>& in, const Mask& mask, Index head) {
     const Index n_q = in.q[0].rows, n_k = in.k[0].rows, group = in.heads.num_heads / in.heads.num_kv_heads;
     const Index width = round_up(n_k, kLanes);
-    alignas(64) Scalar weights[kMaps][kMostWeights];
+    const ScoreScale<Scalar> scale = split_scale<Mask>(in.scale);
+    const ScaledExp2<Scalar> exp2(scale.of_exponent);
+    alignas(simd::kMostAlignment) Scalar weights[kMaps][kMostWeights];
     // Step by step for all rows, so that none waits for what it has just stored.
     for (Index map = 0; map < kMaps; ++map) {
       const auto q = in.q[map].middle_cols(head * in.q_step, in.d);
@@ -60,12 +63,12 @@ class SmallProblem {
       for (; row + 2 <= n_q; row += 2) set_scores<2>(weights[map] + row * width, width, q, k, mask, row);
       for (; row < n_q; ++row) set_scores<1>(weights[map] + row * width, width, q, k, mask, row);
       for (row = 0; row < n_q; ++row) {
-        finish_scores(weights[map] + row * width, width, in.scale, mask, row, n_q, n_k);
+        finish_scores(weights[map] + row * width, width, scale, mask, row, n_q, n_k);
       }
     }
     for (Index map = 0; map < kMaps; ++map) {
       for (Index row = 0; row < n_q; ++row) {
-        set_weights(weights[map] + row * width, width, in.lse[map], row, head);
+        set_weights(weights[map] + row * width, width, scale, exp2, in.lse[map], row, head);
       }
     }
     if constexpr (kMaps == 2) {
@@ -135,35 +138,35 @@ class SmallProblem {
     }
   }
 
-  /// Products become scores in the log2 domain, -inf for what the row does not see.
-  static void finish_scores(Scalar* scores, Index width, Scalar scale, const Mask& mask, Index row, Index n_q,
-                            Index n_k) {
+  /// Products become scores, -inf for what the row does not see.
+  static void finish_scores(Scalar* scores, Index width, const ScoreScale<Scalar>& scale, const Mask& mask, Index row,
+                            Index n_q, Index n_k) {
     const KeyRange keys = mask.visible_keys(row, n_q, n_k);
-    const Scalar factor = scale * std::numbers::log2e_v<Scalar>;
     std::fill(scores, scores + keys.begin, kMinusInfinity<Scalar>);
     std::fill(scores + keys.end, scores + width, kMinusInfinity<Scalar>);
     for (Index key = keys.begin; key < keys.end; ++key) {
-      scores[key] *= factor;
       if constexpr (HasBias<Mask>) {
-        const auto bias = static_cast<Scalar>(mask.bias(row, key, n_q, n_k));
-        scores[key] = bias == kMinusInfinity<Scalar> ? bias : scores[key] + bias * std::numbers::log2e_v<Scalar>;
+        scores[key] = biased_score(scores[key], scale, bias_of<Scalar>(mask, row, key, n_q, n_k));
+      } else {
+        scores[key] *= scale.of_queries;  // as if the query had been
       }
     }
   }
 
   /// Scores become probabilities, in place; all 0 when there is no key.
-  static void set_weights(Scalar* scores, Index width, const StridedView<Scalar>& lse, Index row, Index head) {
+  static void set_weights(Scalar* scores, Index width, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2,
+                          const StridedView<Scalar>& lse, Index row, Index head) {
     auto packet_max = simd::broadcast(RowSoftmax<Scalar>::kNoBase);
     for (Index j = 0; j < width; j += kLanes) packet_max = simd::max(packet_max, simd::load(scores + j));
     const Scalar max = simd::reduce_max(packet_max);
     auto sums = simd::broadcast(Scalar(0));
     for (Index j = 0; j < width; j += kLanes) {
-      const auto weight = packet_exp2<Scalar>(simd::sub(simd::load(scores + j), simd::broadcast(max)));
+      const auto weight = exp2(simd::sub(simd::load(scores + j), simd::broadcast(max)));
       simd::store(scores + j, weight);
       sums = simd::add(sums, weight);
     }
     const Scalar sum = simd::reduce_add(sums);
-    if (lse.data != nullptr) lse(row, head) = max + std::log2(sum);
+    if (lse.data != nullptr) lse(row, head) = scale.of_exponent * max + std::log2(sum);
     const auto inverse = simd::broadcast(sum == Scalar(0) ? Scalar(0) : Scalar(1) / sum);
     for (Index j = 0; j < width; j += kLanes) simd::store(scores + j, simd::mul(simd::load(scores + j), inverse));
   }

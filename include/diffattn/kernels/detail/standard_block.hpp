@@ -27,13 +27,14 @@ class StandardBlock {
         sums_(workspace.take<Scalar>(divide_up(max_rows, kRows) * group_sums_)),
         softmax_(workspace.take<RowSoftmax<Scalar>>(divide_up(max_rows, kRows))) {}
 
-  /// q, out: the block's rows. scale: s·log2(e). lambda, lse: of all rows and heads.
+  /// q, out: the block's rows. lambda, lse: of all rows and heads.
   template <typename Mask>
   void run(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[1], const PackedHead<Scalar>& head,
-           const RowRange<Mask>& rows, Scalar scale, const LambdaView<Scalar>& /*lambda*/,
+           const RowRange<Mask>& rows, const ScoreScale<Scalar>& scale, const LambdaView<Scalar>& /*lambda*/,
            const StridedView<Scalar> (&lse)[1], Index head_index) {
     const Index groups = divide_up(rows.count, kRows);
-    copy_rows(q_, q[0], scale);
+    copy_rows(q_, q[0], scale.of_queries);
+    const ScaledExp2<Scalar> exp2(scale.of_exponent);
     std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
     for (Index g = 0; g < groups; ++g) softmax_[g].reset();
 
@@ -43,7 +44,7 @@ class StandardBlock {
     for (Index first_key = begin; first_key < keys.end; first_key += kChunk) {
       for (Index g = 0; g < groups; ++g) {
         rows_ahead.fetch_some();
-        add_chunk(head, rows.rows(g * kRows, kRows), g, groups, first_key, keys.end);
+        add_chunk(head, rows.rows(g * kRows, kRows), g, groups, first_key, keys.end, scale, exp2);
       }
     }
     for (Index g = 0; g < groups; ++g) {
@@ -54,23 +55,23 @@ class StandardBlock {
       }
       const Index present = std::min(kRows, rows.count - g * kRows);
       write_rows(out.middle_rows(g * kRows, present), sums_ + g * group_sums_, factors);
-      write_log_sum_exp(lse[0], rows.first + g * kRows, present, head_index, softmax_[g]);
+      write_log_sum_exp(lse[0], rows.first + g * kRows, present, head_index, softmax_[g], scale);
     }
   }
 
  private:
   template <typename Mask>
   void add_chunk(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index groups, Index first_key,
-                 Index end_key) {
+                 Index end_key, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
     if (columns.begin >= columns.end) return;
     const bool fetch = head.fetch_ahead() && first_key + kChunk < end_key;
     const LeftOperand<Scalar> q{q_ + g * kRows * head.d, head.d, 1};
-    score_chunk(weights_, q, head.chunk_keys(0, first_key), head.d, rows, first_key, columns,
+    score_chunk(weights_, q, head.chunk_keys(0, first_key), head.d, rows, first_key, columns, scale,
                 {fetch ? head.chunk_keys(0, first_key + kChunk) : nullptr, g, groups});
     Scalar growth[kRows];
     Scalar* const sums = sums_ + g * group_sums_;
-    if (softmax_[g].add_chunk(weights_, weights_, kChunk, rows.count, columns.begin, columns.end, growth)) {
+    if (softmax_[g].add_chunk(weights_, weights_, kChunk, rows.count, columns.begin, columns.end, exp2, growth)) {
       rescale(sums, growth);
     }
     add_weighted_values(sums, weights_, head, rows, first_key, columns,
@@ -91,7 +92,7 @@ class StandardBlock {
   }
 
   Index group_sums_;             // values in the sums of one group
-  Scalar* q_;                    // [row][d], scaled by s·log2(e)
+  Scalar* q_;                    // [row][d], multiplied by scale.of_queries
   Scalar* weights_;              // [kRows][kChunk]
   Scalar* sums_;                 // [group][strip of dv][kRows][kCols]
   RowSoftmax<Scalar>* softmax_;  // [group]
