@@ -80,7 +80,7 @@ TEST_CASE("exp2 is within 2 ulp: double") {
 
 TEMPLATE_TEST_CASE("exp2 of a product is as good as of the product in more digits", "", float, double) {
   support::Rng rng = support::make_rng();
-  std::uniform_real_distribution<TestType> any(-80, 0), any_scale(1, 2);
+  std::uniform_real_distribution<TestType> any(-62, 0), any_scale(1, 2);
   double worst = 0;
   for (int i = 0; i < 20000; ++i) {
     const TestType scale = any_scale(rng);

@@ -191,12 +191,20 @@ class SmallProblem {
 
     const StridedView<const Scalar> v = in.v.middle_cols(head / group * in.dv, in.dv);
     const StridedView<Scalar> out = in.out.block(row, head * in.dv, kPresent, in.dv);
-    const auto add_columns = [&](auto packets, Index c) {
+    // `whole`: packets lie in the rows of v and out as they are. Else they are gathered, so that the arithmetic is the
+    // same whatever the strides.
+    const auto add_columns = [&](auto packets, auto whole, Index c) {
       constexpr Index kPackets = decltype(packets)::value;
+      const auto values = [&](Index key, Index first) {
+        if constexpr (decltype(whole)::value) return simd::loadu(&v(key, first));
+        alignas(simd::kMostAlignment) Scalar gathered[kLanes];
+        for (Index i = 0; i < kLanes; ++i) gathered[i] = v(key, std::min(first + i, in.dv - 1));
+        return simd::load(gathered);
+      };
       simd::Packet<Scalar> sums[kPresent][kPackets];
       const auto add = [&](Index r, Scalar weight, Index key) {
         for (Index p = 0; p < kPackets; ++p) {
-          sums[r][p] = simd::fma(simd::broadcast(weight), simd::loadu(&v(key, c + p * kLanes)), sums[r][p]);
+          sums[r][p] = simd::fma(simd::broadcast(weight), values(key, c + p * kLanes), sums[r][p]);
         }
       };
       for (Index r = 0; r < kPresent; ++r) {
@@ -209,23 +217,23 @@ class SmallProblem {
       }
       for (Index r = 0; r < kPresent; ++r) {
         for_each_seen(r, all.end, n_k, [&](Scalar weight, Index key) { add(r, weight, key); });
-        for (Index p = 0; p < kPackets; ++p) simd::storeu(&out(r, c + p * kLanes), sums[r][p]);
+        if constexpr (decltype(whole)::value) {
+          for (Index p = 0; p < kPackets; ++p) simd::storeu(&out(r, c + p * kLanes), sums[r][p]);
+        } else {
+          alignas(simd::kMostAlignment) Scalar gathered[kLanes];
+          simd::store(gathered, sums[r][0]);
+          for (Index i = 0; i < std::min(kLanes, in.dv - c); ++i) out(r, c + i) = gathered[i];
+        }
       }
     };
+    constexpr std::integral_constant<Index, 1> one;
+    constexpr std::integral_constant<Index, 2> two;
     Index c = 0;
     if (v.col_stride == 1 && out.col_stride == 1) {
-      for (; c + 2 * kLanes <= in.dv; c += 2 * kLanes) add_columns(std::integral_constant<Index, 2>{}, c);
-      for (; c + kLanes <= in.dv; c += kLanes) add_columns(std::integral_constant<Index, 1>{}, c);
+      for (; c + 2 * kLanes <= in.dv; c += 2 * kLanes) add_columns(two, std::true_type{}, c);
+      for (; c + kLanes <= in.dv; c += kLanes) add_columns(one, std::true_type{}, c);
     }
-    for (; c < in.dv; ++c) {
-      for (Index r = 0; r < kPresent; ++r) {
-        Scalar sum = 0;
-        for (Index key = seen[r].begin; key < seen[r].end; ++key) {
-          if (bias_shows(mask, row + r, key, n_q, n_k)) sum += weights[r * width + key] * v(key, c);
-        }
-        out(r, c) = sum;
-      }
-    }
+    for (; c < in.dv; c += kLanes) add_columns(one, std::false_type{}, c);
   }
 };
 
