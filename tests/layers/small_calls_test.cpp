@@ -22,9 +22,8 @@ using diffattn::SlidingWindowMask;
 
 /// Token by token and in one call, from a cache of each storage, against no cache; and a tape's output and gradient
 /// against the sum of two halves of them.
-template <typename Layer>
+template <typename S, typename Layer>
 void check_small(const Layer& layer, Index n, std::mt19937_64& rng) {
-  using S = typename Layer::Scalar;
   INFO("embed_dim " << layer.config().embed_dim << ", n " << n);
   const Matrix<S> x = random_matrix<S>(n, layer.config().embed_dim, rng), y = layer.forward(x);
   const S size = y.norm() + std::numeric_limits<S>::min(), tolerance = 2000 * std::numeric_limits<S>::epsilon();
@@ -56,12 +55,12 @@ void check_small(const Layer& layer, Index n, std::mt19937_64& rng) {
   CHECK((gradient(half) * S(2) - dx).norm() <= tolerance * (dx.norm() + 1));
 }
 
-template <typename Layer, typename Config>
+template <typename Layer, typename S, typename Config>
 void check_layer(const Config& config) {
   auto rng = make_rng();
   Layer layer(config);
   layer_checks::randomize(layer, rng);
-  for (const Index n : {1, 2, 5, 6, 9, 17, 31}) check_small(layer, n, rng);
+  for (const Index n : {1, 2, 5, 6, 9, 17, 31}) check_small<S>(layer, n, rng);
 }
 
 }  // namespace
@@ -69,11 +68,11 @@ void check_layer(const Config& config) {
 TEMPLATE_TEST_CASE("Small calls of every layer", "[layers][small]", float, double) {
   for (const Index head_dim : {2, 6, 10, 18, 34}) {
     for (const Index num_kv_heads : {1, 3}) {
-      check_layer<MultiheadAttention<TestType>>(typename MultiheadAttention<TestType>::Config{
+      check_layer<MultiheadAttention<TestType>, TestType>(typename MultiheadAttention<TestType>::Config{
           .embed_dim = 3 * head_dim, .num_heads = 3, .num_kv_heads = num_kv_heads});
-      check_layer<MultiheadDiffAttention<TestType>>(typename MultiheadDiffAttention<TestType>::Config{
+      check_layer<MultiheadDiffAttention<TestType>, TestType>(typename MultiheadDiffAttention<TestType>::Config{
           .embed_dim = 6 * head_dim, .num_heads = 3, .num_kv_heads = num_kv_heads, .rotary = diffattn::RotaryConfig{}});
-      check_layer<MultiheadDiffAttentionV2<TestType>>(typename MultiheadDiffAttentionV2<TestType>::Config{
+      check_layer<MultiheadDiffAttentionV2<TestType>, TestType>(typename MultiheadDiffAttentionV2<TestType>::Config{
           .embed_dim = 5, .num_heads = 3, .num_kv_heads = num_kv_heads, .head_dim = head_dim});
     }
   }
