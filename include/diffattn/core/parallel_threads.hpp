@@ -77,12 +77,16 @@ bool wait_awake(std::chrono::microseconds patience, const Done& done) {
 /// A fixed set of std::threads; the caller works as worker 0. Starting a run neither allocates nor copies the task.
 class ThreadPool {
  public:
-  /// `num_threads` threads with the caller's: 1 and 0 start none. Throws std::invalid_argument for a negative number,
-  /// std::system_error if the system has no thread left and std::bad_alloc; those already started are ended first.
+  /// `num_threads` threads with the caller's: 1 and 0 start none. Throws std::invalid_argument for a number below 0 or
+  /// above what any system has, std::system_error if the system has no thread left, and std::bad_alloc; threads already
+  /// started are ended first.
   explicit ThreadPool(Index num_threads = static_cast<Index>(std::thread::hardware_concurrency()))
       : forks_(detail::ForkCount::now()),
         patience_(num_threads <= static_cast<Index>(std::thread::hardware_concurrency()) ? 100 : 0) {
     if (num_threads < 0) detail::throw_invalid({"ThreadPool: num_threads must be 0 or more, got ", num_threads});
+    if (num_threads > kMostThreads) {
+      detail::throw_invalid({"ThreadPool: num_threads must be at most ", kMostThreads, ", got ", num_threads});
+    }
     try {
       threads_.reserve(static_cast<std::size_t>(std::max<Index>(num_threads, 1) - 1));
       for (Index worker = 1; worker < num_threads; ++worker) {
@@ -138,6 +142,7 @@ class ThreadPool {
 
   // gate_: how many threads work on the present run, and whether others may still join them.
   static constexpr std::uint32_t kClosed = 1u << 31;
+  static constexpr Index kMostThreads = Index{1} << 20;
   static constexpr Index kNoError = std::numeric_limits<Index>::max();
 
   [[noreturn, gnu::cold, gnu::noinline]] static void throw_forked() {
