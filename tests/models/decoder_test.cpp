@@ -187,3 +187,26 @@ TEST_CASE("A decoder refuses what cannot be by name", "[models][decoder]") {
   CHECK(refusal([&] { with([](auto& c) { c.attention.embed_dim = 0; }); }) ==
         "Decoder: attention.embed_dim must be at least 1, got 0");
 }
+
+TEST_CASE("Models and caches of sizes that overflow are refused", "[models][decoder]") {
+  using Model = diffattn::Decoder<float, diffattn::MultiheadAttention<float>>;
+  const auto refused = [](Index vocab_size, Index num_layers, Index hidden_dim) {
+    return support::thrown_by<std::invalid_argument>([&] {
+      Model model({.vocab_size = vocab_size,
+                   .num_layers = num_layers,
+                   .hidden_dim = hidden_dim,
+                   .attention = {.embed_dim = 8, .num_heads = 1}});
+    });
+  };
+  for (const Index size : {Index{1} << 47, Index{1} << 62, std::numeric_limits<Index>::max()}) {
+    CHECK(refused(size, 1, 4).find("Decoder: vocab_size·embed_dim would be more than") == 0);
+    CHECK(refused(8, size, 4).find("Decoder: num_layers·hidden_dim·embed_dim would be more than") == 0);
+    CHECK(refused(8, 1, size).find("Decoder: num_layers·hidden_dim·embed_dim would be more than") == 0);
+    CHECK(support::thrown_by<std::invalid_argument>([&] {
+            diffattn::DecoderCache<float> cache(size);
+          }).find("DecoderCache: num_layers must be at least 1 and that of the model") == 0);
+  }
+  for (const Index none : {0, -1}) {
+    CHECK_THROWS_AS(diffattn::DecoderCache<float>(none), std::invalid_argument);
+  }
+}

@@ -12,7 +12,9 @@
 // default exempts norms, biases and λ from decay, which would otherwise be pulled to 0 for nothing.
 //
 // State    step count and both moments, which visit_parameters visits as first_moment.<name> and second_moment.<name>.
-// Errors   ShapeError, before any work, if the parameters of model or gradient are not those it was made for.
+// Errors   ShapeError, before any work, if the parameters of model or gradient are not those it was made for;
+//          std::invalid_argument for a learning rate that is not finite. std::bad_alloc comes before any work, too.
+//          A NaN or Inf in the gradient goes into the parameter and its moments: look at the norm before.
 // Memory   two moments of each parameter, at construction.
 // Threads  element by element: the same bits for any executor.
 
@@ -133,14 +135,19 @@ class AdamW {
   void step(Model& model, const Model& gradient, double learning_rate, E&& executor = {}) {
     check("model", model);
     check("gradient", gradient);
-    const std::vector<const Scalar*> gradients = values_of(gradient);
+    if (!std::isfinite(learning_rate)) {
+      detail::throw_invalid({kName, ": the learning rate must be finite, got ", std::to_string(learning_rate).c_str()});
+    }
+    // Both lists before the first update: names are strings, and visiting may find no memory for them.
+    const std::vector<const Scalar*> gradients = values_of<const Scalar>(gradient);
+    const std::vector<Scalar*> parameters = values_of<Scalar>(model);
     ++steps;
     const auto t = static_cast<double>(steps);
     const double correction1 = 1 - std::pow(config_.beta1, t), correction2 = 1 - std::pow(config_.beta2, t);
-    std::size_t index = 0;
-    visit_parameters(model, [&](std::string_view /*name*/, auto& parameter) {
+    for (std::size_t index = 0; index < slots_.size(); ++index) {
       Slot& slot = slots_[index];
-      const Scalar* const g = gradients[index++];
+      Scalar* const p = parameters[index];
+      const Scalar* const g = gradients[index];
       const double rate = learning_rate * slot.group.learning_rate_factor;
       const detail::AdamWStep<Scalar> update{
           .keep = static_cast<Scalar>(1 - rate * config_.weight_decay * slot.group.weight_decay_factor),
@@ -152,13 +159,13 @@ class AdamW {
           .root_of_correction = static_cast<Scalar>(std::sqrt(correction2)),
           .eps = static_cast<Scalar>(config_.eps)};
       constexpr Index kPiece = 1 << 14;
-      const Index size = parameter.size();
+      const Index size = slot.first_moment.size();
       executor.run((size + kPiece - 1) / kPiece, [&](Index task, Index /*worker*/) {
         const Index first = task * kPiece;
-        update.apply(parameter.data() + first, g + first, slot.first_moment.data() + first,
-                     slot.second_moment.data() + first, std::min(kPiece, size - first));
+        update.apply(p + first, g + first, slot.first_moment.data() + first, slot.second_moment.data() + first,
+                     std::min(kPiece, size - first));
       });
-    });
+    }
   }
 
   template <typename Self, typename Visitor>
@@ -187,6 +194,9 @@ class AdamW {
     if (!(config.learning_rate >= 0 && config.eps >= 0 && config.weight_decay >= 0)) {
       detail::throw_invalid({kName, ": learning_rate, eps and weight_decay must not be negative"});
     }
+    if (!std::isfinite(config.learning_rate + config.eps + config.weight_decay)) {
+      detail::throw_invalid({kName, ": learning_rate, eps and weight_decay must be finite"});
+    }
     return config;
   }
 
@@ -207,10 +217,10 @@ class AdamW {
     }
   }
 
-  template <typename Model>
-  static std::vector<const Scalar*> values_of(const Model& model) {
-    std::vector<const Scalar*> values;
-    visit_parameters(model, [&](std::string_view /*name*/, const auto& p) { values.push_back(p.data()); });
+  template <typename Value, typename Model>
+  static std::vector<Value*> values_of(Model& model) {
+    std::vector<Value*> values;
+    visit_parameters(model, [&](std::string_view /*name*/, auto& p) { values.push_back(p.data()); });
     return values;
   }
 

@@ -7,7 +7,10 @@
 // A gradient is any object that visit_parameters visits. Squares are added up in double, in a fixed order.
 
 #include <cmath>
+#include <functional>
 #include <string_view>
+#include <type_traits>
+#include <vector>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
@@ -40,16 +43,22 @@ double gradient_norm(const Model& gradient) {
 }
 
 /// Scales `gradient` down to `max_norm` if it is longer, and returns the norm that it had. A gradient whose norm is not
-/// finite stays as it is: check what is returned. Throws std::invalid_argument unless max_norm is positive.
+/// finite stays as it is: check what is returned. Throws std::invalid_argument unless max_norm is positive, and
+/// std::bad_alloc; the gradient is then as before.
 template <typename Model>
 double clip_gradient_norm(Model& gradient, double max_norm) {
   if (!(max_norm > 0)) detail::throw_invalid({"clip_gradient_norm: max_norm must be positive"});
   const double norm = gradient_norm(gradient);
   const double factor = max_norm / (norm + 1e-6);
   if (std::isfinite(norm) && factor < 1) {
+    // Visiting makes names, for which there may be no memory: it is over before the first parameter changes.
+    std::vector<std::function<void()>> scalings;
     visit_parameters(gradient, [&](std::string_view /*name*/, auto& parameter) {
-      parameter *= static_cast<typename std::remove_reference_t<decltype(parameter)>::Scalar>(factor);
+      scalings.push_back([&parameter, factor] {
+        parameter *= static_cast<typename std::remove_reference_t<decltype(parameter)>::Scalar>(factor);
+      });
     });
+    for (const auto& scale : scalings) scale();
   }
   return norm;
 }

@@ -3,12 +3,15 @@
 // What the attention layers share: several sequences stacked in the rows of one matrix, and the checks at a layer's
 // door.
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <span>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/layers/rotary.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -18,7 +21,7 @@ inline void check_lengths(const char* where, std::span<const Index> lengths, Ind
   Index sum = 0;
   for (const Index length : lengths) {
     if (length < 0) throw_invalid({where, ": a sequence cannot have ", length, " tokens"});
-    sum += length;
+    sum += std::min(length, std::numeric_limits<Index>::max() - sum);
   }
   if (sum != rows) {
     throw_shape({where, ": the lengths of the sequences must add up to the ", rows, " rows of x, got ", sum});
