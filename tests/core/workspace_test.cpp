@@ -4,10 +4,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <thread>
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/failing_allocations.hpp"
 #include "support/random.hpp"
 
 using diffattn::Index;
@@ -29,6 +34,33 @@ bool intact(const Piece& piece) {
   }
   return true;
 }
+
+/// Takes memory as a call without a workspace does; whether it found a workspace that holds none yet.
+bool took_from_a_new_workspace() {
+  diffattn::detail::ThreadWorkspace call;
+  Workspace& workspace = call;
+  const bool is_new = workspace.capacity() == 0;
+  const auto frame = workspace.frame();
+  char* const taken = workspace.take<char>(5000);
+  std::memset(taken, 1, 5000);
+  return is_new;
+}
+
+/// Uses a workspace when it is destroyed. `after_it`: the thread's own is destroyed before.
+struct CallsAtItsEnd {
+  explicit CallsAtItsEnd(bool after) : after_it(after) {}
+  CallsAtItsEnd(const CallsAtItsEnd&) = delete;
+  CallsAtItsEnd& operator=(const CallsAtItsEnd&) = delete;
+  ~CallsAtItsEnd() {
+    if (took_from_a_new_workspace() == after_it) return;
+    std::fputs("a workspace was used that does not exist any more, or not used while it did\n", stderr);
+    std::_Exit(1);
+  }
+  bool after_it;
+};
+
+// Outlives the thread_local workspace of the main thread, which is there: a test below takes from it.
+const CallsAtItsEnd static_object(true);
 
 }  // namespace
 
@@ -110,6 +142,58 @@ TEST_CASE("A workspace moves with its memory, and copies without") {
   const auto frame = moved.frame();
   CHECK(moved.take<char>(1000) != nullptr);
   CHECK(moved.capacity() == capacity);
+}
+
+TEST_CASE("A size that no memory has is refused, and the workspace goes on") {
+  Workspace workspace;
+  const auto frame = workspace.frame();
+  char* const first = workspace.take<char>(64);
+  for (const Index count : {Index{1} << 60, Index{1} << 61, Index{1} << 62, std::numeric_limits<Index>::max(),
+                            std::numeric_limits<Index>::max() / 4, Index{-1}, std::numeric_limits<Index>::min()}) {
+    INFO(count);
+    CHECK_THROWS_AS((void)workspace.take<double>(count), std::bad_alloc);
+    CHECK_THROWS_AS((void)workspace.take<Piece>(count), std::bad_alloc);
+  }
+  CHECK_THROWS_AS((void)workspace.take<char>(std::numeric_limits<Index>::max() - 1), std::bad_alloc);
+  CHECK(workspace.take<char>(64) == first + 64);
+}
+
+TEST_CASE("When there is no memory, nothing is taken") {
+  Workspace workspace;
+  const auto use = [&](Index count) {
+    const auto frame = workspace.frame();
+    char* const first = workspace.take<char>(100);
+    std::memset(first, 5, 100);
+    for (int i = 0; i < 3; ++i) std::memset(workspace.take<char>(count), 7, static_cast<std::size_t>(count));
+    CHECK(std::count(first, first + 100, 5) == 100);
+  };
+  Index count = 10000;
+  const std::size_t failures = support::for_every_failing_allocation([&] { use(count *= 2); },
+                                                                     [&](bool threw) {
+                                                                       CHECK(threw);
+                                                                       CHECK(!workspace.in_use());
+                                                                       use(10);
+                                                                     });
+  CHECK((failures > 0) == support::fails_allocations());
+
+  // A frame that is still open keeps what it has, and takes from where it was.
+  const auto frame = workspace.frame();
+  char* const before = workspace.take<char>(64);
+  support::for_every_failing_allocation([&] { (void)workspace.take<char>(Index{1} << 24); },
+                                        [&](bool threw) {
+                                          CHECK(threw);
+                                          CHECK(workspace.take<char>(0) == before + 64);
+                                        });
+}
+
+TEST_CASE("calls while a thread or the program ends find a workspace") {
+  (void)took_from_a_new_workspace();  // for static_object
+  std::thread([] {
+    thread_local const CallsAtItsEnd made_before(true);  // is destroyed after the workspace, which comes later
+    (void)took_from_a_new_workspace();
+    thread_local const CallsAtItsEnd made_after(false);
+  }).join();
+  std::thread([] { thread_local const CallsAtItsEnd first_to_call(true); }).join();
 }
 
 TEST_CASE("calls without a workspace share their thread's, which keeps little") {

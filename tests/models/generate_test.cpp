@@ -113,6 +113,81 @@ TEST_CASE("A repetition penalty weakens what has been, once", "[models][generate
   CHECK(sampler.next(std::span<const float>(negative), std::span<const Index>(first)) == 1);
 }
 
+TEST_CASE("Logits that cannot be ordered are refused, and those of -inf never drawn", "[models][generate]") {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN(), kInf = std::numeric_limits<float>::infinity();
+  const GenerateOptions ways[] = {
+      {},
+      {.temperature = 1},
+      {.temperature = 1, .top_k = 2},
+      {.temperature = 1, .top_p = 0.9},
+      {.temperature = 0.7, .top_k = 3, .top_p = 0.5, .repetition_penalty = 1.3},
+  };
+  for (const GenerateOptions& options : ways) {
+    INFO("temperature " << options.temperature << ", top_k " << options.top_k << ", top_p " << options.top_p);
+    const auto refused = [&](std::vector<float> logits) {
+      TokenSampler sampler(options);
+      const Tokens so_far = {0, 1};
+      return support::thrown_by<std::runtime_error>(
+          [&] { sampler.next(std::span<const float>(logits), std::span<const Index>(so_far)); });
+    };
+    for (std::size_t at = 0; at < 60; ++at) {
+      std::vector<float> logits(60, 1.0f);
+      logits[at] = kNaN;
+      CHECK(refused(logits) == "generate: at position 2 the logit of token " + std::to_string(at) +
+                                   " is NaN: the model's parameters or its input are not finite");
+      logits[at] = kInf;
+      CHECK(refused(logits).find("the logit of token " + std::to_string(at) + " is infinite") != std::string::npos);
+    }
+    CHECK(refused({-kInf, -kInf, -kInf}) ==
+          "generate: at position 2 all logits are -inf, so that no token can be chosen");
+    CHECK(refused({kNaN}).find("token 0 is NaN") != std::string::npos);
+
+    // Masked ones first, last and most: the two that are left are drawn, and nothing else.
+    const std::vector<double> seen = frequencies(options, {-kInf, 0.5f, -kInf, -kInf, 0.5f, -kInf}, 3000);
+    CHECK(seen[1] + seen[4] > 1 - 1e-9);
+    TokenSampler one(options);
+    const std::vector<float> last = {-kInf, -kInf, -3e38f};
+    CHECK(one.next(std::span<const float>(last), {}) == 2);
+    CHECK(support::thrown_by<std::invalid_argument>([&] { one.next(std::span<const float>(), {}); }) ==
+          "generate: there are no logits to choose from");
+  }
+}
+
+TEST_CASE("No temperature and no penalty turns logits into something that cannot be drawn from", "[models][generate]") {
+  const std::vector<float> logits = {3e38f, -3e38f, 1, 2.5e38f};
+  for (const double temperature : {1e-320, 1e-300, 1e-30, 1e300}) {
+    for (const double penalty : {1e-320, 1e-300, 1.0, 1e300}) {
+      INFO("temperature " << temperature << ", penalty " << penalty);
+      TokenSampler sampler({.temperature = temperature, .top_k = 3, .top_p = 0.9, .repetition_penalty = penalty});
+      const Tokens so_far = {1, 2};
+      for (int i = 0; i < 5; ++i) {
+        const Index token = sampler.next(std::span<const float>(logits), std::span<const Index>(so_far));
+        CHECK(token >= 0);
+        CHECK(token < 4);
+        if (temperature < 1 && penalty >= 1) CHECK(token == 0);
+      }
+    }
+  }
+  TokenSampler sampler({.repetition_penalty = 2});
+  const Tokens beyond = {4}, negative = {-1};
+  CHECK(support::thrown_by<std::invalid_argument>([&] {
+          sampler.next(std::span<const float>(logits), std::span<const Index>(beyond));
+        }) == "generate: a token so far is 4, and there are logits for 4 tokens");
+  CHECK_THROWS_AS(sampler.next(std::span<const float>(logits), std::span<const Index>(negative)),
+                  std::invalid_argument);
+}
+
+TEST_CASE("A model that gives NaN is told so, and the cache is as before", "[models][generate]") {
+  Model broken = model();
+  broken.embedding(5, 3) = std::numeric_limits<float>::quiet_NaN();
+  DecoderCache<float> cache(2);
+  broken.logits({1, 2}, cache);
+  CHECK(support::thrown_by<std::runtime_error>([&] {
+          generate(broken, Tokens{3, 5}, {.max_new_tokens = 3}, cache);
+        }).find("generate: at position 2 the logit of token 0 is NaN") == 0);
+  CHECK(cache.position() == 2);
+}
+
 TEST_CASE("The seed fixes what is drawn", "[models][generate]") {
   const auto text = [](std::uint64_t seed) {
     return generate(model(), {1, 2, 3}, {.max_new_tokens = 30, .temperature = 2, .seed = seed});
@@ -162,4 +237,10 @@ TEST_CASE("Options that cannot be are refused by name, and the cache is as befor
   options.on_token = [](Index) -> bool { throw std::runtime_error("enough"); };
   CHECK_THROWS_AS(generate(model(), Tokens{1}, options, cache), std::runtime_error);
   CHECK(cache.position() == 2);
+  options.on_token = [&](Index) -> bool {
+    cache.clear();
+    throw std::runtime_error("cleared");
+  };
+  CHECK_THROWS_AS(generate(model(), Tokens{1}, options, cache), std::runtime_error);
+  CHECK(cache.position() == 0);
 }

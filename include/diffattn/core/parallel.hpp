@@ -7,10 +7,15 @@
 //   executor.run(count, task)     calls task(index, worker) once for every index in [0, count), returns when all are
 //                                 done; 0 <= worker < concurrency(), and no two tasks run on one worker at a time
 //
-// A type of your own with these two members is an executor too. Tasks of this library never throw, never wait for each
-// other, and each output value is computed by exactly one of them in a fixed order: results are bitwise the same for
-// any executor and any number of threads. OpenMP's executor is in parallel_openmp.hpp, for programs compiled with
-// OpenMP.
+// A type of your own with these two members is an executor too. Tasks of this library never wait for each other, and
+// each output value is computed by exactly one of them in a fixed order: results are bitwise the same for any executor
+// and any number of threads. OpenMP's executor is in parallel_openmp.hpp, for programs compiled with OpenMP.
+//
+// Exceptions  a task throws what your mask or bias throws in it. run() then starts no further tasks, waits for those
+//             that are running and throws: with the executors of this library what the task of the lowest index threw,
+//             which is what Serial meets first. An executor of yours may throw, too, once no task of it is running.
+//             Whatever comes out of run() reaches the caller of the library: what it was to compute is then not
+//             specified, but layers, models, workspaces and executors can be used again, and caches are as they were.
 
 #include <concepts>
 

@@ -7,21 +7,38 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 
 #include "diffattn/core/parallel.hpp"
 
 namespace diffattn::inline v0_1 {
 
 struct OpenMP {
-  int num_threads = omp_get_max_threads();
+  int num_threads = omp_get_max_threads();  ///< 1 if it is less
 
   Index concurrency() const { return omp_in_parallel() ? 1 : std::max(1, num_threads); }
 
   template <typename Task>
   void run(Index count, Task&& task) const {
     if (omp_in_parallel() || count <= 1) return Serial::run(count, task);
+    // No exception may leave a parallel region. Tasks before the first that threw still run: one of them may throw too.
+    std::exception_ptr error;
+    std::atomic<Index> end{count};
 #pragma omp parallel for schedule(dynamic) num_threads(std::max(1, num_threads))
-    for (Index index = 0; index < count; ++index) task(index, static_cast<Index>(omp_get_thread_num()));
+    for (Index index = 0; index < count; ++index) {
+      if (index >= end.load(std::memory_order_relaxed)) continue;
+      try {
+        task(index, static_cast<Index>(omp_get_thread_num()));
+      } catch (...) {
+#pragma omp critical(diffattn_openmp_error)
+        if (index < end) {
+          error = std::current_exception();
+          end = index;
+        }
+      }
+    }
+    if (error) std::rethrow_exception(error);
   }
 };
 

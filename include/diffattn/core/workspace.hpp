@@ -5,10 +5,12 @@
 // A call opens a frame, takes what it needs from it, and gives everything back when the frame goes out of scope. Frames
 // nest like calls. Memory is kept between frames, so once a workspace has seen its largest call it never touches the
 // heap again. Pointers are aligned to 64 bytes and stay valid for the life of their frame. Not for two threads at once:
-// a call that runs on several threads takes their shares before it starts them.
+// a call that runs on several threads takes their shares before it starts them. After an exception, whose frames have
+// closed on its way, a workspace is as good as before.
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 #include <memory>
 #include <new>
 #include <span>
@@ -43,12 +45,15 @@ class Workspace {
     std::size_t used_;
   };
 
-  [[nodiscard]] Frame frame() { return Frame(*this); }
+  [[nodiscard]] Frame frame() & { return Frame(*this); }
 
-  /// `count` uninitialised values, valid until the innermost open frame closes. O(1); heap only when growing.
+  /// `count` uninitialised values, valid until the innermost open frame closes. O(1); heap only when growing. Throws
+  /// std::bad_alloc, also for more bytes than can be counted or fewer than none.
   template <typename T>
   [[nodiscard]] T* take(Index count) {
     static_assert(std::is_trivially_destructible_v<T>);
+    constexpr Index kMost = (std::numeric_limits<Index>::max() - kAlignment) / static_cast<Index>(sizeof(T));
+    if (count < 0 || count > kMost) throw std::bad_array_new_length();
     return reinterpret_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
   }
 
@@ -77,7 +82,7 @@ class Workspace {
   }
 
  private:
-  static constexpr std::size_t kAlignment = 64;
+  static constexpr Index kAlignment = 64;
   static constexpr std::size_t kSmallestBlock = 16 * 1024;
 
   struct Free {
@@ -89,19 +94,19 @@ class Workspace {
   };
 
   std::byte* take_bytes(std::size_t bytes) {
-    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    bytes = (bytes + std::size_t{kAlignment} - 1) / std::size_t{kAlignment} * std::size_t{kAlignment};
     if (block_ == 0 && used_ == 0 && blocks_.size() > 1) merge_blocks();
-    while (block_ < blocks_.size() && blocks_[block_].size - used_ < bytes) next_block();
+    std::size_t block = block_, used = used_;
+    while (block < blocks_.size() && blocks_[block].size - used < bytes) {
+      ++block;
+      used = 0;
+    }
     // What is taken first is seldom all: small requests share a block.
-    if (block_ == blocks_.size()) add_block(std::max(bytes, kSmallestBlock));
-    std::byte* const result = blocks_[block_].memory.get() + used_;
-    used_ += bytes;
+    if (block == blocks_.size()) add_block(std::max(bytes, kSmallestBlock));
+    std::byte* const result = blocks_[block].memory.get() + used;
+    block_ = block;
+    used_ = used + bytes;
     return result;
-  }
-
-  void next_block() {
-    ++block_;
-    used_ = 0;
   }
 
   void add_block(std::size_t bytes) {
@@ -131,7 +136,8 @@ class Workspace {
 namespace detail {
 
 /// The workspace of calls that bring none: each thread keeps one, since for a small problem finding memory would take
-/// longer than the work. What is larger than kMostKept goes back when the call ends.
+/// longer than the work. What is larger than kMostKept goes back when the call ends. A call that comes after the
+/// thread's has been destroyed, from the destructor of a static object for example, has one of its own.
 class ThreadWorkspace {
  public:
   static constexpr std::size_t kMostKept = 1 << 20;
@@ -141,18 +147,28 @@ class ThreadWorkspace {
   ThreadWorkspace& operator=(const ThreadWorkspace&) = delete;
   ~ThreadWorkspace() {
     // In use when this call was made from within another, by a mask for example.
-    if (!workspace_.in_use() && workspace_.capacity() > kMostKept) workspace_ = Workspace();
+    if (kept_ != nullptr && !kept_->in_use() && kept_->capacity() > kMostKept) *kept_ = Workspace();
   }
 
-  operator Workspace&() { return workspace_; }
+  operator Workspace&() { return kept_ != nullptr ? *kept_ : own_; }
 
  private:
-  static Workspace& of_this_thread() {
-    thread_local Workspace workspace;
-    return workspace;
+  struct Kept {
+    ~Kept() { gone_ = true; }
+    Workspace workspace;
+  };
+
+  static Workspace* of_this_thread() {
+    if (gone_) return nullptr;
+    thread_local Kept kept;
+    return &kept.workspace;
   }
 
-  Workspace& workspace_ = of_this_thread();
+  inline static constinit thread_local bool gone_ =
+      false;  // has no destructor: can be read until the thread is no more
+
+  Workspace* kept_ = of_this_thread();
+  Workspace own_;
 };
 
 }  // namespace detail

@@ -12,7 +12,9 @@
 //            its own is evaluated once. `out` is written in place, must have its shape, and must not overlap an
 //            operand.
 // Masks      mask.hpp. A query that sees no key gives exactly 0; what a masked key or value holds never matters.
-// Errors     ShapeError, std::invalid_argument; before any work, and nothing has been written.
+// Errors     ShapeError, std::invalid_argument; before any work, and nothing has been written. What a mask, a bias or
+// an
+//            executor of yours throws, and std::bad_alloc, reach the caller; `out` then holds anything.
 // Memory     O((n_k + rows)·(d + dv)), a packed copy of the keys and values of one head at a time (of more heads with a
 //            parallel executor). Taken from `workspace`; a workspace that has seen the shape before is not grown. A
 //            call without one uses its thread's, which keeps up to 1 MB.
@@ -42,6 +44,7 @@ void multihead_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Ma
   const Index n_q = q.rows(), n_k = k.rows();
   const Index d = detail::checked_width(where, "q", q.cols(), heads.num_heads);
   const Index dv = detail::checked_width(where, "v", v.cols(), heads.num_kv_heads);
+  detail::check_operand_sizes(where, q, k, v, heads.num_heads, dv);
   detail::check_shape(where, "k", k, n_k, heads.num_kv_heads * d);
   detail::check_shape(where, "v", v, n_k, heads.num_kv_heads * dv);
   detail::check_shape(where, "out", out, n_q, heads.num_heads * dv);

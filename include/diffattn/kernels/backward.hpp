@@ -20,7 +20,8 @@
 //            the multi-head functions write any strides. Results are overwritten, not added to.
 // Masks      a hidden key gets no gradient from a query that does not see it, and gives none, whatever they hold; a row
 //            that sees nothing has gradient 0.
-// Errors     ShapeError before any work.
+// Errors     ShapeError and std::invalid_argument before any work. What a mask, a bias or an executor of yours throws,
+//            and std::bad_alloc, reach the caller; the gradients then hold anything.
 // Memory     a panel of 96 · n_k · (maps + 1) values a worker; packed keys and values of a head and their gradients a
 //            worker. Threads as in attention.hpp: same bits for any number.
 // Cost       2·n_q·n_k·(maps·3·d + 2·dv) FLOP a head over visible pairs: with dv = 2d, that of two standard heads.
@@ -50,6 +51,7 @@ void multihead_attention_backward_into(const Eigen::MatrixBase<DQ>& dq, const Ei
   const Index n_q = q.rows(), n_k = k.rows();
   const Index d = detail::checked_width(where, "q", q.cols(), heads.num_heads);
   const Index width = detail::checked_width(where, "v", v.cols(), heads.num_kv_heads);
+  detail::check_operand_sizes(where, q, k, v, heads.num_heads, width);
   detail::check_shape(where, "k", k, n_k, heads.num_kv_heads * d);
   detail::check_shape(where, "v", v, n_k, heads.num_kv_heads * width);
   detail::check_shape(where, "dout", dout, n_q, heads.num_heads * width);
@@ -84,6 +86,7 @@ void attention_backward_into(AttentionGradients<Scalar>& gradients, const Eigen:
                              const Eigen::MatrixBase<G>& dout, const Mask& mask, const AttentionOptions& options,
                              Workspace& workspace, E&& executor = {}) {
   constexpr const char* where = "attention_backward";
+  detail::check_operand_sizes(where, q, k, v, 1, v.cols());
   detail::check_shape(where, "k", k, k.rows(), detail::checked_width(where, "q", q.cols(), 1));
   detail::check_shape(where, "v", v, k.rows(), detail::checked_width(where, "v", v.cols(), 1));
   detail::check_shape(where, "dout", dout, q.rows(), v.cols());
@@ -153,6 +156,7 @@ void multihead_diff_attention_backward_into(const Eigen::MatrixBase<DQ>& dq, con
   const Index n_q = q.rows(), n_k = k.rows();
   const Index d = detail::checked_width(where, "q", q.cols(), 2 * heads.num_heads);
   const Index width = detail::checked_width(where, "v", v.cols(), heads.num_kv_heads);
+  detail::check_operand_sizes(where, q, k, v, heads.num_heads, width);
   const bool shared_keys = k.cols() == heads.num_kv_heads * d;
   if (!shared_keys) detail::check_shape(where, "k", k, n_k, 2 * heads.num_kv_heads * d);
   detail::check_shape(where, "v", v, n_k, heads.num_kv_heads * width);
@@ -200,6 +204,7 @@ void diff_attention_backward_into(DiffAttentionGradients<Scalar, Lambda>& gradie
   detail::check_scalars<Scalar, Q1, K1, Q2, K2, V, G>();
   constexpr const char* where = "diff_attention_backward";
   const Index n_q = q1.rows(), n_k = k1.rows(), d = detail::checked_width(where, "q1", q1.cols(), 1);
+  detail::check_operand_sizes(where, q1, k1, v, 1, v.cols());
   detail::check_shape(where, "k1", k1, n_k, d);
   detail::check_shape(where, "q2", q2, n_q, d);
   detail::check_shape(where, "k2", k2, n_k, d);

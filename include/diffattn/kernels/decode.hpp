@@ -68,6 +68,7 @@ void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Matri
   const Index d = detail::checked_width(where, "q", q.cols(), heads.num_heads), dv = cache.shape.dv;
   detail::check_decode<Scalar>(where, cache, heads, d, window);
   if (cache.shape.key_maps != 1) detail::throw_shape({where, ": the cache must hold one map of keys, got two"});
+  detail::check_operand_sizes(where, q, q, q, heads.num_heads, dv);
   detail::check_shape(where, "out", out, q.rows(), heads.num_heads * dv);
 
   const detail::Readable<Q> q_read(q.derived());
@@ -92,6 +93,7 @@ void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::
   heads = detail::checked_heads(where, heads);
   const Index d = detail::checked_width(where, "q", q.cols(), 2 * heads.num_heads), dv = cache.shape.dv;
   detail::check_decode<Scalar>(where, cache, heads, d, window);
+  detail::check_operand_sizes(where, q, q, q, heads.num_heads, dv);
   detail::check_shape(where, "out", out, q.rows(), heads.num_heads * dv);
 
   const detail::Readable<Q> q_read(q.derived());

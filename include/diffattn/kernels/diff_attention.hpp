@@ -38,6 +38,7 @@ void diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixB
   detail::check_scalars<Scalar, Out, K1, Q2, K2, V>();
   constexpr const char* where = "diff_attention";
   const Index n_q = q1.rows(), n_k = k1.rows(), d = detail::checked_width(where, "q1", q1.cols(), 1);
+  detail::check_operand_sizes(where, q1, k1, v, 1, v.cols());
   detail::check_shape(where, "k1", k1, n_k, d);
   detail::check_shape(where, "q2", q2, n_q, d);
   detail::check_shape(where, "k2", k2, n_k, d);
@@ -98,6 +99,7 @@ void multihead_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eige
   const Index n_q = q.rows(), n_k = k.rows();
   const Index d = detail::checked_width(where, "q", q.cols(), 2 * heads.num_heads);
   const Index dv = detail::checked_width(where, "v", v.cols(), heads.num_kv_heads);
+  detail::check_operand_sizes(where, q, k, v, heads.num_heads, dv);
   const bool shared_keys = k.cols() == heads.num_kv_heads * d;
   if (!shared_keys) detail::check_shape(where, "k", k, n_k, 2 * heads.num_kv_heads * d);
   detail::check_shape(where, "v", v, n_k, heads.num_kv_heads * dv);

@@ -37,7 +37,7 @@ struct FullMask {
 /// Query i sees the keys up to its own position: j <= i + n_k - n_q.
 struct CausalMask {
   KeyRange visible_keys(Index query, Index n_q, Index n_k) const {
-    return {0, std::clamp<Index>(query + n_k - n_q + 1, 0, n_k)};
+    return {0, std::clamp<Index>(query - n_q + n_k + 1, 0, n_k)};  // in this order nothing overflows
   }
 };
 
@@ -47,7 +47,7 @@ struct SlidingWindowMask {
   Index window = 0;
 
   KeyRange visible_keys(Index query, Index n_q, Index n_k) const {
-    const Index position = query + n_k - n_q;
+    const Index position = query - n_q + n_k;
     const Index end = std::clamp<Index>(position + 1, 0, n_k);
     return {window > position ? 0 : std::min(position - window + 1, end), end};
   }
@@ -58,7 +58,7 @@ struct AlibiBias {
   double slope = 0;
 
   double operator()(Index query, Index key, Index n_q, Index n_k) const {
-    const Index distance = query + n_k - n_q - key;
+    const Index distance = query - n_q + n_k - key;
     return -slope * static_cast<double>(distance < 0 ? -distance : distance);
   }
 };
@@ -72,12 +72,17 @@ struct PaddingBias {
   }
 };
 
-/// Any n_q x n_k matrix of biases, -inf where a key is masked. Read in place: it must outlive the mask.
+/// Any n_q x n_k matrix of biases, -inf where a key is masked. Read in place: it must outlive the mask and, where a
+/// tape keeps the mask, the backward pass. A temporary Matrix is refused; a temporary Map or Block is a view like any
+/// other.
 template <typename Scalar>
 class MatrixBias {
  public:
   template <typename Derived>
   explicit MatrixBias(const Eigen::DenseBase<Derived>& matrix) : matrix_(detail::view_of(matrix)) {}
+  /// Would be gone before it is read: give the matrix a name.
+  template <typename Derived>
+  explicit MatrixBias(const Eigen::PlainObjectBase<Derived>&& temporary) = delete;
 
   Scalar operator()(Index query, Index key, Index /*n_q*/, Index /*n_k*/) const { return matrix_(query, key); }
 

@@ -1,11 +1,13 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <type_traits>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/sizes.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -27,10 +29,25 @@ namespace detail {
 /// Fills in num_kv_heads. Throws std::invalid_argument unless it divides num_heads.
 inline Heads checked_heads(const char* where, Heads heads) {
   if (heads.num_kv_heads == 0) heads.num_kv_heads = heads.num_heads;
+  if (heads.num_heads > kMostValues) throw_invalid({where, ": num_heads = ", heads.num_heads, ", which cannot be"});
   if (heads.num_heads < 1 || heads.num_kv_heads < 1 || heads.num_heads % heads.num_kv_heads != 0) {
     throw_invalid({where, ": num_kv_heads must divide num_heads, got ", heads.num_kv_heads, " and ", heads.num_heads});
   }
   return heads;
+}
+
+/// Refuses operands whose sizes multiply to more than memory holds, before they do: a Map with a stride of 0 may be of
+/// any size. `heads` and `dv` are those of the output.
+template <typename Q, typename K, typename V>
+void check_operand_sizes(const char* where, const Eigen::EigenBase<Q>& q, const Eigen::EigenBase<K>& k,
+                         const Eigen::EigenBase<V>& v, Index heads, Index dv) {
+  // Of what everybody calls with, no three sizes overflow: small calls take as long as a few divisions would.
+  constexpr Index kAnybodys = Index{1} << 20;
+  if ((q.rows() | q.cols() | k.rows() | k.cols() | v.rows() | v.cols() | heads | dv) < kAnybodys) return;
+  check_operand_size(where, "q", q.rows(), q.cols());
+  check_operand_size(where, "k", k.rows(), k.cols());
+  check_operand_size(where, "v", v.rows(), v.cols());
+  checked_product(where, "the size of the output", {std::max<Index>(q.rows(), 1), heads, dv});
 }
 
 /// `count` columns split evenly over `parts`. Throws ShapeError unless they can be.

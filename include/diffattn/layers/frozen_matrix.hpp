@@ -9,7 +9,8 @@
 //   FrozenMatrix w(file.mapped<float>("name"), rows, cols);          shares, and keeps the file alive
 //
 // Layout   row-major, rows without a gap between them.
-// Errors   std::invalid_argument from what reads a FrozenMatrix that has a shape but no values yet.
+// Errors   std::invalid_argument for rows and columns that are negative or that no memory holds, and from what reads a
+//          FrozenMatrix that has a shape but no values yet.
 
 #include <memory>
 #include <utility>
@@ -17,13 +18,14 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/sizes.hpp"
 
 namespace diffattn::inline v0_1 {
 
 class FrozenMatrix {
  public:
   /// A shape whose values are given later, by assignment.
-  explicit FrozenMatrix(Index rows = 0, Index cols = 0) : rows_(rows), cols_(cols) {}
+  explicit FrozenMatrix(Index rows = 0, Index cols = 0) : rows_(rows), cols_(cols) { check_size(); }
 
   template <typename T>
   explicit FrozenMatrix(Matrix<T> values) : rows_(values.rows()), cols_(values.cols()) {
@@ -34,7 +36,9 @@ class FrozenMatrix {
   /// Shares rows · cols values with whoever holds them.
   template <typename T>
   FrozenMatrix(std::shared_ptr<const T> values, Index rows, Index cols)
-      : rows_(rows), cols_(cols), values_(std::move(values)) {}
+      : rows_(rows), cols_(cols), values_(std::move(values)) {
+    check_size();
+  }
 
   Index rows() const { return rows_; }
   Index cols() const { return cols_; }
@@ -75,6 +79,8 @@ class FrozenMatrix {
  private:
   template <typename T>
   using Values = std::shared_ptr<const T>;
+
+  void check_size() const { detail::checked_product("FrozenMatrix", "its size", {rows_, cols_}); }
 
   Index rows_;
   Index cols_;

@@ -16,12 +16,14 @@
 //            one of them first adds to it. Copies may be used from different threads.
 // Memory     grows in pages of some hundred tokens, which never move; `reserve` tokens at the first use. Without growth
 //            nothing is allocated. A window gives back what no later query can see, page by page.
-// Errors     ShapeError and std::invalid_argument before any work; a cache is unchanged after a call that threw.
+// Errors     ShapeError and std::invalid_argument before any work, std::bad_alloc at once for a reserve that the system
+//            does not have. Whatever a call throws, its cache is as before.
 
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -83,7 +85,15 @@ class KvCache {
   }
 
   /// As new, but for the memory.
-  void clear() { position_ = dropped_ = 0; }
+  void clear() noexcept { position_ = dropped_ = 0; }
+
+  /// Until release() is called as often, a window keeps what it passes, so that truncate() finds it: for what consists
+  /// of several calls, one of which may fail.
+  void hold() noexcept { ++holds_; }
+  void release() noexcept {
+    --holds_;
+    drop_passed();
+  }
 
   // What layers do, in this order. `where` names the layer in messages.
 
@@ -103,6 +113,7 @@ class KvCache {
     }
     const Index held = position_ - dropped_;
     const Index room = std::max(held + tokens, options_.reserve);
+    check_memory(where, room);
     while (page_count() * detail::kPageKeys < room) pages_.push_back(std::make_shared<Page>(shape_));
     for (Index page = held / detail::kPageKeys; page * detail::kPageKeys < held + tokens; ++page) own(page, held);
   }
@@ -128,8 +139,16 @@ class KvCache {
   }
 
   /// Makes what was written part of the cache, and drops what the window has left behind.
-  void commit(Index written) {
+  void commit(Index written) noexcept {
     position_ += written;
+    drop_passed();
+  }
+
+ private:
+  using Page = detail::Page<Storage>;
+
+  void drop_passed() noexcept {
+    if (holds_ != 0) return;
     const Index passed = (first_visible(position_) - dropped_) / detail::kPageKeys;
     if (passed == 0) return;
     std::rotate(pages_.begin(), pages_.begin() + passed, pages_.end());
@@ -139,8 +158,19 @@ class KvCache {
     if (keep < page_count()) pages_.erase(pages_.begin() + keep, pages_.end());
   }
 
- private:
-  using Page = detail::Page<Storage>;
+  /// Refuses room for more tokens than there is memory for. Taken page by page, a system that promises more than it has
+  /// would go on until it ends the program; asked for all of it at once, it says no.
+  void check_memory(const char* where, Index tokens) const {
+    constexpr Index kManyPages = 64;
+    constexpr Index kMostBytes = Index{1} << 40;
+    const Index page_bytes = shape_.page_size() * static_cast<Index>(sizeof(Storage));
+    if (tokens > kMostBytes / page_bytes * detail::kPageKeys) {
+      detail::throw_invalid({where, ": a cache for ", tokens, " tokens would take more than ", kMostBytes, " bytes"});
+    }
+    const Index missing = detail::divide_up(tokens, detail::kPageKeys) - page_count();
+    if (missing < kManyPages) return;
+    ::operator delete(::operator new(static_cast<std::size_t>(missing * page_bytes)));
+  }
 
   static void check_not_negative(const char* field, Index value) {
     if (value < 0) detail::throw_invalid({"KvCache: ", field, " must be 0 or more, got ", value});
@@ -188,6 +218,7 @@ class KvCache {
   std::vector<std::shared_ptr<Page>> pages_;  // the first holds position dropped_
   Index position_ = 0;
   Index dropped_ = 0;  // positions that the window has left behind, whole pages
+  Index holds_ = 0;    // calls of hold() without their release()
 };
 
 }  // namespace diffattn::inline v0_1

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/layers/initialization.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -16,7 +17,9 @@ inline double lambda_init(double depth) { return 0.8 - 0.6 * std::exp(-0.3 * dep
 template <typename Scalar>
 class DiffLambda {
  public:
-  DiffLambda(Index d, double lambda_init_value) : init(lambda_init_value), q1(d), k1(d), q2(d), k2(d) {
+  /// Vectors of 0. Throws std::invalid_argument for a d that is negative or that no memory holds.
+  DiffLambda(Index d, double lambda_init_value)
+      : init(lambda_init_value), q1(detail::checked_product("DiffLambda", "d", {d})), k1(d), q2(d), k2(d) {
     for (Vector<Scalar>* vector : {&q1, &k1, &q2, &k2}) vector->setZero();
   }
 

@@ -19,6 +19,7 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/matmul.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
@@ -67,7 +68,8 @@ void linear_backward_into(const Eigen::MatrixBase<DX>& dx, Weight& dweight, cons
 template <typename Scalar, typename Weight = Matrix<Scalar>>
 class Linear {
  public:
-  Linear(Index in, Index out, bool with_bias = false) : weight(out, in), bias(with_bias ? out : 0) {
+  /// All 0. Throws std::invalid_argument for sizes that are negative or that no memory holds, std::bad_alloc.
+  Linear(Index in, Index out, bool with_bias = false) : weight(checked(out, in), in), bias(with_bias ? out : 0) {
     if constexpr (!kFrozen) weight.setZero();
     bias.setZero();
   }
@@ -152,6 +154,14 @@ class Linear {
 
   static constexpr bool kFrozen = std::is_same_v<Weight, FrozenMatrix>;
 
+ private:
+  /// out, once it is known that out x in values can be.
+  static Index checked(Index out, Index in) {
+    detail::checked_product("Linear", "the weight", {out, in});
+    return out;
+  }
+
+ public:
   Weight weight;        ///< out x in
   Vector<Scalar> bias;  ///< out, or empty
 };

@@ -18,6 +18,7 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/attention.hpp"
 #include "diffattn/kernels/backward.hpp"
@@ -158,6 +159,7 @@ class MultiheadAttention : public AttentionLayer<MultiheadAttention<Scalar, Weig
   static Config checked(Config config) {
     detail::check_positive(kName, "num_heads", config.num_heads);
     detail::checked_head_dim(kName, config.embed_dim, "num_heads", config.num_heads);
+    detail::checked_product(kName, "embed_dim², the size of a weight,", {config.embed_dim, config.embed_dim});
     config.num_kv_heads = detail::checked_heads(kName, {config.num_heads, config.num_kv_heads}).num_kv_heads;
     return config;
   }

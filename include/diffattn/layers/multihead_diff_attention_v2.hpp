@@ -20,6 +20,7 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/backward.hpp"
 #include "diffattn/kernels/decode.hpp"
@@ -171,9 +172,12 @@ class MultiheadDiffAttentionV2 : public AttentionLayer<MultiheadDiffAttentionV2<
     detail::check_positive(kName, "num_heads", config.num_heads);
     config.num_kv_heads = detail::checked_heads(kName, {config.num_heads, config.num_kv_heads}).num_kv_heads;
     if (config.head_dim == 0) {
-      config.head_dim = detail::checked_head_dim(kName, config.embed_dim, "2·num_heads", 2 * config.num_heads);
+      const Index parts = detail::checked_product(kName, "2·num_heads", {2, config.num_heads});
+      config.head_dim = detail::checked_head_dim(kName, config.embed_dim, "2·num_heads", parts);
     }
     detail::check_positive(kName, "head_dim", config.head_dim);
+    detail::checked_product(kName, "2·num_heads·head_dim·embed_dim, the size of a weight,",
+                            {2, config.num_heads, config.head_dim, config.embed_dim});
     return config;
   }
 

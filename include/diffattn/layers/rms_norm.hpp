@@ -10,6 +10,7 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/simd.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/layers/parameters.hpp"
 
@@ -18,8 +19,11 @@ namespace diffattn::inline v0_1 {
 template <typename Scalar>
 class RmsNorm {
  public:
+  /// Weight 1. Throws std::invalid_argument for a width that is negative or that no memory holds.
   explicit RmsNorm(Index width, double norm_eps = 1e-5, bool with_weight = true)
-      : eps(norm_eps), weight(Vector<Scalar>::Ones(with_weight ? width : 0)), width_(width) {}
+      : eps(norm_eps), width_(detail::checked_product("RmsNorm", "width", {width})) {
+    if (with_weight) weight.setOnes(width);
+  }
 
   Index width() const { return width_; }
 

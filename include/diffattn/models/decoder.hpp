@@ -29,6 +29,7 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
@@ -101,8 +102,10 @@ class Decoder {
     const auto frame = workspace.frame();
     detail::MatrixMap<Scalar> x(workspace.take<Scalar>(n * embedding.cols()), n, embedding.cols());
     Matrix<Scalar> result(n, config_.vocab_size);
+    detail::CacheTransaction transaction(cache);
     hidden_into(x, tokens, cache, workspace);
     head_into(result, x, workspace);
+    transaction.keep();
     return result;
   }
   template <typename Storage>
@@ -144,22 +147,18 @@ class Decoder {
     norm.forward_rows(x.data(), x.data(), x.rows(), executor);
   }
 
-  /// The same for the tokens that follow those in `cache`.
+  /// The same for the tokens that follow those in `cache`, which is as before if anything throws.
   template <typename Tokens, typename Storage, Executor E = Serial>
   void hidden_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens, DecoderCache<Storage>& cache,
                    Workspace& workspace, E&& executor = {}) const {
     check_cache(cache, x.rows());
     embed_into(x, tokens);
-    const Index before = cache.position();
-    try {
-      for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
-        blocks[layer].forward_in_place(x, cache.layers[layer], workspace, executor);
-      }
-      norm.forward_rows(x.data(), x.data(), x.rows(), executor);
-    } catch (...) {
-      cache.roll_back(before);
-      throw;
+    detail::CacheTransaction transaction(cache);
+    for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
+      blocks[layer].forward_in_place(x, cache.layers[layer], workspace, executor);
     }
+    norm.forward_rows(x.data(), x.data(), x.rows(), executor);
+    transaction.keep();
   }
 
   /// y (n x vocab_size) = x (n x embed_dim) W_headᵀ.
@@ -219,6 +218,8 @@ class Decoder {
   /// Adds to the parameters of `grad`, a decoder of the same configuration, their gradients: from dlogits, the gradient
   /// of the logits, and the tape of the forward pass. Throws, before any work,
   /// std::invalid_argument for a tape that is not this decoder's, ShapeError for a dlogits or grad of another shape.
+  /// After anything else that is thrown (std::bad_alloc, by an executor), model and tape are as before, but `grad`
+  /// holds some of the gradients: set it to zero and begin the step again.
   void backward(const Matrix<Scalar>& dlogits, Tape& tape, Decoder& grad) const {
     Workspace workspace;
     backward(dlogits, tape, grad, workspace);
@@ -249,6 +250,9 @@ class Decoder {
     detail::check_positive(kName, "num_layers", config.num_layers);
     detail::check_positive(kName, "hidden_dim", config.hidden_dim);
     detail::check_positive(kName, "attention.embed_dim", config.attention.embed_dim);
+    detail::checked_product(kName, "vocab_size·embed_dim", {config.vocab_size, config.attention.embed_dim});
+    detail::checked_product(kName, "num_layers·hidden_dim·embed_dim",
+                            {config.num_layers, config.hidden_dim, config.attention.embed_dim});
     return config;
   }
 

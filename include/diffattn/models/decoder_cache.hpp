@@ -7,14 +7,16 @@
 //   model.logits(prompt, cache);  model.logits({token}, cache);
 //   auto branch = cache.fork();   cache.truncate(cache.position() - 1);
 //
-// Errors   std::invalid_argument, as KvCache says; before anything is changed.
+// Errors   std::invalid_argument, as KvCache says; before anything is changed. Whatever a call of a model throws,
+// memory
+//          that is short included, its cache is as before.
 
-#include <algorithm>
-#include <stdexcept>
+#include <cstddef>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/layers/kv_cache.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -22,8 +24,12 @@ namespace diffattn::inline v0_1 {
 template <typename Storage = float>
 class DecoderCache {
  public:
+  /// Throws std::invalid_argument unless there is at least one layer, and for options that KvCache refuses.
   explicit DecoderCache(Index num_layers, const KvCacheOptions& options = {}) {
-    for (Index layer = 0; layer < num_layers; ++layer) layers.emplace_back(options);
+    if (num_layers < 1 || num_layers > detail::kMostValues) {
+      detail::throw_invalid({"DecoderCache: num_layers must be at least 1 and that of the model, got ", num_layers});
+    }
+    layers.assign(static_cast<std::size_t>(num_layers), KvCache<Storage>(options));
   }
 
   const KvCacheOptions& options() const { return layers.front().options(); }
@@ -40,24 +46,44 @@ class DecoderCache {
 
   [[nodiscard]] DecoderCache fork() const { return *this; }
 
-  /// Keeps the first `tokens` tokens.
+  /// Keeps the first `tokens` tokens. Throws std::invalid_argument as KvCache does, and nothing is changed.
   void truncate(Index tokens) {
-    for (KvCache<Storage>& layer : layers) layer.truncate(tokens);
+    for (KvCache<Storage>& layer : layers) layer.truncate(tokens);  // in step: the first refuses, or none
   }
-  void clear() {
+  void clear() noexcept {
     for (KvCache<Storage>& layer : layers) layer.clear();
-  }
-
-  /// After a failure half way: `tokens` tokens in every layer again; none if a window has dropped what that would take.
-  void roll_back(Index tokens) {
-    try {
-      for (KvCache<Storage>& layer : layers) layer.truncate(std::min(tokens, layer.position()));
-    } catch (const std::invalid_argument&) {
-      clear();
-    }
   }
 
   std::vector<KvCache<Storage>> layers;
 };
+
+namespace detail {
+
+/// What several layers append, one after the other, is kept by all or by none: unless keep() is called before this
+/// object's end, the cache is as it was at its beginning. Costs nothing but that windows drop what they pass later.
+template <typename Storage>
+class CacheTransaction {
+ public:
+  explicit CacheTransaction(DecoderCache<Storage>& cache) noexcept : cache_(cache), before_(cache.position()) {
+    for (KvCache<Storage>& layer : cache_.layers) layer.hold();
+  }
+  CacheTransaction(const CacheTransaction&) = delete;
+  CacheTransaction& operator=(const CacheTransaction&) = delete;
+  ~CacheTransaction() {
+    for (KvCache<Storage>& layer : cache_.layers) {
+      if (!keep_ && layer.position() > before_) layer.truncate(before_);
+      layer.release();
+    }
+  }
+
+  void keep() noexcept { keep_ = true; }
+
+ private:
+  DecoderCache<Storage>& cache_;
+  Index before_;
+  bool keep_ = false;
+};
+
+}  // namespace detail
 
 }  // namespace diffattn::inline v0_1

@@ -12,16 +12,19 @@
 //                        arXiv 1909.05858); also when greedy
 //   top_k                keeps the k best tokens, and those equal to the last of them
 //   top_p                keeps the fewest best tokens whose probabilities add up to p (Holtzman et al., arXiv
-//   1904.09751)
+//                        1904.09751)
 //
-// The same seed gives the same tokens, on every machine where the logits are the same.
+// The same seed gives the same tokens, on every machine where the logits are the same. A logit of -inf is a token that
+// is never drawn.
 //
 // Caches   with a DecoderCache of yours, the prompt follows what is in it, and all but the last new token are in it
 //          afterwards: the next call may go on. The prompt is fed in chunks, which bounds scratch, not in one piece.
 // Errors   std::invalid_argument naming the option, an empty prompt, a token id outside the vocabulary, or a prompt
-// longer
-//          than max_length or the cache, before any work. When there is no room for a further token, generation ends.
-// Memory   one row of logits, their order, the cache; a workspace that grows to that of one chunk.
+//          longer than max_length or the cache, before any work. When there is no room for a further token, generation
+//          ends. std::runtime_error for logits that are NaN, +inf or all -inf, of which none can be chosen.
+//          Whatever is thrown, also by on_token or for lack of memory, the cache is as it was before the call.
+// Memory   one row of logits, their order, the cache; a workspace that grows to that of one chunk. With a window, until
+//          it returns, also what the cache held before.
 
 #include <algorithm>
 #include <cmath>
@@ -31,8 +34,11 @@
 #include <iterator>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
@@ -58,7 +64,7 @@ struct GenerateOptions {
   std::function<bool(Index)> on_token{};  ///< called with every new token; false ends generation
 };
 
-/// Picks the next token from a row of logits.
+/// Picks the next token from a row of logits. After anything that is thrown it is as before.
 class TokenSampler {
  public:
   /// Throws std::invalid_argument naming the option.
@@ -74,13 +80,17 @@ class TokenSampler {
     if (top_k_ < 0) detail::throw_invalid({"generate: top_k must be 0 or more, got ", top_k_});
   }
 
-  /// The next token, given the logits of all and the tokens so far.
+  /// The next token, given the logits of all and the tokens so far. Throws std::invalid_argument for no logits and for
+  /// a token so far that has none (with a penalty), std::runtime_error for logits that are NaN, +inf or all -inf.
   template <typename Scalar>
   Index next(std::span<const Scalar> logits, std::span<const Index> so_far) {
     scores_.assign(logits.begin(), logits.end());
+    check_logits(static_cast<Index>(so_far.size()));
     if (penalty_ != 1) penalise(so_far);
-    if (temperature_ == 0) return std::max_element(scores_.begin(), scores_.end()) - scores_.begin();
-    for (double& score : scores_) score /= temperature_;
+    const auto best = std::max_element(scores_.begin(), scores_.end());
+    if (temperature_ == 0) return best - scores_.begin();
+    // The best one is 0: no temperature is so low that a quotient overflows to +inf.
+    for (const double largest = *best; double& score : scores_) score = (score - largest) / temperature_;
     return draw(keep());
   }
 
@@ -90,12 +100,40 @@ class TokenSampler {
     detail::throw_invalid({"generate: ", option, " must be ", rule, ", got ", std::to_string(value).c_str()});
   }
 
+  /// Refuses what cannot be ordered, or leaves nothing to be chosen.
+  void check_logits(Index position) const {
+    const auto vocabulary = static_cast<Index>(scores_.size());
+    if (vocabulary == 0) detail::throw_invalid({"generate: there are no logits to choose from"});
+    bool any = false;
+    for (Index token = 0; token < vocabulary; ++token) {
+      const double logit = score(token);
+      any |= std::isfinite(logit);
+      if (std::isnan(logit) || logit == std::numeric_limits<double>::infinity()) {
+        throw std::runtime_error(detail::join({"generate: at position ", position, " the logit of token ", token,
+                                               std::isnan(logit) ? " is NaN" : " is infinite",
+                                               ": the model's parameters or its input are not finite"}));
+      }
+    }
+    if (!any) {
+      throw std::runtime_error(
+          detail::join({"generate: at position ", position, " all logits are -inf, so that no token can be chosen"}));
+    }
+  }
+
   void penalise(std::span<const Index> so_far) {
+    constexpr double kMost = std::numeric_limits<double>::max();
     seen_.assign(scores_.size(), 0);
     for (const Index token : so_far) {
+      if (token < 0 || token >= static_cast<Index>(scores_.size())) {
+        detail::throw_invalid({"generate: a token so far is ", token, ", and there are logits for ",
+                               static_cast<Index>(scores_.size()), " tokens"});
+      }
       char& seen = seen_[static_cast<std::size_t>(token)];
       double& score = scores_[static_cast<std::size_t>(token)];
-      if (seen == 0) score = score > 0 ? score / penalty_ : score * penalty_;
+      // A finite logit stays finite, however large or small the penalty.
+      if (seen == 0 && std::isfinite(score)) {
+        score = std::clamp(score > 0 ? score / penalty_ : score * penalty_, -kMost, kMost);
+      }
       seen = 1;
     }
   }
@@ -119,9 +157,8 @@ class TokenSampler {
     const auto end = order_.begin() + static_cast<std::ptrdiff_t>(kept);
     if (top_p_ < 1 || top_k_ > 0) std::sort(order_.begin(), end, better);
 
-    const double best = *std::max_element(scores_.begin(), scores_.end());
     weights_.clear();
-    for (auto token = order_.begin(); token != end; ++token) weights_.push_back(std::exp(score(*token) - best));
+    for (auto token = order_.begin(); token != end; ++token) weights_.push_back(std::exp(score(*token)));
     if (top_p_ == 1) return kept;
     const double enough = top_p_ * std::accumulate(weights_.begin(), weights_.end(), 0.0);
     double sum = 0;
@@ -135,11 +172,13 @@ class TokenSampler {
   Index draw(std::size_t kept) {
     const double total = std::accumulate(weights_.begin(), weights_.begin() + static_cast<std::ptrdiff_t>(kept), 0.0);
     double left = random_.unit() * total;
-    for (std::size_t i = 0; i + 1 < kept; ++i) {
+    Index drawn = order_[0];
+    for (std::size_t i = 0; i < kept && left >= 0; ++i) {
+      // Rounding may leave a little at the end: it belongs to the last that can be drawn at all.
+      if (weights_[i] > 0) drawn = order_[i];
       left -= weights_[i];
-      if (left < 0) return order_[i];
     }
-    return order_[kept - 1];
+    return drawn;
   }
 
   double temperature_;
@@ -151,6 +190,32 @@ class TokenSampler {
   std::vector<char> seen_;
 };
 
+namespace detail {
+
+/// A cache as it was, for calls that feed it more than once. Where a window drops tokens on the way, a fork keeps them.
+template <typename Storage>
+class CacheBefore {
+ public:
+  explicit CacheBefore(const DecoderCache<Storage>& cache) : position_(cache.position()) {
+    if (cache.options().window != 0 && position_ != 0) fork_.emplace(cache);
+  }
+
+  void restore(DecoderCache<Storage>& cache) noexcept {
+    if (fork_) {
+      std::swap(cache.layers, fork_->layers);
+    } else {
+      cache.truncate(std::min(position_, cache.position()));  // on_token may have cut it
+    }
+  }
+
+ private:
+  Index position_;
+  std::optional<DecoderCache<Storage>> fork_;
+};
+
+}  // namespace detail
+
+/// The new tokens behind `prompt`, which follows what is in `cache`, with work spread over `executor`.
 template <typename Scalar, typename Attention, typename Tokens, typename Storage, Executor E = Serial>
 std::vector<Index> generate(const Decoder<Scalar, Attention>& model, const Tokens& prompt,
                             const GenerateOptions& options, DecoderCache<Storage>& cache, E&& executor = {}) {
@@ -184,7 +249,7 @@ std::vector<Index> generate(const Decoder<Scalar, Attention>& model, const Token
     model.hidden_into(x, chunk, cache, workspace, executor);
     if (is_last) model.head_into(logits, detail::rows_of(x, n - 1, 1), workspace, executor);
   };
-  const Index before = cache.position();
+  detail::CacheBefore<Storage> before(cache);
   try {
     const auto chunk = static_cast<std::size_t>(options.prefill_chunk);
     for (std::size_t at = 0; at < tokens.size(); at += chunk) {
@@ -201,10 +266,11 @@ std::vector<Index> generate(const Decoder<Scalar, Attention>& model, const Token
       if (std::find(stops.begin(), stops.end(), token) != stops.end()) break;
     }
   } catch (...) {
-    cache.roll_back(before);
+    before.restore(cache);
     throw;
   }
-  return {tokens.begin() + prompt_size, tokens.end()};
+  tokens.erase(tokens.begin(), tokens.begin() + prompt_size);
+  return tokens;
 }
 
 /// The same with a cache of its own.

@@ -12,7 +12,9 @@
 // default exempts norms, biases and λ from decay, which would otherwise be pulled to 0 for nothing.
 //
 // State    step count and both moments, which visit_parameters visits as first_moment.<name> and second_moment.<name>.
-// Errors   ShapeError, before any work, if the parameters of model or gradient are not those it was made for.
+// Errors   ShapeError, before any work, if the parameters of model or gradient are not those it was made for;
+//          std::invalid_argument for a learning rate that is not finite. std::bad_alloc comes before any work, too.
+//          A NaN or Inf in the gradient goes into the parameter and its moments: look at the norm before.
 // Memory   two moments of each parameter, at construction.
 // Threads  element by element: the same bits for any executor.
 
@@ -133,6 +135,10 @@ class AdamW {
   void step(Model& model, const Model& gradient, double learning_rate, E&& executor = {}) {
     check("model", model);
     check("gradient", gradient);
+    if (!std::isfinite(learning_rate)) {
+      detail::throw_invalid({kName, ": the learning rate must be finite, got ", std::to_string(learning_rate).c_str()});
+    }
+    // All lists before the first update: names are strings, and visiting may find no memory for them.
     struct Piece {
       detail::AdamWStep<Scalar> update;
       Scalar* parameter;
@@ -141,7 +147,7 @@ class AdamW {
       Index count;
     };
     std::vector<Piece> pieces;
-    const std::vector<const Scalar*> gradients = values_of(gradient);
+    const std::vector<const Scalar*> gradients = values_of<const Scalar>(gradient);
     std::size_t index = 0;
     visit_parameters(model, [&](std::string_view /*name*/, auto& parameter) {
       Slot& slot = slots_[index];
@@ -186,6 +192,9 @@ class AdamW {
     if (!(config.learning_rate >= 0 && config.eps >= 0 && config.weight_decay >= 0)) {
       detail::throw_invalid({kName, ": learning_rate, eps and weight_decay must not be negative"});
     }
+    if (!std::isfinite(config.learning_rate + config.eps + config.weight_decay)) {
+      detail::throw_invalid({kName, ": learning_rate, eps and weight_decay must be finite"});
+    }
     return config;
   }
 
@@ -220,10 +229,10 @@ class AdamW {
     }
   }
 
-  template <typename Model>
-  static std::vector<const Scalar*> values_of(const Model& model) {
-    std::vector<const Scalar*> values;
-    visit_parameters(model, [&](std::string_view /*name*/, const auto& p) { values.push_back(p.data()); });
+  template <typename Value, typename Model>
+  static std::vector<Value*> values_of(Model& model) {
+    std::vector<Value*> values;
+    visit_parameters(model, [&](std::string_view /*name*/, auto& p) { values.push_back(p.data()); });
     return values;
   }
 

@@ -11,18 +11,23 @@
 //   sampler.next(batch);        batch.inputs and batch.targets: batch_size · length tokens, sequences one after another
 //
 // State    how many windows were drawn: with the same tokens and config, setting `drawn` resumes.
-// Errors   std::invalid_argument if there are not at least length + 1 tokens, or a count is below 1.
-// Memory   one index a window. The tokens stay the caller's (a TokenFile maps them from disk) and have to outlive it.
+// Errors   std::invalid_argument if there are not at least length + 1 tokens, or a count is below 1, or a batch would
+// be
+//          more than memory holds. After std::bad_alloc a sampler is as before.
+// Memory   one index a window. The tokens stay the caller's (a TokenFile maps them from disk) and have to outlive it: a
+//          temporary container is refused.
 
 #include <algorithm>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/random.hpp"
+#include "diffattn/core/sizes.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -46,6 +51,7 @@ class BatchSampler {
       detail::throw_invalid(
           {"BatchSampler: length and batch_size must be at least 1, got ", config.length, " and ", config.batch_size});
     }
+    detail::checked_product("BatchSampler", "batch_size·length", {config.batch_size, config.length});
     const auto count = static_cast<Index>(tokens.size());
     if (count < config.length + 1) {
       detail::throw_invalid({"BatchSampler: a window of ", config.length, " inputs and their targets needs at least ",
@@ -55,11 +61,18 @@ class BatchSampler {
     windows_ = std::max<Index>((count - config.length) / config.length, 1);
   }
 
+  /// The tokens would be gone before they are read: give their container a name.
+  template <typename Container>
+  requires(!std::is_lvalue_reference_v<Container> && !std::ranges::enable_borrowed_range<std::remove_cv_t<Container>>)
+      BatchSampler(Container&& temporary, const BatchSamplerConfig& config)
+  = delete;
+
   const BatchSamplerConfig& config() const { return config_; }
   Index windows_per_epoch() const { return windows_; }
 
-  /// Fills `batch`, whose memory is used again.
+  /// Fills `batch`, whose memory is used again. Throws std::invalid_argument if `drawn` was set to a negative number.
   void next(Batch& batch) {
+    if (drawn < 0) detail::throw_invalid({"BatchSampler: drawn must be 0 or more, got ", drawn});
     const auto size = static_cast<std::size_t>(config_.batch_size * config_.length);
     batch.inputs.resize(size);
     batch.targets.resize(size);

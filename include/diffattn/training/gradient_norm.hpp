@@ -57,7 +57,8 @@ double gradient_norm(const Model& gradient, E&& executor = {}) {
 }
 
 /// Scales `gradient` down to `max_norm` if it is longer, and returns the norm that it had. A gradient whose norm is not
-/// finite stays as it is: check what is returned. Throws std::invalid_argument unless max_norm is positive.
+/// finite stays as it is: check what is returned. Throws std::invalid_argument unless max_norm is positive, and
+/// std::bad_alloc; the gradient is then as before.
 template <typename Model, Executor E = Serial>
 double clip_gradient_norm(Model& gradient, double max_norm, E&& executor = {}) {
   if (!(max_norm > 0)) detail::throw_invalid({"clip_gradient_norm: max_norm must be positive"});

@@ -28,7 +28,8 @@ struct LearningRateConfig {
 
 class LearningRate {
  public:
-  /// Throws std::invalid_argument if steps or rates are negative, or the warm-up is longer than the whole.
+  /// Throws std::invalid_argument if steps or rates are negative, a rate is not finite, or the warm-up is longer than
+  /// the whole.
   explicit LearningRate(const LearningRateConfig& config) : config_(config) {
     if (config.warmup_steps < 0) {
       detail::throw_invalid({"LearningRate: warmup_steps must not be negative, got ", config.warmup_steps});
@@ -41,9 +42,14 @@ class LearningRate {
     if (!(config.peak >= 0 && config.final >= 0)) {
       detail::throw_invalid({"LearningRate: peak and final must not be negative"});
     }
+    if (!std::isfinite(config.peak + config.final)) {
+      detail::throw_invalid({"LearningRate: peak and final must be finite"});
+    }
   }
 
+  /// The rate of step `step`, 0 or more: std::invalid_argument otherwise.
   double at(Index step) const {
+    if (step < 0) detail::throw_invalid({"LearningRate: steps count from 0, got ", step});
     const double peak = config_.peak, final = config_.final;
     if (step < config_.warmup_steps) {
       return peak * static_cast<double>(step + 1) / static_cast<double>(config_.warmup_steps);

@@ -5,6 +5,7 @@
 // little beside their work.
 
 #include <memory>
+#include <type_traits>
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/kernels/mask.hpp"
@@ -54,13 +55,16 @@ class RememberedMask {
   /// Keeps a copy; no allocation if the last one was of the same type. What a bias reads in place must live on.
   template <typename Mask>
   void remember(const Mask& mask) {
-    if (holder_ != nullptr && holder_->type == &kType<Mask>) {
-      Mask& old = static_cast<HolderOf<Mask>&>(*holder_).mask;
-      std::destroy_at(&old);
-      std::construct_at(&old, mask);
-    } else {
-      holder_ = std::make_unique<HolderOf<Mask>>(mask);
+    // A copy that throws half way must not leave a destroyed mask in the holder.
+    if constexpr (std::is_nothrow_copy_constructible_v<Mask>) {
+      if (holder_ != nullptr && holder_->type == &kType<Mask>) {
+        Mask& old = static_cast<HolderOf<Mask>&>(*holder_).mask;
+        std::destroy_at(&old);
+        std::construct_at(&old, mask);
+        return;
+      }
     }
+    holder_ = std::make_unique<HolderOf<Mask>>(mask);
   }
 
   /// Calls f(mask).

@@ -4,12 +4,14 @@
 // door.
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <span>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/layers/rotary.hpp"
 
@@ -20,7 +22,7 @@ inline void check_lengths(const char* where, std::span<const Index> lengths, Ind
   Index sum = 0;
   for (const Index length : lengths) {
     if (length < 0) throw_invalid({where, ": a sequence cannot have ", length, " tokens"});
-    sum += length;
+    sum += std::min(length, std::numeric_limits<Index>::max() - sum);
   }
   if (sum != rows) {
     throw_shape({where, ": the lengths of the sequences must add up to the ", rows, " rows of x, got ", sum});
