@@ -71,9 +71,7 @@ void run(const example::TrainingOptions& options) {
 
   save_diffllama(differential.model, options.out / "diffllama", {.max_position_embeddings = options.length});
   example::save_csv(options.out / "loss.csv", {differential.curve, standard.curve});
-  const std::string title = options.text.filename().string() + " byte by byte: " + std::to_string(options.layers) +
-                            " layers, " + std::to_string(options.embed_dim) + " wide";
-  example::save_svg(options.out / "loss.svg", title, {differential.curve, standard.curve});
+  example::save_svg(options.out / "loss.svg", options.title(), {differential.curve, standard.curve});
   std::printf("losses: %s and .csv\nmodel: %s\n", (options.out / "loss.svg").c_str(),
               (options.out / "diffllama").c_str());
 }
@@ -84,7 +82,11 @@ int main(int argc, char** argv) {
   CLI::App app("Trains a Differential Transformer and a Transformer on a text file, byte by byte.");
   example::TrainingOptions options;
   options.declare(app);
-  CLI11_PARSE(app, argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;  // --help is 0
+  }
   try {
     run(options);
     return EXIT_SUCCESS;

@@ -52,7 +52,7 @@ struct TrainingOptions {
     app.add_option("--layers", layers)->check(up_to(1024))->capture_default_str();
     app.add_option("--hidden-dim", hidden_dim, "inner width of SwiGLU")->check(up_to(1 << 16))->capture_default_str();
     app.add_option("--learning-rate", learning_rate, "its peak")->check(rate)->capture_default_str();
-    app.add_option("--seed", seed, "of parameters and batches")->capture_default_str();
+    app.add_option("--seed", seed, "of parameters and batches")->check(CLI::NonNegativeNumber)->capture_default_str();
     app.add_option("--threads", threads, "changes the speed and nothing else; 0: as many as help, found out by trying")
         ->check(CLI::Range(0L, 1024L))
         ->capture_default_str();
@@ -64,6 +64,12 @@ struct TrainingOptions {
 
   /// Differential heads, of width 32; a Transformer has twice as many.
   diffattn::Index heads() const { return std::max<diffattn::Index>(embed_dim / 64, 1); }
+
+  /// Of the loss curve.
+  std::string title() const {
+    return text.filename().string() + " byte by byte: " + std::to_string(layers) + " layers, " +
+           std::to_string(embed_dim) + " wide";
+  }
 
   /// The options that a run has to keep when it goes on; `text_bytes` stands for the text.
   std::string identity(std::size_t text_bytes) const {
