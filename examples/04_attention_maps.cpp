@@ -22,8 +22,11 @@ using Map = diffattn::Matrix<double>;
 namespace {
 
 /// The same q, k and v, so the same parameters, read as differential heads or as twice as many standard ones.
-void print_times(const Eigen::MatrixXf& q, const Eigen::MatrixXf& k, const Eigen::MatrixXf& v, double lambda,
+/// `copies` times over: 1 is the recorded sequence.
+void print_times(const Map& q_once, const Map& k_once, const Map& v_once, Index copies, double lambda,
                  diffattn::Heads heads) {
+  const auto repeated = [&](const Map& m) -> Eigen::MatrixXf { return m.replicate(copies, 1).cast<float>(); };
+  const Eigen::MatrixXf q = repeated(q_once), k = repeated(k_once), v = repeated(v_once);
   const diffattn::Heads twice{2 * heads.num_heads, 2 * heads.num_kv_heads};
   const diffattn::CausalMask causal;
   diffattn::Workspace workspace;
@@ -51,6 +54,7 @@ bool run(const diffattn::Safetensors& file) {
   const auto rows = file.vector<Index>("query_rows"), answers = file.vector<Index>("answer_columns");
   const Map p1 = file.matrix<double>("p1"), p2 = file.matrix<double>("p2");  // recorded, all heads stacked
   double error = 0;
+  std::string pictures;
   std::printf("%ld tokens; mean attention of the %ld rows that ask, lambda = %.4f\n", x.rows(), rows.size(), lambda);
   for (Index h = 0; h < heads; ++h) {
     const Index g = h / (heads / kv_heads);
@@ -69,21 +73,19 @@ bool run(const diffattn::Safetensors& file) {
       std::printf("  %-14s%+16.4f%+14.4f%+13.4f%+13.4f%10.2f\n", name[m].c_str(), share.answer,
                   share.rest_positive + share.rest_negative, share.rest_positive, share.rest_negative, share.entropy);
     }
-    const std::string picture = "attention_maps_head_" + std::to_string(h) + ".png";
-    example::save_picture(
-        picture,
-        {{name[0], maps[0], Palette::red}, {name[1], maps[1], Palette::blue}, {name[2], maps[2], Palette::diverging}});
-    std::printf("  picture: %s\n", picture.c_str());
+    pictures += "\n  " + example::save_picture("attention_maps_head_" + std::to_string(h) + ".png",
+                                               example::picture_title(layer.config().depth, h, lambda),
+                                               {{name[0], maps[0], Palette::red},
+                                                {name[1], maps[1], Palette::blue},
+                                                {name[2], maps[2], Palette::diverging}});
   }
   std::printf("\nEntropy is in nats, of |weights| scaled to sum 1. Rows of the difference sum to 1 - lambda.\n");
   std::printf("Largest difference to the recorded maps: %.1e\n", error);
 
   std::printf("\nTime of all heads, causal, one thread, float; median of alternating runs, microseconds:\n");
   std::printf("%14s%16s%16s%12s\n", "", "differential", "standard", "ratio");
-  for (Index copies : {1, 8}) {  // the recorded sequence, and the same one over and over
-    print_times(q.replicate(copies, 1).cast<float>(), k.replicate(copies, 1).cast<float>(),
-                v.replicate(copies, 1).cast<float>(), lambda, {heads, kv_heads});
-  }
+  for (Index copies : {1, 8}) print_times(q, k, v, copies, lambda, {heads, kv_heads});
+  std::printf("\nPictures of the maps:%s\n", pictures.c_str());
   return error < 1e-12;
 }
 

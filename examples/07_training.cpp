@@ -11,10 +11,14 @@
 #include <diffattn/models/generate.hpp>
 #include <diffattn/training/token_file.hpp>
 #include <exception>
+#include <new>
 #include <string>
 #include <vector>
 
+#include "support/interruption.hpp"
 #include "support/loss_curve.hpp"
+#include "support/printable.hpp"
+#include "support/training_files.hpp"
 #include "support/training_options.hpp"
 #include "support/training_run.hpp"
 
@@ -36,38 +40,38 @@ diffattn::DecoderConfig<Attention> model_config(const example::TrainingOptions& 
 }
 
 template <typename Attention>
-void print_sample(const diffattn::Decoder<float, Attention>& model, Index length) {
-  const std::string prompt = "And the LORD said unto ";
+void print_sample(const diffattn::Decoder<float, Attention>& model, const example::TrainingOptions& options) {
+  std::string text = options.prompt;
   std::vector<Index> tokens;
-  for (const char c : prompt) tokens.push_back(static_cast<unsigned char>(c));
-  const Index room = std::max<Index>(length - static_cast<Index>(tokens.size()), 1);
-  std::string text = prompt;
+  for (const char c : text) tokens.push_back(static_cast<unsigned char>(c));
+  const Index room = std::max<Index>(options.length - static_cast<Index>(tokens.size()), 1);
   for (const Index token : generate(model, tokens, {.max_new_tokens = room, .temperature = 0.7, .seed = 1})) {
     text += static_cast<char>(token);
   }
-  std::printf("  sample: %s\n\n", text.c_str());
+  std::printf("  sample: %s\n\n", example::printable(text).c_str());
 }
 
 void run(const example::TrainingOptions& options) {
   const diffattn::TokenFile<std::uint8_t> file(options.text);
   const example::Bytes bytes = file.tokens();
-  const std::size_t training = bytes.size() - bytes.size() / 20;  // the last twentieth is for validation
-  std::filesystem::create_directories(options.out);
-  diffattn::ThreadPool pool(options.threads);
+  example::check_text(options, bytes.size());
+  example::check_sizes(options);
+  example::check_folder(options, {"differential", "transformer"});
+  const std::size_t training = bytes.size() - example::validation_bytes(bytes.size());
 
-  const Index heads = std::max<Index>(options.embed_dim / 64, 1);  // differential ones, of width 32
-  example::TrainingRun<Differential> differential("differential", model_config<Differential>(options, heads), options,
-                                                  bytes.first(training), bytes.subspan(training), pool);
-  example::TrainingRun<Standard> standard("transformer", model_config<Standard>(options, 2 * heads), options,
-                                          bytes.first(training), bytes.subspan(training), pool);
+  example::TrainingRun<Differential> differential("differential", model_config<Differential>(options, options.heads()),
+                                                  options, bytes.first(training), bytes.subspan(training));
+  example::TrainingRun<Standard> standard("transformer", model_config<Standard>(options, 2 * options.heads()), options,
+                                          bytes.first(training), bytes.subspan(training));
+  example::catch_interruption();
   differential.run();
-  print_sample(differential.model, options.length);
+  print_sample(differential.model, options);
   standard.run();
-  print_sample(standard.model, options.length);
+  print_sample(standard.model, options);
 
   save_diffllama(differential.model, options.out / "diffllama", {.max_position_embeddings = options.length});
   example::save_csv(options.out / "loss.csv", {differential.curve, standard.curve});
-  example::save_svg(options.out / "loss.svg", {differential.curve, standard.curve});
+  example::save_svg(options.out / "loss.svg", options.title(), {differential.curve, standard.curve});
   std::printf("losses: %s and .csv\nmodel: %s\n", (options.out / "loss.svg").c_str(),
               (options.out / "diffllama").c_str());
 }
@@ -78,12 +82,19 @@ int main(int argc, char** argv) {
   CLI::App app("Trains a Differential Transformer and a Transformer on a text file, byte by byte.");
   example::TrainingOptions options;
   options.declare(app);
-  CLI11_PARSE(app, argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;  // --help is 0
+  }
   try {
     run(options);
+    return EXIT_SUCCESS;
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr,
+                 "not enough memory: take a smaller --batch, --length, --embed-dim, --hidden-dim or --layers\n");
   } catch (const std::exception& error) {
-    std::printf("%s\n", error.what());
-    return EXIT_FAILURE;
+    std::fprintf(stderr, "%s\n", error.what());
   }
-  return EXIT_SUCCESS;
+  return EXIT_FAILURE;
 }

@@ -20,8 +20,13 @@ struct Panel {
   Palette palette;
 };
 
-/// Draws panels of one size in a row, each with its title and colour bar, `cell` pixels a weight. Colours follow the
-/// square root of a weight, so that small ones can be seen. Throws std::runtime_error if the file cannot be written.
-void save_picture(const std::string& path, const std::vector<Panel>& panels, int cell = 4);
+/// What a picture of the maps of one head is called.
+std::string picture_title(long layer, long head, double lambda);
+
+/// Draws panels of one size in a row under a title, each with its own title, axes with ticks and a colour bar, `cell`
+/// pixels a weight, and returns where it is. Colours follow the square root of a weight, so that small ones can be
+/// seen. Throws std::runtime_error if the file cannot be written.
+std::string save_picture(const std::string& path, const std::string& title, const std::vector<Panel>& panels,
+                         int cell = 4);
 
 }  // namespace example

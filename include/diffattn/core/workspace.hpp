@@ -13,6 +13,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <span>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -56,6 +57,19 @@ class Workspace {
     return reinterpret_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
   }
 
+  /// A workspace for each of `count` tasks that run at once, none of which may run on while another call uses this one.
+  /// They are kept like everything else, and none is smaller than the largest was, so that it does not matter to the
+  /// heap which task runs where.
+  [[nodiscard]] std::span<Workspace> shares(Index count) {
+    if (shares_.size() < static_cast<std::size_t>(count)) shares_.resize(static_cast<std::size_t>(count));
+    std::size_t most = 0;
+    for (const Workspace& share : shares_) most = std::max(most, share.capacity());
+    for (Workspace& share : shares_) {
+      if (share.capacity() < most) share.add_block(most - share.capacity());
+    }
+    return std::span(shares_).first(static_cast<std::size_t>(count));
+  }
+
   /// Whether something has been taken and not been given back.
   [[nodiscard]] bool in_use() const { return block_ != 0 || used_ != 0; }
 
@@ -63,6 +77,7 @@ class Workspace {
   [[nodiscard]] std::size_t capacity() const {
     std::size_t total = 0;
     for (const Block& block : blocks_) total += block.size;
+    for (const Workspace& share : shares_) total += share.capacity();
     return total;
   }
 
@@ -101,7 +116,8 @@ class Workspace {
 
   // Several blocks mean that the last call outgrew what there was: the next one finds a single block of their size.
   void merge_blocks() {
-    const std::size_t total = capacity();
+    std::size_t total = 0;
+    for (const Block& block : blocks_) total += block.size;
     blocks_.clear();
     add_block(total);
   }
@@ -112,6 +128,7 @@ class Workspace {
   }
 
   std::vector<Block> blocks_;
+  std::vector<Workspace> shares_;
   std::size_t block_ = 0;  // the block in use
   std::size_t used_ = 0;   // bytes taken from it
 };

@@ -198,7 +198,7 @@ class AttentionLayer {
   template <typename X, typename Mask>
   void begin(Tape& tape, const Eigen::MatrixBase<X>& x, const Mask& mask, std::span<const Index> lengths) const {
     tape.filled = false;  // until forward has come to its end
-    tape.x = x;
+    detail::keep(tape.x, x);
     tape.lengths.assign(lengths.begin(), lengths.end());
     tape.mask.remember(mask);
     tape.num_heads = layer().config().num_heads;

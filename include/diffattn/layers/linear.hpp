@@ -11,7 +11,9 @@
 // Memory   from the workspace: a packed copy of x and, for each thread, 1 MB at most for a block of y and of W; nothing
 //          for a few rows, which read W once where it is.
 
+#include <array>
 #include <cmath>
+#include <span>
 #include <type_traits>
 
 #include "diffattn/core/error.hpp"
@@ -20,6 +22,7 @@
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/matmul.hpp"
+#include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/parameters.hpp"
@@ -55,10 +58,10 @@ void linear_backward_into(const Eigen::MatrixBase<DX>& dx, Weight& dweight, cons
   const detail::Readable<DY> dy_read(dy.derived());
   const detail::Readable<X> x_read(x.derived());
   const auto dy_view = detail::view_of(dy_read);
-  constexpr const Scalar* kNoBias = nullptr;
-  detail::multiply(detail::writable_view_of(dx), dy_view, detail::view_of(weight), kNoBias, store, workspace, executor);
-  detail::multiply(detail::writable_view_of(dweight), dy_view.transposed(), detail::view_of(x_read), kNoBias,
-                   detail::Store::add, workspace, executor);
+  const detail::Product<Scalar> products[] = {
+      {detail::writable_view_of(dx), dy_view, detail::view_of(weight), nullptr, store},
+      {detail::writable_view_of(dweight), dy_view.transposed(), detail::view_of(x_read), nullptr, detail::Store::add}};
+  detail::multiply_all(std::span<const detail::Product<Scalar>>(products), workspace, executor);
 }
 
 /// Weight is the matrix type of the weight. A FrozenMatrix has no initial values: it is assigned.
@@ -128,7 +131,13 @@ class Linear {
     detail::check_shape("Linear", "dx", dx, n, weight.cols());
     check_gradient(grad);
     linear_backward_into<Scalar>(dx, grad.weight, dy, x, weight, store, workspace, executor);
-    for (Index i = 0; bias.size() != 0 && i < n; ++i) grad.bias += dy.row(i).transpose();
+    add_bias_gradient(grad, dy);
+  }
+
+  /// grad.bias += the sum of dy's rows, if there is a bias.
+  template <typename DY>
+  void add_bias_gradient(Linear& grad, const Eigen::MatrixBase<DY>& dy) const {
+    for (Index i = 0; bias.size() != 0 && i < dy.rows(); ++i) grad.bias += dy.row(i).transpose();
   }
 
   /// Throws ShapeError unless `grad` has the shape of this layer.
@@ -156,5 +165,63 @@ class Linear {
   Weight weight;        ///< out x in
   Vector<Scalar> bias;  ///< out, or empty
 };
+
+namespace detail {
+
+/// A Linear and the matrix that it fills: one of several that read the same x.
+template <typename Scalar, typename Weight>
+struct LinearOutput {
+  const Linear<Scalar, Weight>& linear;
+  MatrixMap<Scalar> y;  ///< n x out
+};
+
+/// Linear::forward_into of all of them: the same values, with threads woken once. Shapes already checked.
+template <typename Scalar, typename Weight, std::size_t kCount, typename X, Executor E>
+void linear_forward_all(const std::array<LinearOutput<Scalar, Weight>, kCount>& outputs, const Eigen::MatrixBase<X>& x,
+                        Workspace& workspace, E& executor) {
+  if constexpr (std::is_same_v<Weight, Matrix<Scalar>>) {
+    if (executor.concurrency() > 1 && x.rows() > RowByRowProduct<Scalar, Scalar>::kMostRows) {
+      const Readable<X> x_read(x.derived());
+      std::array<Product<Scalar>, kCount> products;
+      for (std::size_t i = 0; i < kCount; ++i) {
+        const auto& [linear, y] = outputs[i];
+        products[i] = {writable_view_of(y), view_of(x_read), view_of(linear.weight).transposed(),
+                       linear.bias.size() == 0 ? nullptr : linear.bias.data()};
+      }
+      return multiply_all(std::span<const Product<Scalar>>(products), workspace, executor);
+    }
+  }
+  for (const auto& [linear, y] : outputs) linear.forward_into(y, x, workspace, executor);
+}
+
+/// A Linear, the gradient of its y, and where its parameters' gradients are added to.
+template <typename Scalar, typename Weight>
+struct LinearGradient {
+  const Linear<Scalar, Weight>& linear;
+  MatrixMap<Scalar> dy;  ///< n x out
+  Linear<Scalar, Weight>& grad;
+};
+
+/// Linear::backward_into of all of them, which have read the same x; dx is the sum of what each gives, in their order.
+/// The same values, with threads woken once. Shapes already checked.
+template <typename Scalar, typename Weight, std::size_t kCount, typename DX, typename X, Executor E>
+void linear_backward_all(const Eigen::MatrixBase<DX>& dx,
+                         const std::array<LinearGradient<Scalar, Weight>, kCount>& gradients,
+                         const Eigen::MatrixBase<X>& x, Workspace& workspace, E& executor) {
+  const Readable<X> x_read(x.derived());
+  std::array<Product<Scalar>, 2 * kCount> products;
+  for (std::size_t i = 0; i < kCount; ++i) {
+    const auto& [linear, dy, grad] = gradients[i];
+    const StridedView<const Scalar> dy_view = view_of(dy);
+    products[i] = {writable_view_of(dx), dy_view, view_of(linear.weight), nullptr,
+                   i == 0 ? Store::overwrite : Store::add};
+    products[kCount + i] = {writable_view_of(grad.weight), dy_view.transposed(), view_of(x_read), nullptr, Store::add};
+    linear.check_gradient(grad);
+  }
+  multiply_all(std::span<const Product<Scalar>>(products), workspace, executor);
+  for (const auto& [linear, dy, grad] : gradients) linear.add_bias_gradient(grad, dy);
+}
+
+}  // namespace detail
 
 }  // namespace diffattn::inline v0_1

@@ -10,6 +10,7 @@
 // Parameters (visit_parameters): q_proj, k_proj, v_proj, out_proj.
 // How it is called: attention_layer.hpp. Shapes, errors, threads: as multihead_diff_attention.hpp says.
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -84,11 +85,12 @@ class MultiheadAttention : public AttentionLayer<MultiheadAttention<Scalar, Weig
                          std::span<const Index> lengths, Tape* tape, Workspace& workspace, E& executor) const {
     const Index heads = config_.num_heads, kv_heads = config_.num_kv_heads;
     run(y, x, tape, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
-      detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
-        detail::rotate_rows(rotary_, q, heads, k, kv_heads, first, tokens, 0, executor);
+      detail::for_each_sequence(lengths, workspace, executor, [&](detail::SequenceRows rows, auto& share, auto& own) {
+        const Index first = rows.first, tokens = rows.count;
+        detail::rotate_rows(rotary_, q, heads, k, kv_heads, first, tokens, 0, own);
         multihead_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
                                  detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens),
-                                 Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace, executor);
+                                 Heads{heads, kv_heads}, mask, AttentionOptions{}, share, own);
       });
     });
   }
@@ -115,9 +117,9 @@ class MultiheadAttention : public AttentionLayer<MultiheadAttention<Scalar, Weig
     const auto part = [&](auto member, Index cols) { return Base::part(tape, member, n, cols, workspace); };
     auto q = part(&Tape::q, heads * d), k = part(&Tape::k, kv_heads * d), v = part(&Tape::v, kv_heads * d);
     auto attended = part(&Tape::attended, heads * d);
-    q_proj.forward_into(q, x, workspace, executor);
-    k_proj.forward_into(k, x, workspace, executor);
-    v_proj.forward_into(v, x, workspace, executor);
+    using Output = detail::LinearOutput<Scalar, Weight>;
+    const std::array outputs{Output{q_proj, q}, Output{k_proj, k}, Output{v_proj, v}};
+    detail::linear_forward_all(outputs, x, workspace, executor);
     attend(attended, q, k, v);
     out_proj.forward_into(y, attended, workspace, executor);
   }
@@ -135,17 +137,20 @@ class MultiheadAttention : public AttentionLayer<MultiheadAttention<Scalar, Weig
          dv = scratch(kv_heads * d);
     out_proj.backward_into(dattended, dy, tape.attended, grad.out_proj, workspace, executor);
     tape.mask.visit([&](const auto& mask) {
-      detail::for_each_sequence(tape.lengths, [&](Index first, Index tokens) {
-        multihead_attention_backward_into(
-            rows_of(dq, first, tokens), rows_of(dk, first, tokens), rows_of(dv, first, tokens),
-            rows_of(tape.q, first, tokens), rows_of(tape.k, first, tokens), rows_of(tape.v, first, tokens),
-            rows_of(dattended, first, tokens), Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace, executor);
-        detail::rotate_rows(rotary_, dq, heads, dk, kv_heads, first, tokens, 0, executor, Turn::back);
-      });
+      detail::for_each_sequence(
+          tape.lengths, workspace, executor, [&](detail::SequenceRows rows, auto& share, auto& own) {
+            const Index first = rows.first, tokens = rows.count;
+            multihead_attention_backward_into(
+                rows_of(dq, first, tokens), rows_of(dk, first, tokens), rows_of(dv, first, tokens),
+                rows_of(tape.q, first, tokens), rows_of(tape.k, first, tokens), rows_of(tape.v, first, tokens),
+                rows_of(dattended, first, tokens), Heads{heads, kv_heads}, mask, AttentionOptions{}, share, own);
+            detail::rotate_rows(rotary_, dq, heads, dk, kv_heads, first, tokens, 0, own, Turn::back);
+          });
     });
-    q_proj.backward_into(dx, dq, tape.x, grad.q_proj, workspace, executor);
-    k_proj.backward_into(dx, dk, tape.x, grad.k_proj, workspace, executor, detail::Store::add);
-    v_proj.backward_into(dx, dv, tape.x, grad.v_proj, workspace, executor, detail::Store::add);
+    using Gradient = detail::LinearGradient<Scalar, Weight>;
+    const std::array gradients{Gradient{q_proj, dq, grad.q_proj}, Gradient{k_proj, dk, grad.k_proj},
+                               Gradient{v_proj, dv, grad.v_proj}};
+    detail::linear_backward_all(dx, gradients, tape.x, workspace, executor);
   }
 
   /// Whether parameters have the same shapes, as far as fields go that only this layer has.

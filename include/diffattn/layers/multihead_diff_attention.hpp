@@ -18,6 +18,7 @@
 // Errors     std::invalid_argument for a configuration that cannot be, ShapeError for an x that does not fit; before
 //            any work. Const functions may be called from several threads, each with a workspace of its own.
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -106,12 +107,12 @@ class MultiheadDiffAttention : public AttentionLayer<MultiheadDiffAttention<Scal
                          std::span<const Index> lengths, Tape* tape, Workspace& workspace, E& executor) const {
     const Index heads = config_.num_heads, kv_heads = config_.num_kv_heads;
     run(y, x, tape, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
-      detail::for_each_sequence(lengths, [&](Index first, Index tokens) {
-        detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, first, tokens, 0, executor);
+      detail::for_each_sequence(lengths, workspace, executor, [&](detail::SequenceRows rows, auto& share, auto& own) {
+        const Index first = rows.first, tokens = rows.count;
+        detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, first, tokens, 0, own);
         multihead_diff_attention_into(detail::rows_of(attended, first, tokens), detail::rows_of(q, first, tokens),
                                       detail::rows_of(k, first, tokens), detail::rows_of(v, first, tokens),
-                                      lambda.value(), Heads{heads, kv_heads}, mask, AttentionOptions{}, workspace,
-                                      executor);
+                                      lambda.value(), Heads{heads, kv_heads}, mask, AttentionOptions{}, share, own);
       });
     });
   }
@@ -137,26 +138,18 @@ class MultiheadDiffAttention : public AttentionLayer<MultiheadDiffAttention<Scal
     const auto frame = workspace.frame();
     const auto part = [&](auto member, Index cols) { return Base::part(tape, member, n, cols, workspace); };
     auto q = part(&Tape::q, heads * 2 * d), k = part(&Tape::k, kv_heads * 2 * d), v = part(&Tape::v, kv_heads * 2 * d);
-    detail::MatrixMap<Scalar> attended(workspace.take<Scalar>(n * heads * 2 * d), n, heads * 2 * d);
-    q_proj.forward_into(q, x, workspace, executor);
-    k_proj.forward_into(k, x, workspace, executor);
-    v_proj.forward_into(v, x, workspace, executor);
+    auto attended = part(&Tape::attended, heads * 2 * d);
+    using Output = detail::LinearOutput<Scalar, Weight>;
+    const std::array outputs{Output{q_proj, q}, Output{k_proj, k}, Output{v_proj, v}};
+    detail::linear_forward_all(outputs, x, workspace, executor);
     attend(attended, q, k, v);
-    if (tape != nullptr) tape->attended = attended;
-    normalize_heads(attended, executor);
-    out_proj.forward_into(y, attended, workspace, executor);
+    // In place, unless the tape keeps what was not normed.
+    auto* const to = tape == nullptr ? attended.data() : workspace.take<Scalar>(attended.size());
+    subln.forward_rows(to, attended.data(), n * heads, executor, head_scale());
+    out_proj.forward_into(y, detail::MatrixMap<Scalar>(to, n, attended.cols()), workspace, executor);
   }
 
   Scalar head_scale() const { return static_cast<Scalar>(1 - lambda.init); }
-
-  template <Executor E>
-  void normalize_heads(detail::MatrixMap<Scalar>& attended, E& executor) const {
-    detail::for_each_row_block(attended.rows(), executor, [&](Index row, Index count) {
-      for (Index i = row; i < row + count; ++i) {
-        for (Index h = 0; h < config_.num_heads; ++h) subln.apply(&attended(i, h * 2 * head_dim_), head_scale());
-      }
-    });
-  }
 
   template <typename DX, typename DY, Executor E>
   void differentiate(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
@@ -172,31 +165,33 @@ class MultiheadDiffAttention : public AttentionLayer<MultiheadDiffAttention<Scal
     {
       const auto inner = workspace.frame();
       auto normed = scratch(heads * 2 * d);
-      normed = tape.attended;
-      normalize_heads(normed, executor);
+      subln.forward_rows(normed.data(), tape.attended.data(), n * heads, executor, head_scale());
       out_proj.backward_into(dattended, dy, normed, grad.out_proj, workspace, executor);
     }
     subln.backward_rows(dattended.data(), dattended.data(), tape.attended.data(), n * heads, grad.subln, head_scale(),
                         detail::Store::overwrite, workspace, executor);
 
     const Scalar lambda_value = lambda.value();
-    Scalar dlambda = 0;
+    auto* const dlambdas = workspace.take<Scalar>(static_cast<Index>(tape.lengths.size()));
     tape.mask.visit([&](const auto& mask) {
-      detail::for_each_sequence(tape.lengths, [&](Index first, Index tokens) {
-        Scalar part = 0;
-        multihead_diff_attention_backward_into(rows_of(dq, first, tokens), rows_of(dk, first, tokens),
-                                               rows_of(dv, first, tokens), part, rows_of(tape.q, first, tokens),
-                                               rows_of(tape.k, first, tokens), rows_of(tape.v, first, tokens),
-                                               lambda_value, rows_of(dattended, first, tokens), Heads{heads, kv_heads},
-                                               mask, AttentionOptions{}, workspace, executor);
-        dlambda += part;
-        detail::rotate_rows(rotary_, dq, 2 * heads, dk, 2 * kv_heads, first, tokens, 0, executor, Turn::back);
-      });
+      detail::for_each_sequence(
+          tape.lengths, workspace, executor, [&](detail::SequenceRows rows, auto& share, auto& own) {
+            const Index first = rows.first, tokens = rows.count;
+            multihead_diff_attention_backward_into(
+                rows_of(dq, first, tokens), rows_of(dk, first, tokens), rows_of(dv, first, tokens),
+                dlambdas[rows.number], rows_of(tape.q, first, tokens), rows_of(tape.k, first, tokens),
+                rows_of(tape.v, first, tokens), lambda_value, rows_of(dattended, first, tokens), Heads{heads, kv_heads},
+                mask, AttentionOptions{}, share, own);
+            detail::rotate_rows(rotary_, dq, 2 * heads, dk, 2 * kv_heads, first, tokens, 0, own, Turn::back);
+          });
     });
+    Scalar dlambda = 0;
+    for (std::size_t s = 0; s < tape.lengths.size(); ++s) dlambda += dlambdas[s];
     lambda.backward(dlambda, grad.lambda);
-    q_proj.backward_into(dx, dq, tape.x, grad.q_proj, workspace, executor);
-    k_proj.backward_into(dx, dk, tape.x, grad.k_proj, workspace, executor, detail::Store::add);
-    v_proj.backward_into(dx, dv, tape.x, grad.v_proj, workspace, executor, detail::Store::add);
+    using Gradient = detail::LinearGradient<Scalar, Weight>;
+    const std::array gradients{Gradient{q_proj, dq, grad.q_proj}, Gradient{k_proj, dk, grad.k_proj},
+                               Gradient{v_proj, dv, grad.v_proj}};
+    detail::linear_backward_all(dx, gradients, tape.x, workspace, executor);
   }
 
   /// Whether parameters have the same shapes, as far as fields go that only this layer has.

@@ -8,6 +8,8 @@
 // official code declares them. A parameter is a Matrix<Scalar>, or a Vector<Scalar> where PyTorch has rank 1; const if
 // the layer is. Saving, loading, counting and optimising all go through this function.
 
+#include <algorithm>
+#include <cstddef>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -15,6 +17,7 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -32,10 +35,46 @@ Index parameter_count(const Layer& layer) {
   return count;
 }
 
+namespace detail {
+
+/// Calls f(piece, values, count) for pieces of all parameters, numbered from 0, spread over the executor in one run.
+/// Where one ends and the next begins follows from the sizes alone. `begin` is told before how many there are.
+template <typename Layer, Executor E, typename Begin, typename F>
+void for_each_piece(Layer& layer, E& executor, Begin&& begin, F&& f) {
+  constexpr Index kPiece = 1 << 14;
+  struct Piece {
+    const void* values;
+    Index count;
+    void (*call)(F& f, Index piece, const void* values, Index count);
+  };
+  std::vector<Piece> pieces;
+  visit_parameters(layer, [&](std::string_view /*name*/, auto& parameter) {
+    using Values = decltype(parameter.data());
+    for (Index at = 0; at < parameter.size(); at += kPiece) {
+      const auto call = [](F& to_call, Index piece, const void* values, Index count) {
+        to_call(piece, const_cast<Values>(static_cast<std::add_const_t<std::remove_pointer_t<Values>>*>(values)),
+                count);
+      };
+      pieces.push_back({parameter.data() + at, std::min(kPiece, parameter.size() - at), call});
+    }
+  });
+  begin(pieces.size());
+  executor.run(static_cast<Index>(pieces.size()), [&](Index task, Index /*worker*/) {
+    const Piece& piece = pieces[static_cast<std::size_t>(task)];
+    piece.call(f, task, piece.values, piece.count);
+  });
+}
+
+}  // namespace detail
+
 /// Sets every parameter to 0: an object for gradients to be added to.
-template <typename Layer>
-void set_zero(Layer& layer) {
-  visit_parameters(layer, [](std::string_view /*name*/, auto& parameter) { parameter.setZero(); });
+template <typename Layer, Executor E = Serial>
+void set_zero(Layer& layer, E&& executor = {}) {
+  detail::for_each_piece(
+      layer, executor, [](std::size_t /*pieces*/) {},
+      [](Index /*piece*/, auto* values, Index count) {
+        std::fill_n(values, count, std::remove_reference_t<decltype(*values)>(0));
+      });
 }
 
 /// A layer of the same configuration with every parameter 0.

@@ -48,14 +48,26 @@ class RmsNorm {
     }
   }
 
-  /// y = norm(x) for `rows` rows, one after another in memory; y may be x.
+  /// y = norm(x) · factor for `rows` rows, one after another in memory; y may be x.
   template <Executor E>
-  void forward_rows(Scalar* y, const Scalar* x, Index rows, E& executor) const {
-    constexpr Index kRows = 64;
-    executor.run((rows + kRows - 1) / kRows, [&](Index task, Index /*worker*/) {
-      for (Index row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) {
+  void forward_rows(Scalar* y, const Scalar* x, Index rows, E& executor, Scalar factor = Scalar(1)) const {
+    executor.run((rows + kTaskRows - 1) / kTaskRows, [&](Index task, Index /*worker*/) {
+      for (Index row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row) {
         if (y != x) std::copy_n(x + row * width_, width_, y + row * width_);
-        apply(y + row * width_);
+        apply(y + row * width_, factor);
+      }
+    });
+  }
+
+  /// sum += x, y = norm(sum), for `rows` rows, one after another in memory: a residual connection and the norm behind
+  /// it.
+  template <Executor E>
+  void add_forward_rows(Scalar* y, Scalar* sum, const Scalar* x, Index rows, E& executor) const {
+    executor.run((rows + kTaskRows - 1) / kTaskRows, [&](Index task, Index /*worker*/) {
+      for (Index row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row) {
+        const Index at = row * width_;
+        for (Index c = at; c < at + width_; ++c) y[c] = sum[c] += x[c];
+        apply(y + at);
       }
     });
   }
@@ -98,13 +110,12 @@ class RmsNorm {
   void backward_rows(Scalar* dx, const Scalar* dy, const Scalar* x, Index rows, RmsNorm& grad, Scalar factor,
                      detail::Store store, Workspace& workspace, E& executor) const {
     detail::check_shape("RmsNorm", "the gradient's weight", grad.weight, weight.rows(), 1);
-    constexpr Index kRows = 64;
-    const Index blocks = (rows + kRows - 1) / kRows;
+    const Index blocks = (rows + kTaskRows - 1) / kTaskRows;
     const auto frame = workspace.frame();
     auto* const sums = workspace.take<Scalar>(blocks * width_);
     executor.run(blocks, [&](Index task, Index /*worker*/) {
       std::fill_n(sums + task * width_, width_, Scalar(0));
-      for (Index row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) {
+      for (Index row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row) {
         const Index at = row * width_;
         apply_backward(dx + at, dy + at, x + at, sums + task * width_, factor, store);
       }
@@ -159,6 +170,8 @@ class RmsNorm {
   Vector<Scalar> weight;  ///< width, or empty
 
  private:
+  static constexpr Index kTaskRows = 64;  // also of what backward_rows adds up at a time: changing it changes roundings
+
   Index width_;
 };
 

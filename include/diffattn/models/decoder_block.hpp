@@ -61,10 +61,9 @@ struct DecoderBlock {
     detail::MatrixMap<Scalar> y(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
     attention_norm.forward_rows(normed.data(), x.data(), x.rows(), executor);
     attention.forward_into(y, normed, mask_or_cache, workspace, executor);
-    x += y;
-    feed_forward_norm.forward_rows(normed.data(), x.data(), x.rows(), executor);
+    feed_forward_norm.add_forward_rows(normed.data(), x.data(), y.data(), x.rows(), executor);
     feed_forward.forward_into(y, normed, workspace, executor);
-    x += y;
+    detail::add_rows(x, y, executor);
   }
 
   using Tape = DecoderBlockTape<Scalar, Attention>;
@@ -73,15 +72,15 @@ struct DecoderBlock {
   template <Executor E>
   void forward_into(Matrix<Scalar>& y, const Matrix<Scalar>& x, std::span<const Index> lengths, Tape& tape,
                     Workspace& workspace, E& executor) const {
-    const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> normed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
-    tape.attended.resize(x.rows(), x.cols());
-    attention_norm.forward_rows(normed.data(), x.data(), x.rows(), executor);
-    attention.forward_into(tape.attended, normed, CausalMask{}, lengths, tape.attention, workspace, executor);
-    tape.attended += x;
-    feed_forward_norm.forward_rows(normed.data(), tape.attended.data(), x.rows(), executor);
-    feed_forward.forward_into(y, normed, tape.feed_forward, workspace, executor);
-    y += tape.attended;
+    // Norms write where the layers behind them would keep a copy.
+    Matrix<Scalar>& attention_x = tape.attention.x;
+    Matrix<Scalar>& feed_forward_x = tape.feed_forward.x;
+    for (Matrix<Scalar>* part : {&attention_x, &feed_forward_x, &tape.attended}) part->resize(x.rows(), x.cols());
+    attention_norm.forward_rows(attention_x.data(), x.data(), x.rows(), executor);
+    attention.forward_into(tape.attended, attention_x, CausalMask{}, lengths, tape.attention, workspace, executor);
+    feed_forward_norm.add_forward_rows(feed_forward_x.data(), tape.attended.data(), x.data(), x.rows(), executor);
+    feed_forward.forward_into(y, feed_forward_x, tape.feed_forward, workspace, executor);
+    detail::add_rows(y, tape.attended, executor);
   }
 
   /// Turns dy, the gradient of y, into that of x, in place.

@@ -12,6 +12,8 @@
 // Gradients: forward_into(y, x, tape, …) keeps x, the gate and up in a Tape, which is used again without allocation for
 // as many tokens; backward_into(dx, dy, tape, grad, …) adds to `grad`, a layer of the same shape.
 
+#include <array>
+
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
@@ -55,8 +57,7 @@ class FeedForward {
     const auto frame = workspace.frame();
     detail::MatrixMap<Scalar> gate(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim);
     detail::MatrixMap<Scalar> up(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim);
-    gate_proj.forward_into(gate, x, workspace, executor);
-    up_proj.forward_into(up, x, workspace, executor);
+    project(gate, up, x, workspace, executor);
     detail::for_each_row_block(n, executor, [&](Index row, Index count) {
       auto g = detail::rows_of(gate, row, count);
       g.array() *= detail::rows_of(up, row, count).array() / (Scalar(1) + (-g.array()).exp());
@@ -79,13 +80,12 @@ class FeedForward {
     detail::check_shape(kName, "x", x, n, gate_proj.weight.cols());
     detail::check_shape(kName, "y", y, n, gate_proj.weight.cols());
     tape.filled = false;  // until forward has come to its end
-    tape.x = x;
+    detail::keep(tape.x, x);
     tape.gate.resize(n, hidden_dim);
     tape.up.resize(n, hidden_dim);
     const auto frame = workspace.frame();
     detail::MatrixMap<Scalar> activated(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim);
-    gate_proj.forward_into(tape.gate, tape.x, workspace, executor);
-    up_proj.forward_into(tape.up, tape.x, workspace, executor);
+    project(map_of(tape.gate), map_of(tape.up), tape.x, workspace, executor);
     activate(activated, tape, executor);
     down_proj.forward_into(y, activated, workspace, executor);
     tape.filled = true;
@@ -127,8 +127,9 @@ class FeedForward {
                 (Scalar(1) + rows(tape.gate) * (Scalar(1) - sigmoid.array()));
       to_up.array() *= rows(tape.gate) * sigmoid.array();
     });
-    gate_proj.backward_into(dx, dgate, tape.x, grad.gate_proj, workspace, executor);
-    up_proj.backward_into(dx, dup, tape.x, grad.up_proj, workspace, executor, detail::Store::add);
+    using Gradient = detail::LinearGradient<Scalar, Weight>;
+    const std::array gradients{Gradient{gate_proj, dgate, grad.gate_proj}, Gradient{up_proj, dup, grad.up_proj}};
+    detail::linear_backward_all(dx, gradients, tape.x, workspace, executor);
   }
   Matrix<Scalar> backward(const Matrix<Scalar>& dy, const Tape& tape, FeedForward& grad) const {
     Workspace workspace;
@@ -151,6 +152,16 @@ class FeedForward {
     gate_proj.check_gradient(grad.gate_proj);
     up_proj.check_gradient(grad.up_proj);
     down_proj.check_gradient(grad.down_proj);
+  }
+
+  static detail::MatrixMap<Scalar> map_of(Matrix<Scalar>& m) { return {m.data(), m.rows(), m.cols()}; }
+
+  template <typename X, Executor E>
+  void project(const detail::MatrixMap<Scalar>& gate, const detail::MatrixMap<Scalar>& up,
+               const Eigen::MatrixBase<X>& x, Workspace& workspace, E& executor) const {
+    using Output = detail::LinearOutput<Scalar, Weight>;
+    const std::array outputs{Output{gate_proj, gate}, Output{up_proj, up}};
+    detail::linear_forward_all(outputs, x, workspace, executor);
   }
 
   /// silu(gate) ∘ up, in the order of operations of forward_into without a tape.

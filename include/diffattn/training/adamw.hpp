@@ -138,34 +138,32 @@ class AdamW {
     if (!std::isfinite(learning_rate)) {
       detail::throw_invalid({kName, ": the learning rate must be finite, got ", std::to_string(learning_rate).c_str()});
     }
-    // Both lists before the first update: names are strings, and visiting may find no memory for them.
+    // All lists before the first update: names are strings, and visiting may find no memory for them.
+    struct Piece {
+      detail::AdamWStep<Scalar> update;
+      Scalar* parameter;
+      const Scalar* gradient;
+      Scalar *first_moment, *second_moment;
+      Index count;
+    };
+    std::vector<Piece> pieces;
     const std::vector<const Scalar*> gradients = values_of<const Scalar>(gradient);
-    const std::vector<Scalar*> parameters = values_of<Scalar>(model);
-    ++steps;
-    const auto t = static_cast<double>(steps);
-    const double correction1 = 1 - std::pow(config_.beta1, t), correction2 = 1 - std::pow(config_.beta2, t);
-    for (std::size_t index = 0; index < slots_.size(); ++index) {
+    std::size_t index = 0;
+    visit_parameters(model, [&](std::string_view /*name*/, auto& parameter) {
       Slot& slot = slots_[index];
-      Scalar* const p = parameters[index];
-      const Scalar* const g = gradients[index];
-      const double rate = learning_rate * slot.group.learning_rate_factor;
-      const detail::AdamWStep<Scalar> update{
-          .keep = static_cast<Scalar>(1 - rate * config_.weight_decay * slot.group.weight_decay_factor),
-          .beta1 = static_cast<Scalar>(config_.beta1),
-          .beta2 = static_cast<Scalar>(config_.beta2),
-          .rest1 = static_cast<Scalar>(1 - config_.beta1),
-          .rest2 = static_cast<Scalar>(1 - config_.beta2),
-          .step_size = static_cast<Scalar>(rate / correction1),
-          .root_of_correction = static_cast<Scalar>(std::sqrt(correction2)),
-          .eps = static_cast<Scalar>(config_.eps)};
+      const Scalar* const g = gradients[index++];
+      const detail::AdamWStep<Scalar> update = update_of(slot.group, learning_rate, steps + 1);
       constexpr Index kPiece = 1 << 14;
-      const Index size = slot.first_moment.size();
-      executor.run((size + kPiece - 1) / kPiece, [&](Index task, Index /*worker*/) {
-        const Index first = task * kPiece;
-        update.apply(p + first, g + first, slot.first_moment.data() + first, slot.second_moment.data() + first,
-                     std::min(kPiece, size - first));
-      });
-    }
+      for (Index at = 0; at < parameter.size(); at += kPiece) {
+        pieces.push_back({update, parameter.data() + at, g + at, slot.first_moment.data() + at,
+                          slot.second_moment.data() + at, std::min(kPiece, parameter.size() - at)});
+      }
+    });
+    ++steps;
+    executor.run(static_cast<Index>(pieces.size()), [&](Index task, Index /*worker*/) {
+      const Piece& p = pieces[static_cast<std::size_t>(task)];
+      p.update.apply(p.parameter, p.gradient, p.first_moment, p.second_moment, p.count);
+    });
   }
 
   template <typename Self, typename Visitor>
@@ -198,6 +196,20 @@ class AdamW {
       detail::throw_invalid({kName, ": learning_rate, eps and weight_decay must be finite"});
     }
     return config;
+  }
+
+  detail::AdamWStep<Scalar> update_of(const AdamWGroup& group, double learning_rate, Index step) const {
+    const auto t = static_cast<double>(step);
+    const double correction1 = 1 - std::pow(config_.beta1, t), correction2 = 1 - std::pow(config_.beta2, t);
+    const double rate = learning_rate * group.learning_rate_factor;
+    return {.keep = static_cast<Scalar>(1 - rate * config_.weight_decay * group.weight_decay_factor),
+            .beta1 = static_cast<Scalar>(config_.beta1),
+            .beta2 = static_cast<Scalar>(config_.beta2),
+            .rest1 = static_cast<Scalar>(1 - config_.beta1),
+            .rest2 = static_cast<Scalar>(1 - config_.beta2),
+            .step_size = static_cast<Scalar>(rate / correction1),
+            .root_of_correction = static_cast<Scalar>(std::sqrt(correction2)),
+            .eps = static_cast<Scalar>(config_.eps)};
   }
 
   template <typename Model>

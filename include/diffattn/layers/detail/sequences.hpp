@@ -12,6 +12,7 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/sizes.hpp"
+#include "diffattn/core/workspace.hpp"
 #include "diffattn/layers/rotary.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -28,14 +29,59 @@ inline void check_lengths(const char* where, std::span<const Index> lengths, Ind
   }
 }
 
-/// Calls f(first row, tokens) for each sequence.
-template <typename F>
-void for_each_sequence(std::span<const Index> lengths, F&& f) {
-  Index first = 0;
-  for (const Index length : lengths) {
-    f(first, length);
-    first += length;
+/// One of several sequences: which, and where its rows lie.
+struct SequenceRows {
+  Index number;
+  Index first;
+  Index count;
+};
+
+/// An executor that is another one, or Serial: one type for both, since every type costs compile time.
+template <Executor E>
+struct SequenceExecutor {
+  E* executor;  // null: Serial
+
+  Index concurrency() const { return executor == nullptr ? 1 : executor->concurrency(); }
+  template <typename Task>
+  void run(Index count, Task&& task) {
+    if (executor == nullptr) return Serial::run(count, task);
+    executor->run(count, task);
   }
+};
+
+/// Whether sequences give all workers about as much to do when each stays with one; attention's work is the square.
+inline bool run_side_by_side(std::span<const Index> lengths, Index workers) {
+  double longest = 0, all = 0;
+  for (const Index length : lengths) {
+    const double work = static_cast<double>(length) * static_cast<double>(length);
+    longest = std::max(longest, work);
+    all += work;
+  }
+  const Index rounds = (static_cast<Index>(lengths.size()) + workers - 1) / workers;
+  return workers > 1 && longest * static_cast<double>(rounds * workers) <= 1.25 * all;
+}
+
+/// Calls f(sequence, workspace, executor) for each sequence: side by side, each on one worker, which wakes the threads
+/// once; or, if that left some idle, one after another on all of them.
+template <Executor E, typename F>
+void for_each_sequence(std::span<const Index> lengths, Workspace& workspace, E& executor, F&& f) {
+  const auto count = static_cast<Index>(lengths.size()), workers = executor.concurrency();
+  const auto frame = workspace.frame();
+  auto* const rows = workspace.take<SequenceRows>(count);
+  for (Index s = 0, first = 0; s < count; ++s) {
+    rows[s] = {s, first, lengths[static_cast<std::size_t>(s)]};
+    first += rows[s].count;
+  }
+  if (!run_side_by_side(lengths, workers)) {
+    SequenceExecutor<E> all{&executor};
+    for (Index s = 0; s < count; ++s) f(rows[s], workspace, all);
+    return;
+  }
+  const std::span<Workspace> shares = workspace.shares(workers);
+  executor.run(count, [&](Index s, Index worker) {
+    SequenceExecutor<E> alone{nullptr};
+    f(rows[s], shares[static_cast<std::size_t>(worker)], alone);
+  });
 }
 
 /// Calls f(first, count) for pieces of `rows` rows, spread over the executor.
@@ -44,6 +90,27 @@ void for_each_row_block(Index rows, E& executor, F&& f) {
   constexpr Index kRows = 64;
   executor.run((rows + kRows - 1) / kRows,
                [&](Index task, Index /*worker*/) { f(task * kRows, std::min(kRows, rows - task * kRows)); });
+}
+
+/// to = from, unless it stands there already.
+template <typename Scalar, typename From>
+void keep(Matrix<Scalar>& to, const Eigen::MatrixBase<From>& from) {
+  if constexpr (has_direct_access<From>) {
+    const auto view = view_of(from);
+    const bool same_rows = view.data == to.data() && view.row_stride == to.cols() && view.col_stride == 1;
+    if (same_rows && view.rows == to.rows() && view.cols == to.cols()) return;
+  }
+  to = from;
+}
+
+/// to += from, for matrices with contiguous rows one after another.
+template <typename To, typename From, Executor E>
+void add_rows(Eigen::MatrixBase<To>& to, const Eigen::MatrixBase<From>& from, E& executor) {
+  auto* const sums = to.derived().data();
+  const auto* const values = from.derived().data();
+  for_each_row_block(to.rows(), executor, [&](Index row, Index count) {
+    for (Index i = row * to.cols(); i < (row + count) * to.cols(); ++i) sums[i] += values[i];
+  });
 }
 
 /// Throws std::invalid_argument naming the field unless it is at least 1.
