@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "diffattn/core/error.hpp"
+#include "diffattn/io/detail/json.hpp"
 #include "diffattn/io/detail/whole_file.hpp"
 #include "diffattn/io/safetensors.hpp"
 
@@ -29,12 +30,8 @@ namespace detail {
 /// Which file has which tensor, by an index's text; `file` names it in errors.
 inline std::map<std::string, std::string> parse_checkpoint_index(const std::string& text, const std::string& file) {
   const auto fail = [&](const std::string& why) { throw FormatError(file + ": " + why); };
-  nlohmann::json json;
-  try {
-    json = nlohmann::json::parse(text);
-  } catch (const nlohmann::json::exception& error) {
-    fail(std::string("is not valid JSON: ") + error.what());
-  }
+  const JsonTree tree(text, file + ": is not valid JSON: ");
+  const nlohmann::json& json = tree.root();
   if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) {
     fail("has no weight_map that is an object");
   }

@@ -11,7 +11,8 @@
 // checkpoint does not say: FormatError.
 //
 // Errors   FormatError naming the file and the field, or the tensors that are missing, surplus or of the wrong shape or
-//          type, up to 16 in one message. std::runtime_error if a file cannot be opened.
+//          type, up to 16 in one message; also if the weights were saved by this library with another config.json (see
+//          diffllama_export.hpp). std::runtime_error if a file cannot be opened.
 // Cost     opening reads config.json and the headers of the files; a tied head that is stored is read too, and the
 //          embedding.
 
@@ -21,13 +22,14 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/io/detail/checkpoint_directory.hpp"
 #include "diffattn/io/detail/dtype.hpp"
 #include "diffattn/io/detail/safetensors_header.hpp"
-#include "diffattn/io/detail/whole_file.hpp"
 #include "diffattn/io/parameters.hpp"
 #include "diffattn/io/safetensors_reader.hpp"
 #include "diffattn/io/sharded_safetensors.hpp"
@@ -43,17 +45,16 @@ class DiffLlamaCheckpoint {
   static std::string layer_prefix(Index layer) { return "model.layers." + std::to_string(layer) + "."; }
 
   explicit DiffLlamaCheckpoint(const std::filesystem::path& directory)
-      : config(read_config(directory / "config.json")), tensors(directory) {
-    check_tensors();
-    check_tied_head();
-  }
+      : DiffLlamaCheckpoint(detail::open_checkpoint_directory(directory)) {}
 
   DiffLlamaConfig config;
   ShardedSafetensors tensors;
 
  private:
-  static DiffLlamaConfig read_config(const std::filesystem::path& path) {
-    return DiffLlamaConfig::parse(detail::read_text(path), path.string());
+  explicit DiffLlamaCheckpoint(detail::CheckpointFiles files)
+      : config(DiffLlamaConfig::parse(files.config, files.config_path.string())), tensors(std::move(files.tensors)) {
+    check_tensors();
+    check_tied_head();
   }
 
   /// Calls f(name, shape) for every tensor of a checkpoint.

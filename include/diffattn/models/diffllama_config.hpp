@@ -21,6 +21,7 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/io/detail/json.hpp"
 #include "diffattn/io/detail/safetensors_header.hpp"
 #include "diffattn/layers/rotary.hpp"
 
@@ -60,6 +61,9 @@ struct DiffLlamaConfig {
 
   /// No count in a file may be larger: products of two of them fit an Index, with room.
   static constexpr Index kLargest = Index{1} << 28;
+
+ private:
+  std::string rope_scaling_json() const;
 };
 
 namespace detail {
@@ -172,14 +176,10 @@ inline void read_rope(DiffLlamaConfig& config, const ConfigFields& fields, const
 }  // namespace detail
 
 inline DiffLlamaConfig DiffLlamaConfig::parse(const std::string& text, const std::string& file) {
-  const auto no_json = [&](const char* why) { return FormatError(file + ": is not valid JSON: " + why); };
-  nlohmann::json json;
-  try {
-    json = nlohmann::json::parse(text);
-  } catch (const nlohmann::json::exception& error) {
-    throw no_json(error.what());
-  }
-  if (!json.is_object()) throw no_json("an object is expected");
+  const std::string complaint = file + ": is not valid JSON: ";
+  const detail::JsonTree tree(text, complaint);
+  const nlohmann::json& json = tree.root();
+  if (!json.is_object()) throw FormatError(complaint + "an object is expected");
 
   const detail::ConfigFields fields(json, file);
   if (fields.find("model_type") == nullptr) fields.fail("model_type", "is missing, must be \"diffllama\"");
@@ -238,44 +238,64 @@ inline DiffLlamaConfig DiffLlamaConfig::parse(const std::string& text, const std
 }
 
 inline std::string DiffLlamaConfig::to_json(const std::string& dtype) const {
-  nlohmann::ordered_json json = {{"architectures", {"DiffLlamaForCausalLM"}},
-                                 {"model_type", "diffllama"},
-                                 {"vocab_size", vocab_size},
-                                 {"hidden_size", hidden_size},
-                                 {"intermediate_size", intermediate_size},
-                                 {"num_hidden_layers", num_hidden_layers},
-                                 {"num_attention_heads", num_attention_heads},
-                                 {"num_key_value_heads", num_key_value_heads},
-                                 {"head_dim", head_dim},
-                                 {"hidden_act", "silu"},
-                                 {"max_position_embeddings", max_position_embeddings},
-                                 {"initializer_range", initializer_range},
-                                 {"rms_norm_eps", rms_norm_eps},
-                                 {"use_cache", true},
-                                 {"tie_word_embeddings", tie_word_embeddings},
-                                 {"rope_theta", rope_theta},
-                                 {"rope_scaling", nullptr},
-                                 {"attention_bias", attention_bias},
-                                 {"attention_dropout", 0.0},
-                                 {"lambda_std_dev", lambda_std_dev},
-                                 {"torch_dtype", dtype},
-                                 {"bos_token_id", nullptr},
-                                 {"eos_token_id", nullptr},
-                                 {"pad_token_id", nullptr}};
-  if (eos_token_ids.size() == 1) json["eos_token_id"] = eos_token_ids.front();
-  if (eos_token_ids.size() > 1) json["eos_token_id"] = eos_token_ids;
+  detail::JsonObjectText json;
+  json.add_json("architectures", "[\"DiffLlamaForCausalLM\"]");
+  json.add("model_type", "diffllama");
+  json.add("vocab_size", vocab_size);
+  json.add("hidden_size", hidden_size);
+  json.add("intermediate_size", intermediate_size);
+  json.add("num_hidden_layers", num_hidden_layers);
+  json.add("num_attention_heads", num_attention_heads);
+  json.add("num_key_value_heads", num_key_value_heads);
+  json.add("head_dim", head_dim);
+  json.add("hidden_act", "silu");
+  json.add("max_position_embeddings", max_position_embeddings);
+  json.add("initializer_range", initializer_range);
+  json.add("rms_norm_eps", rms_norm_eps);
+  json.add("use_cache", true);
+  json.add("tie_word_embeddings", tie_word_embeddings);
+  json.add("rope_theta", rope_theta);
+  json.add_json("rope_scaling", rope_scaling_json());
+  json.add("attention_bias", attention_bias);
+  json.add("attention_dropout", 0.0);
+  json.add("lambda_std_dev", lambda_std_dev);
+  json.add("torch_dtype", dtype);
+  json.add("bos_token_id", nullptr);
+  if (eos_token_ids.size() == 1) {
+    json.add("eos_token_id", eos_token_ids.front());
+  } else {
+    std::string ids;
+    for (const Index id : eos_token_ids) ids += (ids.empty() ? "[" : ", ") + std::to_string(id);
+    json.add_json("eos_token_id", ids.empty() ? "null" : ids + "]");
+  }
+  json.add("pad_token_id", nullptr);
+  return json.text() + "\n";
+}
+
+inline std::string DiffLlamaConfig::rope_scaling_json() const {
   using Kind = RotaryScaling::Kind;
   const RotaryScaling& s = rope_scaling;
-  if (s.kind == Kind::linear) json["rope_scaling"] = {{"rope_type", "linear"}, {"factor", s.factor}};
-  if (s.kind == Kind::dynamic) json["rope_scaling"] = {{"rope_type", "dynamic"}, {"factor", s.factor}};
-  if (s.kind == Kind::llama3) {
-    json["rope_scaling"] = {{"rope_type", "llama3"},
-                            {"factor", s.factor},
-                            {"low_freq_factor", s.low_freq_factor},
-                            {"high_freq_factor", s.high_freq_factor},
-                            {"original_max_position_embeddings", static_cast<Index>(s.context)}};
+  detail::JsonObjectText json(2);
+  switch (s.kind) {
+    case Kind::linear:
+      json.add("rope_type", "linear");
+      json.add("factor", s.factor);
+      break;
+    case Kind::dynamic:
+      json.add("rope_type", "dynamic");
+      json.add("factor", s.factor);
+      break;
+    case Kind::llama3:
+      json.add("rope_type", "llama3");
+      json.add("factor", s.factor);
+      json.add("low_freq_factor", s.low_freq_factor);
+      json.add("high_freq_factor", s.high_freq_factor);
+      json.add("original_max_position_embeddings", static_cast<Index>(s.context));
+      break;
+    default:
+      return "null";
   }
-  return json.dump(2) + "\n";
+  return json.text();
 }
 
 }  // namespace diffattn::inline v0_1
