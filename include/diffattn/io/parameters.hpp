@@ -46,8 +46,9 @@ std::string mismatch(const Tensors& tensors, const std::string& name, const std:
   if (info.shape != shape) {
     return "shape: " + in_quotes(name) + " must be " + shape_text(shape) + ", got " + shape_text(info.shape);
   }
-  if (is_integer(info.dtype)) {
-    return "type: " + in_quotes(name) + " must hold floating-point values, got " +
+  if (is_integer(info.dtype) || !is_readable(info.dtype)) {
+    return "type: " + in_quotes(name) + " must hold floating-point values" +
+           (is_integer(info.dtype) ? "" : " of type F64, F32, F16 or BF16") + ", got " +
            std::string(describe(info.dtype).name);
   }
   return "";
