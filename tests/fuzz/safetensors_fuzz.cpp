@@ -16,7 +16,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       if (info.begin > info.end || info.end > size - header.data_begin) std::abort();
       std::size_t elements = 1;
       for (const diffattn::Index extent : info.shape) elements *= static_cast<std::size_t>(extent);
-      if (elements * diffattn::detail::describe(info.dtype).size != info.end - info.begin) std::abort();
+      if (elements * diffattn::detail::describe(info.dtype).bits != 8 * (info.end - info.begin)) std::abort();
       covered += info.end - info.begin;
     }
     if (covered != size) std::abort();

@@ -11,7 +11,9 @@
 
 namespace {
 
-const std::string kKnown = " (known: F64, F32, F16, BF16, I64, I32)";
+const std::string kKnown =
+    " (known: F64, I64, F32, I32, F16, BF16, U64, C64, U32, I16, U16, I8, U8, BOOL, F8_E4M3, F8_E5M2, F8_E8M0, "
+    "F8_E4M3FNUZ, F8_E5M2FNUZ, F6_E2M3, F6_E3M2, F4)";
 
 /// What is said after the file's name; of the JSON parser's own words, nothing.
 const std::map<std::string, std::string> kReasons = {
@@ -63,8 +65,7 @@ const std::map<std::string, std::string> kReasons = {
     // Metadata
     {"metadata_is_list", "has a __metadata__ that is not an object"},
     {"metadata_is_string", "has a __metadata__ that is not an object"},
-    {"metadata_is_null", "has a __metadata__ that is not an object"},
-    {"metadata_is_tensor", R"(has a __metadata__ whose "data_offsets" is not a string)"},
+    {"metadata_is_tensor", R"(has a __metadata__ whose "shape" is not a string)"},
     {"metadata_number", R"(has a __metadata__ whose "depth" is not a string)"},
     {"metadata_null", R"(has a __metadata__ whose "depth" is not a string)"},
     {"metadata_object", R"(has a __metadata__ whose "depth" is not a string)"},
@@ -105,6 +106,7 @@ const std::map<std::string, std::string> kReasons = {
     {"shape_overflows_before_zero", R"(tensor "bad" has a shape whose size overflows)"},
     {"shape_overflows_after_zero", R"(tensor "bad" has a shape whose size overflows)"},
     {"shape_2_64_minus_1_beside_zero", R"(tensor "bad" has a shape whose size overflows)"},
+    {"shape_of_part_of_a_byte", R"(tensor "bad" has a shape that does not fill whole bytes)"},
     {"shape_smaller_than_offsets", R"(tensor "bad" has data_offsets of 8 bytes, but its shape takes 4)"},
     {"shape_larger_than_offsets", R"(tensor "bad" has data_offsets of 8 bytes, but its shape takes 12)"},
     {"shape_empty_but_offsets", R"(tensor "bad" has data_offsets of 8 bytes, but its shape takes 0)"},

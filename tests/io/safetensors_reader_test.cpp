@@ -274,16 +274,16 @@ TEST_CASE("A tensor that is not there is named") {
 
 TEST_CASE("What cannot be opened is said to be so, and is no FormatError") {
   const Scratch folder;
-  const auto refused = [](const std::filesystem::path& path) {
+  const auto refused = [](const std::filesystem::path& path, const std::string& why) {
     CHECK(thrown_by<std::runtime_error>([&] { Safetensors{path}; }) ==
-          path.string() + ": cannot be opened for reading");
+          path.string() + ": cannot be opened for reading: " + why);
   };
-  refused(folder / "nothing");
-  refused(folder / "");
-  refused("");
+  refused(folder / "nothing", "No such file or directory");
+  refused(folder / "", "Is a directory");
+  refused("", "No such file or directory");
 #if __has_include(<sys/stat.h>)
   REQUIRE(::mkfifo((folder / "fifo").c_str(), 0600) == 0);
-  refused(folder / "fifo");
+  refused(folder / "fifo", "it is not a regular file");
 #endif
 }
 
@@ -340,4 +340,55 @@ TEST_CASE("Files that PyTorch's library wrote are read, every byte from its plac
     ++files_read;
   }
   CHECK(files_read >= 11);
+}
+
+TEST_CASE("Tensors of types that are not read stand beside those that are", "[io][safetensors]") {
+  struct Type {
+    const char* name;
+    std::size_t bits;
+  };
+  const files::Scratch scratch;
+  for (const Type& type : std::initializer_list<Type>{{"U64", 64},
+                                                      {"C64", 64},
+                                                      {"U32", 32},
+                                                      {"I16", 16},
+                                                      {"U16", 16},
+                                                      {"I8", 8},
+                                                      {"U8", 8},
+                                                      {"BOOL", 8},
+                                                      {"F8_E4M3", 8},
+                                                      {"F8_E5M2", 8},
+                                                      {"F8_E8M0", 8},
+                                                      {"F8_E4M3FNUZ", 8},
+                                                      {"F8_E5M2FNUZ", 8},
+                                                      {"F6_E2M3", 6},
+                                                      {"F6_E3M2", 6},
+                                                      {"F4", 4}}) {
+    INFO(type.name);
+    const std::size_t bytes = 8 * type.bits / 8, end = 8 + bytes;
+    files::write(scratch / "t",
+                 files::safetensors(R"({"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"y":{"dtype":")" +
+                                        std::string(type.name) + R"(","shape":[2,4],"data_offsets":[8,)" +
+                                        std::to_string(end) + "]}}",
+                                    files::bytes_of<float>({1.5f, -2}) + std::string(bytes, '\1')));
+    const Safetensors file(scratch / "t");
+    CHECK(file.vector<float>("x")[1] == -2);
+    CHECK(file.info("y").shape == std::vector<Index>{2, 4});
+    const std::string expected = (scratch / "t").string() + ": tensor \"y\" is of type " + type.name +
+                                 ", which is not read; convert it to F32, F16, BF16 or I32 (also read: F64, I64)";
+    CHECK(support::thrown_by<FormatError>([&] { file.matrix<float>("y"); }) == expected);
+    CHECK(support::thrown_by<FormatError>([&] { file.vector<std::int32_t>("y"); }) == expected);
+    CHECK(file.mapped<float>("y") == nullptr);
+  }
+}
+
+TEST_CASE("Metadata may be null", "[io][safetensors]") {
+  const files::Scratch scratch;
+  files::write(
+      scratch / "t",
+      files::safetensors(R"({"__metadata__": null, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})",
+                         files::bytes_of<float>(1.5f)));
+  const Safetensors file(scratch / "t");
+  CHECK(file.metadata().empty());
+  CHECK(file.vector<float>("x")[0] == 1.5f);
 }

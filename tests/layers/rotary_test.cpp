@@ -19,14 +19,18 @@ Matrix<S> rotated(const RotaryConfig& config, Matrix<S> x, Index head_dim, Index
   return x;
 }
 
-/// By how much each pair turns from one position to the next: (1, 0) turns to (cos, sin).
-std::vector<double> frequencies(const RotaryScaling& scaling, Index head_dim, double base, Index sequence = 2) {
+/// By how much each pair turns from one position to the next: (1, 0) turns to (cos, sin), times the attention factor.
+std::vector<double> frequencies(const RotaryScaling& scaling, Index head_dim, double base, Index sequence = 2,
+                                double attention_factor = 1) {
   const Rotary<double> rotary({.base = base, .scaling = scaling}, head_dim);
   Matrix<double> x = Matrix<double>::Zero(2, head_dim);
   for (Index i = 0; i < head_dim; i += 2) x(1, i) = 1;
   rotary.apply(diffattn::detail::writable_view_of(x), 1, 0, sequence);
   std::vector<double> result;
-  for (Index i = 0; i < head_dim; i += 2) result.push_back(std::atan2(x(1, i + 1), x(1, i)));
+  for (Index i = 0; i < head_dim; i += 2) {
+    result.push_back(std::atan2(x(1, i + 1), x(1, i)));
+    CHECK(std::abs(x.block(1, i, 1, 2).norm() - attention_factor) < 1e-12);
+  }
   return result;
 }
 
@@ -65,6 +69,72 @@ TEST_CASE("Scaled rotary frequencies are those of Hugging Face", "[layers][rotar
   }
 }
 
+TEST_CASE("yarn, longrope and proportional frequencies are those that transformers 5.12 printed", "[layers][rotary]") {
+  const auto check = [](const RotaryScaling& scaling, double base, Index sequence, double attention_factor,
+                        const std::vector<double>& expected) {
+    const auto head_dim = 2 * static_cast<Index>(expected.size());
+    const auto actual = frequencies(scaling, head_dim, base, sequence, attention_factor);
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      INFO("pair " << i << " of " << expected.size());
+      CHECK(std::abs(actual[i] - expected[i]) <= 2e-6 * expected[i]);
+    }
+  };
+  RotaryScaling yarn{.kind = Kind::yarn, .factor = 4, .context = 64};
+  const std::vector<double> tail = {0.007905695, 0.0025, 0.0007905695, 0.00025, 7.905695e-05};
+  std::vector<double> whole = {1, 0.2371708, 0.05}, fractions = {1, 0.1985835, 0.02559525};
+  whole.insert(whole.end(), tail.begin(), tail.end());
+  fractions.insert(fractions.end(), tail.begin(), tail.end());
+  check(yarn, 10000, 2, 1.138629436111989, whole);
+  check(yarn, 10000, 2000, 1.138629436111989, whole);  // whatever the length
+  yarn.truncate = false;
+  check(yarn, 10000, 2, 1.138629436111989, fractions);
+  check({.kind = Kind::yarn, .factor = 4, .context = 5}, 10000, 2, 1.138629436111989, {1, 0.0025});  // both pairs are 0
+  check({.kind = Kind::yarn, .factor = 4, .context = 1024, .beta_fast = 4, .beta_slow = 2, .attention_factor = 1.5},
+        500000, 2, 1.5,
+        {1, 0.1939228, 0.03760603, 0.001823166, 0.0003535534, 6.856205e-05, 1.329574e-05, 2.578346e-06});
+
+  RotaryScaling longrope{.kind = Kind::longrope,
+                         .factor = 4,
+                         .context = 64,
+                         .short_factors = {1, 1.5, 2, 3},
+                         .long_factors = {2, 3, 5, 8}};
+  check(longrope, 10000, 64, 1.1547005383792517, {1, 0.06666667, 0.005, 0.0003333333});
+  check(longrope, 10000, 65, 1.1547005383792517, {0.5, 0.03333334, 0.002, 0.000125});
+  longrope.factor = 2;
+  check(longrope, 10000, 64, 1.0801234497346435, {1, 0.06666667, 0.005, 0.0003333333});
+
+  check({.kind = Kind::proportional, .factor = 2, .proportion = 0.3}, 10000, 2, 1, {0.5, 0.1581139, 0, 0, 0, 0, 0, 0});
+}
+
+TEST_CASE("A position is the same from the table and beyond it, whatever the scaling", "[layers][rotary]") {
+  auto rng = make_rng();
+  const RotaryScaling scaling = GENERATE(RotaryScaling{.kind = Kind::yarn, .factor = 4, .context = 16},
+                                         RotaryScaling{.kind = Kind::longrope,
+                                                       .factor = 2,
+                                                       .context = 64,
+                                                       .short_factors = {1, 2, 3, 4},
+                                                       .long_factors = {5, 6, 7, 8}},
+                                         RotaryScaling{.kind = Kind::longrope,
+                                                       .factor = 2,
+                                                       .context = 16,
+                                                       .short_factors = {1, 2, 3, 4},
+                                                       .long_factors = {5, 6, 7, 8}},
+                                         RotaryScaling{.kind = Kind::proportional, .factor = 2, .proportion = 0.5});
+  const Matrix<float> x = random_matrix<float>(40, 16, rng);
+  const Matrix<float> tabulated = rotated<float>({.scaling = scaling}, x, 8, 3);
+  CHECK(identical(rotated<float>({.table_positions = 0, .scaling = scaling}, x, 8, 3), tabulated));
+  CHECK(identical(rotated<float>({.table_positions = 20, .scaling = scaling}, x, 8, 3), tabulated));
+}
+
+TEST_CASE("Turning back is the transpose of turning, the attention factor included", "[layers][rotary]") {
+  auto rng = make_rng();
+  const Rotary<double> rotary({.scaling = {.kind = Kind::yarn, .factor = 4, .context = 16}}, 8);
+  Matrix<double> x = random_matrix<double>(6, 8, rng), y = random_matrix<double>(6, 8, rng), turned = x, back = y;
+  rotary.apply(diffattn::detail::writable_view_of(turned), 1, 7);
+  rotary.apply(diffattn::detail::writable_view_of(back), 1, 7, 0, diffattn::Turn::back);
+  CHECK(std::abs(turned.cwiseProduct(y).sum() - x.cwiseProduct(back).sum()) < 1e-12);
+}
+
 TEST_CASE("Dynamic scaling follows the last position when nobody says how long the sequence is", "[layers][rotary]") {
   auto rng = make_rng();
   const Rotary<float> rotary({.scaling = {.kind = Kind::dynamic, .factor = 2, .context = 10}}, 8);
@@ -81,16 +151,38 @@ TEST_CASE("A scaling that cannot be is refused by name", "[layers][rotary]") {
   const auto message = [](const RotaryScaling& scaling, Index head_dim = 8) {
     return thrown_by<std::invalid_argument>([&] { Rotary<float>({.scaling = scaling}, head_dim); });
   };
-  CHECK(message({.kind = Kind::linear, .factor = 0.5}) == "Rotary: scaling.factor must be at least 1, got 0.500000");
+  CHECK(message({.kind = Kind::linear, .factor = 0}) == "Rotary: scaling.factor must be positive, got 0.000000");
   CHECK(message({.kind = Kind::linear, .factor = std::numeric_limits<double>::infinity()}) ==
-        "Rotary: scaling.factor must be at least 1, got inf");
+        "Rotary: scaling.factor must be positive, got inf");
   CHECK(message({.kind = Kind::dynamic, .factor = 2}) == "Rotary: scaling.context must be at least 1, got 0.000000");
   CHECK(message({.kind = Kind::dynamic, .factor = 2, .context = 8}, 2) ==
         "Rotary: dynamic scaling needs a dim of at least 4, got 2");
   CHECK(message({.kind = Kind::llama3, .factor = 2, .context = 8, .low_freq_factor = 0}) ==
         "Rotary: scaling.low_freq_factor must be positive, got 0.000000");
-  CHECK(message({.kind = Kind::llama3, .factor = 2, .context = 8, .low_freq_factor = 4}) ==
-        "Rotary: scaling.high_freq_factor must be more than low_freq_factor, got 4.000000");
+  CHECK(message({.kind = Kind::llama3, .factor = 2, .context = 8, .high_freq_factor = -4}) ==
+        "Rotary: scaling.high_freq_factor must be positive, got -4.000000");
+  CHECK(message({.kind = Kind::yarn, .factor = 2}) == "Rotary: scaling.context must be at least 1, got 0.000000");
+  CHECK(message({.kind = Kind::yarn, .factor = 2, .context = 8, .beta_fast = 0}) ==
+        "Rotary: scaling.beta_fast must be positive, got 0.000000");
+  CHECK(message({.kind = Kind::yarn, .factor = 2, .context = 8, .beta_slow = -1}) ==
+        "Rotary: scaling.beta_slow must be positive, got -1.000000");
+  CHECK(message({.kind = Kind::yarn, .factor = 2, .context = 8, .attention_factor = std::nan("")})
+            .starts_with("Rotary: scaling.attention_factor must be a number, got "));
+  CHECK(thrown_by<std::invalid_argument>([] {
+          Rotary<float>({.base = 1, .scaling = {.kind = Kind::yarn, .factor = 2, .context = 8}}, 8);
+        }) == "Rotary: yarn scaling needs a base other than 1");
+  const std::vector<double> four = {1, 2, 3, 4}, three = {1, 2, 3}, zero = {1, 2, 3, 0};
+  const auto longrope = [&](const std::vector<double>& factors, const std::vector<double>& long_factors) {
+    return message(
+        {.kind = Kind::longrope, .factor = 2, .context = 8, .short_factors = factors, .long_factors = long_factors});
+  };
+  CHECK(longrope(three, four) == "Rotary: scaling.short_factors must be one a pair, 4, got 3");
+  CHECK(longrope(four, three) == "Rotary: scaling.long_factors must be one a pair, 4, got 3");
+  CHECK(longrope(four, zero) == "Rotary: scaling.long_factors must be positive, got 0.000000");
+  CHECK(message({.kind = Kind::longrope, .factor = 2, .context = 1, .short_factors = four, .long_factors = four}) ==
+        "Rotary: scaling.attention_factor must be a number, got inf");
+  CHECK(message({.kind = Kind::proportional, .proportion = 1.5}) ==
+        "Rotary: scaling.proportion must be from 0 to 1, got 1.500000");
 }
 
 TEMPLATE_TEST_CASE("Rotary turns each pair as a complex number", "[layers][rotary]", float, double) {

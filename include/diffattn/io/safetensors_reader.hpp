@@ -7,10 +7,12 @@
 //   file.mapped<float>("q_proj.weight")            the same values where the file has them, without a copy
 //   file.metadata().at("depth")                    the strings stored beside the tensors
 //
-// Floating-point tensors convert to any floating-point scalar, integers to any scalar that can hold their values.
+// Floating-point tensors convert to any floating-point scalar, integers to any scalar that can hold their values. Read
+// are F64, F32, F16, BF16, I64 and I32; a file may hold tensors of the format's other types beside them.
 //
 // Errors   FormatError: the file breaks the format (names the file, the tensor and the rule), lacks a tensor that was
-//          asked for, or holds an integer that the scalar cannot. std::runtime_error: it cannot be opened.
+//          asked for, has it in a type that is not read, or holds an integer that the scalar cannot.
+//          std::runtime_error: it cannot be opened.
 // Cost     opening reads the header only; matrix() reads that tensor. A copy of a Safetensors shares the mapped file,
 //          which stays for as long as a copy or a mapped tensor does.
 
@@ -54,7 +56,7 @@ class Safetensors {
   /// (batch, tokens, features) becomes batch·tokens rows). Rank 1 is one row, rank 0 is 1 x 1.
   template <typename T>
   Matrix<T> matrix(const std::string& name) const {
-    const TensorInfo& tensor = info(name);
+    const TensorInfo& tensor = readable(name);
     const Index cols = tensor.shape.empty() ? 1 : tensor.shape.back();
     Index rows = 1;
     for (std::size_t i = 0; i + 1 < tensor.shape.size(); ++i) rows *= tensor.shape[i];
@@ -67,7 +69,7 @@ class Safetensors {
   template <typename T>
   Vector<T> vector(const std::string& name) const {
     Index size = 1;
-    for (const Index extent : info(name).shape) size *= extent;
+    for (const Index extent : readable(name).shape) size *= extent;
     Vector<T> result(size);
     read(name, result.data());
     return result;
@@ -86,7 +88,7 @@ class Safetensors {
   /// Writes the tensor's values, converted, to `to`, which has room for all of them.
   template <typename T>
   void read(const std::string& name, T* to) const {
-    const TensorInfo& tensor = info(name);
+    const TensorInfo& tensor = readable(name);
     if (tensor.begin == tensor.end) return;
     const std::byte* const from = file_->data() + header_.data_begin + tensor.begin;
     detail::with_type_of(tensor.dtype, [&]<typename Stored>(Stored) {
@@ -104,6 +106,14 @@ class Safetensors {
   }
 
  private:
+  const TensorInfo& readable(const std::string& name) const {
+    const TensorInfo& tensor = info(name);
+    if (detail::is_readable(tensor.dtype)) return tensor;
+    throw FormatError(path_ + ": tensor " + detail::in_quotes(name) + " is of type " +
+                      std::string(detail::describe(tensor.dtype).name) +
+                      ", which is not read; convert it to F32, F16, BF16 or I32 (also read: F64, I64)");
+  }
+
   template <typename T, typename Stored>
   T convert(Stored value, const std::string& name) const {
     if constexpr (std::is_integral_v<Stored>) {

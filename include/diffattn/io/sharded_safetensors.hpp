@@ -6,19 +6,25 @@
 //   ShardedSafetensors tensors(directory);
 //   tensors.file_of("model.norm.weight").vector<float>("model.norm.weight")
 //
+// A tensor of a file that the index does not mention is there all the same, as it is to transformers.
+//
 // Errors   FormatError: a file or the index breaks its format, or they contradict each other; the message names the
-// file,
-//          the tensor and the rule. std::runtime_error: a file cannot be opened. The index may name files of the
+//          file, the tensor and the rule. std::runtime_error: a file cannot be opened, or the directory has no
+//          safetensors; the message says what it has instead and what to do with it. The index may name files of the
 //          directory only: no path in it leads out.
 
+#include <algorithm>
 #include <filesystem>
 #include <map>
-#include <nlohmann/json.hpp>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
+#include "diffattn/io/detail/json_document.hpp"
 #include "diffattn/io/detail/whole_file.hpp"
 #include "diffattn/io/safetensors.hpp"
 
@@ -28,29 +34,72 @@ namespace detail {
 
 /// Which file has which tensor, by an index's text; `file` names it in errors.
 inline std::map<std::string, std::string> parse_checkpoint_index(const std::string& text, const std::string& file) {
+  using Type = JsonDocument::Type;
   const auto fail = [&](const std::string& why) { throw FormatError(file + ": " + why); };
-  nlohmann::json json;
-  try {
-    json = nlohmann::json::parse(text);
-  } catch (const nlohmann::json::exception& error) {
-    fail(std::string("is not valid JSON: ") + error.what());
-  }
-  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) {
-    fail("has no weight_map that is an object");
-  }
+  const JsonDocument json(text, file);
+  const bool is_object = json.root().type == Type::object;
+  const auto* const weight_map = is_object ? json.find(json.root(), "weight_map") : nullptr;
+  if (weight_map == nullptr || weight_map->type != Type::object) fail("has no weight_map that is an object");
   std::map<std::string, std::string> result;
-  for (const auto& [tensor, where] : json["weight_map"].items()) {
-    if (!where.is_string()) fail("weight_map gives " + in_quotes(tensor) + " no file name");
-    const auto& name = where.template get_ref<const std::string&>();
+  json.for_each(*weight_map, [&](const JsonDocument::Value& where) {
+    if (where.type != Type::text) fail("weight_map gives " + in_quotes(where.key) + " no file name");
+    const std::string& name = where.text;
     const bool plain = !name.empty() && name != "." && name != ".." &&
                        name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
     if (!plain) {
-      fail("weight_map gives " + in_quotes(tensor) + " the file " + in_quotes(name) + ", which is not a plain name");
+      fail("weight_map gives " + in_quotes(where.key) + " the file " + in_quotes(name) +
+           ", which is not a plain name: put the file beside the index");
     }
-    result.emplace(tensor, name);
-  }
+    result.insert_or_assign(where.key, name);
+  });
   if (result.empty()) fail("has a weight_map without tensors");
   return result;
+}
+
+/// Throws std::runtime_error that says what to do, unless `directory` has a model's safetensors.
+inline void check_has_safetensors(const std::filesystem::path& directory) {
+  namespace fs = std::filesystem;
+  const auto fail = [&](const std::string& why) { throw std::runtime_error(directory.string() + ": " + why); };
+  std::error_code error;
+  const fs::file_status status = fs::status(directory, error);
+  if (!fs::exists(status)) fail("there is no such directory");
+  if (!fs::is_directory(status)) fail("is a file; give the directory that it is in, with the model's other files");
+  if (fs::exists(directory / "model.safetensors", error)) return;
+  if (fs::exists(directory / "model.safetensors.index.json", error)) return;
+
+  std::vector<std::string> names;
+  for (const fs::directory_entry& entry : fs::directory_iterator(directory, error)) {
+    names.push_back(entry.path().filename().string());
+  }
+  std::sort(names.begin(), names.end());
+  const auto first = [&](auto matches) {
+    const auto found = std::find_if(names.begin(), names.end(), matches);
+    return found == names.end() ? std::string() : *found;
+  };
+  const auto ending = [&](std::string_view end) {
+    return first([&](const std::string& name) { return std::string_view(name).ends_with(end); });
+  };
+  const std::string lacks = "has no model.safetensors";
+  const std::string convert = ".save_pretrained(…) in Python with transformers writes model.safetensors";
+  const std::string load = "AutoModelForCausalLM.from_pretrained(\"" + directory.string() + "\"";
+  if (first([](const std::string& name) { return name == "adapter_config.json"; }) != "") {
+    fail(lacks + ", but an adapter: merge it into its model first (merge_and_unload() in peft), and save that");
+  }
+  for (const char* const end : {".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"}) {
+    if (const std::string name = ending(end); !name.empty()) {
+      fail(lacks + ", but " + in_quotes(name) + ", which is not read: " + load + ")" + convert);
+    }
+  }
+  if (const std::string name = ending(".gguf"); !name.empty()) {
+    fail(lacks + ", but " + in_quotes(name) + ", which is not read: " + load + ", gguf_file=" + in_quotes(name) + ")" +
+         convert);
+  }
+  if (const std::string name = ending(".safetensors"); !name.empty()) {
+    const bool shard = name.find("-of-") != std::string::npos;
+    fail(lacks + ", but " + in_quotes(name) + ": " +
+         (shard ? "model.safetensors.index.json, which belongs to it, is missing" : "call it model.safetensors"));
+  }
+  fail(lacks + ", nor a model.safetensors.index.json and the files that it names");
 }
 
 }  // namespace detail
@@ -58,9 +107,11 @@ inline std::map<std::string, std::string> parse_checkpoint_index(const std::stri
 class ShardedSafetensors {
  public:
   explicit ShardedSafetensors(const std::filesystem::path& directory) : path_(directory.string()) {
-    const std::filesystem::path whole = directory / "model.safetensors", index = directory / kIndexName;
+    detail::check_has_safetensors(directory);
+    const std::filesystem::path whole = directory / "model.safetensors",
+                                index = directory / "model.safetensors.index.json";
     std::error_code error;
-    if (std::filesystem::exists(whole, error) || !std::filesystem::exists(index, error)) {
+    if (std::filesystem::exists(whole, error)) {
       add_file(whole);
       for (const auto& [name, info] : files_.front().tensors()) file_of_.emplace(name, 0);
     } else {
@@ -82,8 +133,6 @@ class ShardedSafetensors {
   const TensorInfo& info(const std::string& name) const { return file_of(name).info(name); }
 
  private:
-  static constexpr const char* kIndexName = "model.safetensors.index.json";
-
   std::size_t add_file(const std::filesystem::path& path) {
     files_.emplace_back(path);
     return files_.size() - 1;
@@ -103,10 +152,10 @@ class ShardedSafetensors {
     }
     for (const auto& [name, number] : numbers) {
       for (const auto& [tensor, info] : files_[number].tensors()) {
-        const auto expected = weight_map.find(tensor);
-        if (expected == weight_map.end() || expected->second != name) {
+        const auto known = file_of_.try_emplace(tensor, number).first;
+        if (known->second != number) {
           throw FormatError(index + ": tensor " + detail::in_quotes(tensor) + " of " + detail::in_quotes(name) +
-                            " is not in its weight_map");
+                            " is also in another file: which of the two is meant?");
         }
       }
     }

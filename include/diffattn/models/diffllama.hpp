@@ -7,14 +7,15 @@
 //   std::vector<Index> text = model.generate(prompt, {.max_new_tokens = 100});
 //   model.save(directory);                                                config.json and model.safetensors
 //
-// Reads    config.json (diffllama_config.hpp) and model.safetensors, or the sharded form with its index; F64, F32, F16
-//          and BF16; a tied or free head; biases; any number of key and value heads that divides the query heads.
+// Reads    what transformers 5 reads of config.json, generation_config.json and model.safetensors or its sharded form
+//          (diffllama_config.hpp, diffllama_checkpoint.hpp): F64, F32, F16 and BF16; a tied or free head; biases; any
+//          number of key and value heads that divides the query heads.
 // Weights  stay as the file has them, 16 bits included, and are multiplied in Scalar. They are mapped, not copied, but
 //          for q, k and v (about a tenth of a model), whose heads are put into our order (diffllama_layout.hpp), and
 //          for what is not aligned. The model keeps the files alive.
 // Errors   FormatError naming the file and the field or tensors that do not fit (diffllama_checkpoint.hpp), before
 //          anything is read. std::invalid_argument for a token id outside the vocabulary and for a sequence longer than
-//          max_position_embeddings (times the factor of linear scaling; without limit for dynamic).
+//          DiffLlamaConfig::max_tokens.
 // Const functions may be called from several threads, each with a workspace and a cache of its own.
 
 #include <algorithm>
@@ -31,9 +32,8 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/io/detail/whole_file.hpp"
+#include "diffattn/io/detail/checkpoint_directory.hpp"
 #include "diffattn/io/safetensors.hpp"
-#include "diffattn/io/sharded_safetensors.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
 #include "diffattn/models/decoder.hpp"
@@ -50,10 +50,11 @@ class DiffLlama {
   using Attention = MultiheadDiffAttention<Scalar, FrozenMatrix>;
   using Model = Decoder<Scalar, Attention>;
 
+  /// The model in `directory`. Reads what it does not map; a model that does not load leaves nothing behind.
   static DiffLlama load(const std::filesystem::path& directory) {
     const DiffLlamaCheckpoint checkpoint(directory);
     DiffLlama model(checkpoint.config);
-    model.read(checkpoint.tensors);
+    model.read(checkpoint);
     return model;
   }
 
@@ -104,8 +105,9 @@ class DiffLlama {
     return diffattn::generate(decoder_, prompt, options, cache, executor);
   }
 
-  /// Writes config.json and model.safetensors, in the element types that were read. The directory is made if it is not
-  /// there. Holds a copy of the weights while it writes.
+  /// Writes config.json and model.safetensors, in the element types that were read, as one thing: whatever interrupts
+  /// it, load() gives the old model or the new one. The directory is made if it is not there. Holds a copy of the
+  /// weights while it writes.
   void save(const std::filesystem::path& directory) const {
     SafetensorsWriter writer(std::map<std::string, std::string>{{"format", "pt"}});
     for_each_parameter(*this, [&](const std::string& name, const auto& parameter, const std::vector<Index>* heads) {
@@ -117,9 +119,7 @@ class DiffLlama {
              : std::is_same_v<T, Eigen::bfloat16> ? "bfloat16"
                                                   : "float16";
     });
-    std::filesystem::create_directories(directory);
-    writer.save(directory / "model.safetensors");
-    detail::write_text(directory / "config.json", config_.to_json(dtype));
+    detail::save_checkpoint_directory(directory, std::move(writer), config_.to_json(dtype));
   }
 
  private:
@@ -130,7 +130,7 @@ class DiffLlama {
     attention.num_kv_heads = heads_of(config).groups();
     attention.rotary = RotaryConfig{.base = config.rope_theta,
                                     .pairing = RotaryPairing::half,
-                                    .table_positions = std::min<Index>(config.max_tokens(), 4096),
+                                    .table_positions = table_positions(config),
                                     .scaling = config.rope_scaling};
     attention.norm_eps = config.rms_norm_eps;
     attention.bias = config.attention_bias;
@@ -142,6 +142,11 @@ class DiffLlama {
             .attention = attention,
             .tied_head = config.tie_word_embeddings,
             .norm_eps = config.rms_norm_eps};
+  }
+
+  /// Every layer has a table of its own: at most 4M angles.
+  static Index table_positions(const DiffLlamaConfig& config) {
+    return std::min({config.max_tokens(), Index{4096}, std::max<Index>(1, (Index{1} << 22) / config.head_dim)});
   }
 
   static detail::DiffLlamaHeads heads_of(const DiffLlamaConfig& config) {
@@ -181,9 +186,10 @@ class DiffLlama {
     if (decoder.head) f(DiffLlamaCheckpoint::kHead, decoder.head->weight, nullptr);
   }
 
-  void read(const ShardedSafetensors& tensors) {
-    for_each_parameter(*this, [&](const std::string& name, auto& parameter, const std::vector<Index>* heads) {
-      const Safetensors& file = tensors.file_of(name);
+  void read(const DiffLlamaCheckpoint& checkpoint) {
+    for_each_parameter(*this, [&](const std::string& known_name, auto& parameter, const std::vector<Index>* heads) {
+      const std::string name = checkpoint.stored_name(known_name);
+      const Safetensors& file = checkpoint.tensors.file_of(name);
       if constexpr (std::is_same_v<std::remove_reference_t<decltype(parameter)>, FrozenMatrix>) {
         detail::with_type_of(file.info(name).dtype, [&]<typename T>(T) {
           // What is wider than the arithmetic would only be narrowed again and again.
@@ -197,7 +203,7 @@ class DiffLlama {
         } else {
           detail::gather_heads(parameter, values, *heads, config_.head_dim);
         }
-        vector_types_[name] = file.info(name).dtype;
+        vector_types_[known_name] = file.info(name).dtype;
       }
     });
   }

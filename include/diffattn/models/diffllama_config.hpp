@@ -1,28 +1,34 @@
 #pragma once
 
-// The config.json of a DiffLlama checkpoint, as Hugging Face's transformers writes it, in the old spelling of the
-// rotary embedding (rope_theta, rope_scaling) and the new one (rope_parameters).
+// The config.json of a DiffLlama checkpoint, as Hugging Face's transformers 5 reads it: every field that changes what a
+// model computes is read as it reads it, or refused with what to do instead.
 //
 //   DiffLlamaConfig config = DiffLlamaConfig::parse(text, "config.json");
 //   config.to_json()                                        what transformers reads
 //
 // Fields that are absent or null have the defaults of transformers' DiffLlamaConfig. num_attention_heads counts both
-// maps and is twice the number of differential heads.
+// maps and is twice the number of differential heads. The rotary embedding stands in rope_theta and rope_scaling or in
+// rope_parameters (detail/rope_fields.hpp says which counts); its kinds are default, linear, dynamic, llama3, yarn,
+// longrope and proportional.
 //
 // Errors   FormatError naming the file and the field: no JSON, a value of the wrong type or out of range, head counts
-// that
-//          do not divide, a model_type, hidden_act or rope type that is not known. Anybody may have written the file,
-//          so nothing is believed before it is checked.
+//          that do not divide, sizes whose product overflows, a model_type, hidden_act or rope type that is not known,
+//          and what this model has not: windows, attention that is not causal, quantized weights. Anybody may have
+//          written the file, so nothing is believed before it is checked.
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/io/detail/safetensors_header.hpp"
+#include "diffattn/io/detail/json_document.hpp"
 #include "diffattn/layers/rotary.hpp"
+#include "diffattn/models/detail/config_fields.hpp"
+#include "diffattn/models/detail/rope_fields.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -40,16 +46,20 @@ struct DiffLlamaConfig {
   bool attention_bias = false;
   double rope_theta = 10000;
   RotaryScaling rope_scaling{};
-  std::vector<Index> eos_token_ids{2};  ///< none if the file says null
+  std::vector<Index> eos_token_ids{};  ///< those that the file has, as transformers' generate takes them
   double initializer_range = 0.02;
   double lambda_std_dev = 0.1;
 
   /// How many tokens a sequence may have. Linear scaling stretches the positions that the model was trained on, dynamic
-  /// scaling adapts to any length.
+  /// scaling adapts to any length, the others reach as far as the model was made for.
   Index max_tokens() const {
-    if (rope_scaling.kind == RotaryScaling::Kind::dynamic) return kLargest;
-    if (rope_scaling.kind != RotaryScaling::Kind::linear) return max_position_embeddings;
-    return static_cast<Index>(static_cast<double>(max_position_embeddings) * rope_scaling.factor);
+    using Kind = RotaryScaling::Kind;
+    const RotaryScaling& s = rope_scaling;
+    const auto positions = static_cast<double>(max_position_embeddings), largest = static_cast<double>(kLargest);
+    if (s.kind == Kind::dynamic) return kLargest;
+    if (s.kind == Kind::none || s.kind == Kind::proportional) return max_position_embeddings;
+    const double reach = (s.kind == Kind::linear ? positions : s.context) * s.factor;
+    return static_cast<Index>(std::clamp(reach, positions, largest));
   }
 
   /// `file` names the text in errors.
@@ -59,136 +69,90 @@ struct DiffLlamaConfig {
   std::string to_json(const std::string& dtype = "float32") const;
 
   /// No count in a file may be larger: products of two of them fit an Index, with room.
-  static constexpr Index kLargest = Index{1} << 28;
+  static constexpr Index kLargest = detail::kLargestCount;
 };
 
 namespace detail {
 
-/// Reads the fields of one JSON object, each checked as it is read.
-class ConfigFields {
- public:
-  ConfigFields(const nlohmann::json& object, std::string file, std::string prefix = "")
-      : object_(object), file_(std::move(file)), prefix_(std::move(prefix)) {}
-
-  [[noreturn, gnu::cold, gnu::noinline]] void fail(const char* key, const std::string& why) const {
-    throw FormatError(file_ + ": " + prefix_ + key + " " + why);
+/// Refuses what transformers would compute with and this library cannot.
+inline void check_supported(const ConfigFields& fields, Index max_position_embeddings) {
+  using Type = JsonDocument::Type;
+  if (const std::string act = fields.text("hidden_act", "silu"); act != "silu" && act != "swish") {
+    fields.fail("hidden_act", in_quotes(act) + " is not supported, must be \"silu\" (or \"swish\", which is the same)");
   }
-  [[noreturn, gnu::cold, gnu::noinline]] void fail(const char* key, const char* expected,
-                                                   const nlohmann::json& value) const {
-    std::string shown = value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
-    if (shown.size() > 80) shown = shown.substr(0, 80) + "…";
-    fail(key, std::string("must be ") + expected + ", got " + shown);
+  for (const char* const key : {"quantization_config", "compression_config"}) {
+    if (fields.find(key) == nullptr) continue;
+    fields.fail(key, "is not supported: save the model dequantized (model.dequantize() in transformers), as bfloat16");
   }
-
-  /// The value, or null if it is absent or null.
-  const nlohmann::json* find(const char* key) const {
-    const auto found = object_.find(key);
-    return found == object_.end() || found->is_null() ? nullptr : &*found;
-  }
-
-  Index count(const char* key, Index otherwise) const {
-    const nlohmann::json* const value = find(key);
-    if (value == nullptr) return otherwise;
-    if (!value->is_number_integer() || *value < 1 || *value > DiffLlamaConfig::kLargest) {
-      fail(key, "a whole number from 1 to 2^28", *value);
+  for (const char* const key : {"sliding_window", "attention_chunk_size"}) {
+    if (fields.number(key, static_cast<double>(max_position_embeddings)) <
+        static_cast<double>(max_position_embeddings)) {
+      fields.fail(key, "is not supported: DiffLlama attends to all tokens; remove it if the model was trained so");
     }
-    return value->get<Index>();
   }
-  double number(const char* key, double otherwise) const {
-    const nlohmann::json* const value = find(key);
-    if (value == nullptr) return otherwise;
-    if (!value->is_number()) fail(key, "a number", *value);
-    return value->get<double>();
+  if (fields.has("is_causal") && !fields.boolean("is_causal", false)) {
+    fields.fail("is_causal", "must be true: attention to later tokens is not supported");
   }
-  double positive(const char* key, double otherwise) const {
-    const double value = number(key, otherwise);
-    if (!(value > 0) || !std::isfinite(value)) fail(key, "must be a positive number, got " + std::to_string(value));
-    return value;
+  if (fields.number("num_kv_shared_layers", 0) != 0) fields.fail("num_kv_shared_layers", "must be 0");
+  if (const auto* const types = fields.find("layer_types")) {
+    if (types->type != Type::list) fields.fail("layer_types", "a list", *types);
+    fields.json().for_each(*types, [&](const JsonDocument::Value& type) {
+      if (type.text != "full_attention") fields.fail("layer_types", "all \"full_attention\"", type);
+    });
   }
-  double at_least(const char* key, double least) const {
-    if (find(key) == nullptr) fail(key, "is missing");
-    const double value = number(key, least);
-    if (!(value >= least) || !std::isfinite(value)) {
-      fail(key, "must be a number, at least " + std::to_string(least) + ", got " + std::to_string(value));
+  if (const std::string weights = fields.text("transformers_weights", "model.safetensors");
+      weights != "model.safetensors") {
+    fields.fail("transformers_weights",
+                in_quotes(weights) + " is not supported: call the file model.safetensors and remove this field");
+  }
+}
+
+/// A config.json without model_type is DiffLlama's if it says so in architectures.
+inline void check_model_type(const ConfigFields& fields) {
+  if (fields.find("model_type") == nullptr) {
+    bool named = false;
+    if (const auto* const names = fields.find("architectures")) {
+      fields.json().for_each(*names, [&](const JsonDocument::Value& name) {
+        named = named || std::string_view(name.text).substr(0, 9) == "DiffLlama";
+      });
     }
-    return value;
+    if (!named) fields.fail("model_type", "is missing, must be \"diffllama\"");
+  } else if (const std::string type = fields.text("model_type", ""); type != "diffllama") {
+    fields.fail("model_type", in_quotes(type) + " is not known, must be \"diffllama\"");
   }
-  bool boolean(const char* key, bool otherwise) const {
-    const nlohmann::json* const value = find(key);
-    if (value == nullptr) return otherwise;
-    if (!value->is_boolean()) fail(key, "true or false", *value);
-    return value->get<bool>();
+}
+
+/// The heads and their width; every weight matrix must have a size that an Index holds.
+inline void read_heads(DiffLlamaConfig& config, const ConfigFields& fields) {
+  const Index heads = config.num_attention_heads, kv_heads = config.num_key_value_heads;
+  if (heads % 2 != 0) fields.fail("num_attention_heads", "must be even, got " + std::to_string(heads));
+  if (heads % kv_heads != 0) {
+    fields.fail("num_key_value_heads",
+                "= " + std::to_string(kv_heads) + " must divide num_attention_heads = " + std::to_string(heads));
   }
-  std::string text(const char* key, const char* otherwise) const {
-    const nlohmann::json* const value = find(key);
-    if (value == nullptr) return otherwise;
-    if (!value->is_string()) fail(key, "a string", *value);
-    return value->get<std::string>();
+  if (fields.find("head_dim") == nullptr && config.hidden_size < heads) {
+    fields.fail("num_attention_heads", "= " + std::to_string(heads) + " must be at most hidden_size = " +
+                                           std::to_string(config.hidden_size) + ", as no head_dim is given");
   }
-
- private:
-  const nlohmann::json& object_;
-  std::string file_, prefix_;
-};
-
-/// The rotary embedding in either spelling; `config` has its other fields already.
-inline void read_rope(DiffLlamaConfig& config, const ConfigFields& fields, const std::string& file) {
-  using Kind = RotaryScaling::Kind;
-  config.rope_theta = fields.positive("rope_theta", config.rope_theta);
-  const char* const spelling = fields.find("rope_parameters") != nullptr ? "rope_parameters" : "rope_scaling";
-  const nlohmann::json* const rope = fields.find(spelling);
-  if (rope == nullptr) return;
-  if (!rope->is_object()) fields.fail(spelling, "an object", *rope);
-
-  const ConfigFields parameters(*rope, file, std::string(spelling) + ".");
-  config.rope_theta = parameters.positive("rope_theta", config.rope_theta);
-  const char* const type_key = parameters.find("rope_type") != nullptr ? "rope_type" : "type";
-  const std::string type = parameters.text(type_key, "default");
-  RotaryScaling& scaling = config.rope_scaling;
-  if (type == "default") return;
-  if (type == "linear") {
-    scaling.kind = Kind::linear;
-    scaling.factor = parameters.at_least("factor", 1);
-  } else if (type == "dynamic") {
-    scaling.kind = Kind::dynamic;
-    scaling.factor = parameters.at_least("factor", 1);
-    scaling.context = static_cast<double>(config.max_position_embeddings);
-    if (config.head_dim == 2) fields.fail("head_dim", "must be at least 4 for dynamic scaling, got 2");
-  } else if (type == "llama3") {
-    scaling.kind = Kind::llama3;
-    scaling.factor = parameters.at_least("factor", 1);
-    scaling.context = parameters.at_least("original_max_position_embeddings", 1);
-    scaling.low_freq_factor = parameters.at_least("low_freq_factor", 0);
-    scaling.high_freq_factor = parameters.at_least("high_freq_factor", 0);
-    if (!(scaling.low_freq_factor > 0)) parameters.fail("low_freq_factor", "must be positive, got 0");
-    if (!(scaling.high_freq_factor > scaling.low_freq_factor)) {
-      parameters.fail("high_freq_factor", "must be more than low_freq_factor");
-    }
-  } else {
-    parameters.fail(type_key, in_quotes(type) + " is not known (known: default, linear, dynamic, llama3)");
+  config.head_dim = fields.count("head_dim", config.hidden_size / heads);
+  if (config.head_dim % 2 != 0) fields.fail("head_dim", "must be even, got " + std::to_string(config.head_dim));
+  const double rows = static_cast<double>(heads) * static_cast<double>(config.head_dim);
+  if (rows * static_cast<double>(config.hidden_size) > 0x1p59) {
+    fields.fail("num_attention_heads", "x head_dim x hidden_size is too large: " + std::to_string(heads) + " x " +
+                                           std::to_string(config.head_dim) + " x " +
+                                           std::to_string(config.hidden_size));
   }
 }
 
 }  // namespace detail
 
 inline DiffLlamaConfig DiffLlamaConfig::parse(const std::string& text, const std::string& file) {
-  const auto no_json = [&](const char* why) { return FormatError(file + ": is not valid JSON: " + why); };
-  nlohmann::json json;
-  try {
-    json = nlohmann::json::parse(text);
-  } catch (const nlohmann::json::exception& error) {
-    throw no_json(error.what());
+  const detail::JsonDocument json(text, file);
+  if (json.root().type != detail::JsonDocument::Type::object) {
+    throw FormatError(file + ": is not valid JSON: an object is expected");
   }
-  if (!json.is_object()) throw no_json("an object is expected");
-
-  const detail::ConfigFields fields(json, file);
-  if (fields.find("model_type") == nullptr) fields.fail("model_type", "is missing, must be \"diffllama\"");
-  if (const std::string type = fields.text("model_type", ""); type != "diffllama") {
-    fields.fail("model_type", detail::in_quotes(type) + " is not known, must be \"diffllama\"");
-  }
-  if (const std::string act = fields.text("hidden_act", "silu"); act != "silu" && act != "swish") {
-    fields.fail("hidden_act", detail::in_quotes(act) + " is not known, must be \"silu\"");
-  }
+  const detail::ConfigFields fields(json, json.root(), file);
+  detail::check_model_type(fields);
 
   DiffLlamaConfig config;
   config.vocab_size = fields.count("vocab_size", config.vocab_size);
@@ -203,79 +167,51 @@ inline DiffLlamaConfig DiffLlamaConfig::parse(const std::string& text, const std
   config.attention_bias = fields.boolean("attention_bias", config.attention_bias);
   config.initializer_range = fields.number("initializer_range", config.initializer_range);
   config.lambda_std_dev = fields.number("lambda_std_dev", config.lambda_std_dev);
-
-  const Index heads = config.num_attention_heads, kv_heads = config.num_key_value_heads;
-  if (heads % 2 != 0) fields.fail("num_attention_heads", "must be even, got " + std::to_string(heads));
-  if (heads % kv_heads != 0) {
-    fields.fail("num_key_value_heads",
-                "= " + std::to_string(kv_heads) + " must divide num_attention_heads = " + std::to_string(heads));
-  }
-  if (fields.find("head_dim") == nullptr && config.hidden_size % heads != 0) {
-    fields.fail("num_attention_heads", "= " + std::to_string(heads) + " must divide hidden_size = " +
-                                           std::to_string(config.hidden_size) + ", as no head_dim is given");
-  }
-  config.head_dim = fields.count("head_dim", std::max<Index>(1, config.hidden_size / heads));
-  if (config.head_dim % 2 != 0) fields.fail("head_dim", "must be even, got " + std::to_string(config.head_dim));
+  detail::read_heads(config, fields);
   if (!(config.rms_norm_eps >= 0) || !std::isfinite(config.rms_norm_eps)) {
     fields.fail("rms_norm_eps", "must not be negative, got " + std::to_string(config.rms_norm_eps));
   }
-  if (fields.number("partial_rotary_factor", 1) != 1) fields.fail("partial_rotary_factor", "must be 1");
-  detail::read_rope(config, fields, file);
-
-  if (const auto eos = json.find("eos_token_id"); eos != json.end()) {
-    config.eos_token_ids.clear();
-    const auto add = [&](const nlohmann::json& id) {
-      if (!id.is_number_integer() || id < 0 || id > kLargest) fields.fail("eos_token_id", "token ids", *eos);
-      config.eos_token_ids.push_back(id.get<Index>());
-    };
-    if (eos->is_array()) {
-      for (const nlohmann::json& id : *eos) add(id);
-    } else if (!eos->is_null()) {
-      add(*eos);
-    }
-  }
+  detail::check_supported(fields, config.max_position_embeddings);
+  detail::RopeFields rope = detail::read_rope(fields, config.head_dim, config.max_position_embeddings);
+  config.rope_theta = rope.theta;
+  config.rope_scaling = std::move(rope.scaling);
+  config.eos_token_ids = fields.token_ids("eos_token_id");
   return config;
 }
 
 inline std::string DiffLlamaConfig::to_json(const std::string& dtype) const {
-  nlohmann::ordered_json json = {{"architectures", {"DiffLlamaForCausalLM"}},
-                                 {"model_type", "diffllama"},
-                                 {"vocab_size", vocab_size},
-                                 {"hidden_size", hidden_size},
-                                 {"intermediate_size", intermediate_size},
-                                 {"num_hidden_layers", num_hidden_layers},
-                                 {"num_attention_heads", num_attention_heads},
-                                 {"num_key_value_heads", num_key_value_heads},
-                                 {"head_dim", head_dim},
-                                 {"hidden_act", "silu"},
-                                 {"max_position_embeddings", max_position_embeddings},
-                                 {"initializer_range", initializer_range},
-                                 {"rms_norm_eps", rms_norm_eps},
-                                 {"use_cache", true},
-                                 {"tie_word_embeddings", tie_word_embeddings},
-                                 {"rope_theta", rope_theta},
-                                 {"rope_scaling", nullptr},
-                                 {"attention_bias", attention_bias},
-                                 {"attention_dropout", 0.0},
-                                 {"lambda_std_dev", lambda_std_dev},
-                                 {"torch_dtype", dtype},
-                                 {"bos_token_id", nullptr},
-                                 {"eos_token_id", nullptr},
-                                 {"pad_token_id", nullptr}};
-  if (eos_token_ids.size() == 1) json["eos_token_id"] = eos_token_ids.front();
-  if (eos_token_ids.size() > 1) json["eos_token_id"] = eos_token_ids;
-  using Kind = RotaryScaling::Kind;
-  const RotaryScaling& s = rope_scaling;
-  if (s.kind == Kind::linear) json["rope_scaling"] = {{"rope_type", "linear"}, {"factor", s.factor}};
-  if (s.kind == Kind::dynamic) json["rope_scaling"] = {{"rope_type", "dynamic"}, {"factor", s.factor}};
-  if (s.kind == Kind::llama3) {
-    json["rope_scaling"] = {{"rope_type", "llama3"},
-                            {"factor", s.factor},
-                            {"low_freq_factor", s.low_freq_factor},
-                            {"high_freq_factor", s.high_freq_factor},
-                            {"original_max_position_embeddings", static_cast<Index>(s.context)}};
-  }
-  return json.dump(2) + "\n";
+  std::string text = "{\n  \"architectures\": [\"DiffLlamaForCausalLM\"],\n  \"model_type\": \"diffllama\"";
+  const auto add = [&](const char* key, const std::string& value) {
+    text += ",\n  \"" + std::string(key) + "\": " + value;
+  };
+  const auto count = [&](const char* key, Index value) { add(key, std::to_string(value)); };
+  const auto number = [&](const char* key, double value) { add(key, nlohmann::json(value).dump()); };
+  const auto boolean = [&](const char* key, bool value) { add(key, value ? "true" : "false"); };
+  count("vocab_size", vocab_size);
+  count("hidden_size", hidden_size);
+  count("intermediate_size", intermediate_size);
+  count("num_hidden_layers", num_hidden_layers);
+  count("num_attention_heads", num_attention_heads);
+  count("num_key_value_heads", num_key_value_heads);
+  count("head_dim", head_dim);
+  add("hidden_act", "\"silu\"");
+  count("max_position_embeddings", max_position_embeddings);
+  number("initializer_range", initializer_range);
+  number("rms_norm_eps", rms_norm_eps);
+  boolean("use_cache", true);
+  boolean("tie_word_embeddings", tie_word_embeddings);
+  number("rope_theta", rope_theta);
+  add("rope_scaling", detail::rope_scaling_json(rope_scaling));
+  boolean("attention_bias", attention_bias);
+  number("attention_dropout", 0);
+  number("lambda_std_dev", lambda_std_dev);
+  add("torch_dtype", detail::in_quotes(dtype));
+  add("bos_token_id", "null");
+  std::string eos;
+  for (const Index id : eos_token_ids) eos += (eos.empty() ? "" : ", ") + std::to_string(id);
+  add("eos_token_id", eos_token_ids.empty() ? "null" : eos_token_ids.size() == 1 ? eos : "[" + eos + "]");
+  add("pad_token_id", "null");
+  return text + "\n}\n";
 }
 
 }  // namespace diffattn::inline v0_1

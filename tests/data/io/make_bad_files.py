@@ -89,7 +89,6 @@ FILES = {
     # Metadata
     "metadata_is_list": metadata(["a"]),
     "metadata_is_string": metadata("a"),
-    "metadata_is_null": metadata(None),
     "metadata_is_tensor": metadata({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}),
     "metadata_number": metadata({"a": "1", "depth": 3}),
     "metadata_null": metadata({"a": "1", "depth": None}),
@@ -131,6 +130,7 @@ FILES = {
     "shape_overflows_before_zero": bad(shape=[2**62, 8, 0], data_offsets=[8, 8], data=8),
     "shape_overflows_after_zero": bad(shape=[0, 2**62, 8], data_offsets=[8, 8], data=8),
     "shape_2_64_minus_1_beside_zero": bad(shape=[0, 2**64 - 1], data_offsets=[8, 8], data=8),
+    "shape_of_part_of_a_byte": bad(dtype="F4", shape=[15]),
     "shape_smaller_than_offsets": bad(shape=[1]),
     "shape_larger_than_offsets": bad(shape=[3]),
     "shape_empty_but_offsets": bad(shape=[2, 0]),

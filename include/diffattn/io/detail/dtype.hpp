@@ -1,6 +1,7 @@
 #pragma once
 
-// The element types of a safetensors file that the library knows, and how C++ types map to them.
+// The element types of a safetensors file, and how C++ types map to those that are read and written. A file may hold
+// tensors of the others beside them.
 
 #include <Eigen/Core>
 
@@ -12,18 +13,63 @@
 
 namespace diffattn::inline v0_1 {
 
-enum class Dtype { F64, I64, F32, I32, F16, BF16 };
+enum class Dtype {
+  F64,
+  I64,
+  F32,
+  I32,
+  F16,
+  BF16,
+  // known, but neither read nor written
+  U64,
+  C64,
+  U32,
+  I16,
+  U16,
+  I8,
+  U8,
+  BOOL,
+  F8_E4M3,
+  F8_E5M2,
+  F8_E8M0,
+  F8_E4M3FNUZ,
+  F8_E5M2FNUZ,
+  F6_E2M3,
+  F6_E3M2,
+  F4
+};
 
 namespace detail {
 
 struct DtypeName {
   Dtype dtype;
   std::string_view name;
-  std::size_t size;  // bytes
+  std::size_t bits;             // of an element
+  std::size_t size = bits / 8;  // bytes, where it has whole ones
 };
 
-inline constexpr DtypeName kDtypes[] = {{Dtype::F64, "F64", 8}, {Dtype::I64, "I64", 8}, {Dtype::F32, "F32", 4},
-                                        {Dtype::I32, "I32", 4}, {Dtype::F16, "F16", 2}, {Dtype::BF16, "BF16", 2}};
+inline constexpr DtypeName kDtypes[] = {{Dtype::F64, "F64", 64},
+                                        {Dtype::I64, "I64", 64},
+                                        {Dtype::F32, "F32", 32},
+                                        {Dtype::I32, "I32", 32},
+                                        {Dtype::F16, "F16", 16},
+                                        {Dtype::BF16, "BF16", 16},
+                                        {Dtype::U64, "U64", 64},
+                                        {Dtype::C64, "C64", 64},
+                                        {Dtype::U32, "U32", 32},
+                                        {Dtype::I16, "I16", 16},
+                                        {Dtype::U16, "U16", 16},
+                                        {Dtype::I8, "I8", 8},
+                                        {Dtype::U8, "U8", 8},
+                                        {Dtype::BOOL, "BOOL", 8},
+                                        {Dtype::F8_E4M3, "F8_E4M3", 8},
+                                        {Dtype::F8_E5M2, "F8_E5M2", 8},
+                                        {Dtype::F8_E8M0, "F8_E8M0", 8},
+                                        {Dtype::F8_E4M3FNUZ, "F8_E4M3FNUZ", 8},
+                                        {Dtype::F8_E5M2FNUZ, "F8_E5M2FNUZ", 8},
+                                        {Dtype::F6_E2M3, "F6_E2M3", 6},
+                                        {Dtype::F6_E3M2, "F6_E3M2", 6},
+                                        {Dtype::F4, "F4", 4}};
 
 inline std::optional<Dtype> dtype_from_name(std::string_view name) {
   for (const DtypeName& known : kDtypes) {
@@ -51,8 +97,9 @@ constexpr Dtype dtype_of() {
 }
 
 inline bool is_integer(Dtype dtype) { return dtype == Dtype::I64 || dtype == Dtype::I32; }
+inline bool is_readable(Dtype dtype) { return dtype <= Dtype::BF16; }
 
-/// Calls f with a value of the C++ type of `dtype`.
+/// Calls f with a value of the C++ type of `dtype`, which must be readable.
 template <typename F>
 decltype(auto) with_type_of(Dtype dtype, F&& f) {
   switch (dtype) {
@@ -66,10 +113,9 @@ decltype(auto) with_type_of(Dtype dtype, F&& f) {
       return f(Eigen::bfloat16{});
     case Dtype::I64:
       return f(std::int64_t{});
-    case Dtype::I32:
-      break;
+    default:
+      return f(std::int32_t{});
   }
-  return f(std::int32_t{});
 }
 
 }  // namespace detail
