@@ -113,7 +113,7 @@ template <typename Scalar, typename Storage>
 void check_all() {
   const std::vector<Shape> shapes = {{1, 1, 1, 1},     {1, 700, 64, 128}, {1, 257, 7, 5},  {2, 256, 33, 20},
                                      {3, 513, 16, 40}, {4, 300, 5, 70},   {5, 300, 5, 70}, {26, 40, 12, 9},
-                                     {70, 600, 8, 16}, {9, 4, 6, 6}};
+                                     {70, 600, 8, 16}, {9, 4, 6, 6},      {3, 2, 6, 6},    {4, 1, 5, 18}};
   for (const Shape& shape : shapes) {
     for (const Index window : {0, 1, 37, 300}) {
       check<Scalar, Storage>(shape, 2, 2, 2, window);
@@ -165,6 +165,40 @@ TEST_CASE("What a later key or value holds does not reach an earlier query", "[k
     }
     k = old_k;
     v = old_v;
+  }
+}
+
+TEST_CASE("A value that a window has left behind for some of the queries does not reach them", "[kernels][decode]") {
+  struct Case {
+    Index n_q, n_k, window, bad;
+  };
+  Rng rng = make_rng();
+  const Index d = 8;
+  // In the page before the last, and in the first page that is seen where that is not the first there is.
+  for (const Case& c : {Case{40, 300, 280, 5}, Case{40, 600, 320, 260}, Case{3, 600, 300, 299}}) {
+    INFO(c.n_q << " queries, " << c.n_k << " keys");
+    const auto q = random_matrix<float>(c.n_q, 2 * d, rng), k = random_matrix<float>(c.n_k, 2 * d, rng);
+    auto v = random_matrix<float>(c.n_k, d, rng);
+    const auto decode = [&] {
+      const Pages<float> pages(k, v, 1, 2, rng);
+      Workspace workspace;
+      Matrix<float> out(c.n_q, d);
+      diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{1, 1}, c.window, {}, workspace);
+      return out;
+    };
+    const Matrix<float> clean = decode();
+    v.row(c.bad).setConstant(std::numeric_limits<float>::quiet_NaN());
+    const Matrix<float> out = decode();
+    const auto bias = dense(mask_of(c.window), c.n_q, c.n_k);
+    CHECK(bias(0, c.bad) == 0);
+    CHECK(bias(c.n_q - 1, c.bad) == kHidden);
+    for (Index i = 0; i < c.n_q; ++i) {
+      if (bias(i, c.bad) == 0) {
+        CHECK(out.row(i).array().isNaN().all());
+      } else {
+        CHECK(out.row(i).isApprox(clean.row(i), 1e-5f));
+      }
+    }
   }
 }
 

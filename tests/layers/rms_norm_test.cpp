@@ -41,6 +41,23 @@ TEST_CASE("RmsNorm starts with a weight of ones, and only where it has one", "[l
   CHECK(RmsNorm<float>(6, 1e-6, false).width() == 6);
 }
 
+TEST_CASE("The gradient of RmsNorm's weight is the sum over all rows", "[layers][rms_norm]") {
+  auto rng = make_rng();
+  const Index rows = 150, width = 11;
+  RmsNorm<double> norm(width), grad = zeros_like(norm), expected = zeros_like(norm);
+  norm.weight = random_matrix<double>(width, 1, rng);
+  const Matrix<double> x = random_matrix<double>(rows, width, rng), dy = random_matrix<double>(rows, width, rng);
+  RmsNorm<double>::Tape tape;
+  norm.forward(x, tape);
+  const Matrix<double> dx = norm.backward(dy, tape, grad);
+  for (Index row = 0; row < rows; ++row) {
+    RmsNorm<double>::Tape one;
+    norm.forward(Matrix<double>(x.row(row)), one);
+    CHECK(identical(norm.backward(Matrix<double>(dy.row(row)), one, expected), dx.row(row)));
+  }
+  CHECK(grad.weight.isApprox(expected.weight, 1e-12));
+}
+
 TEST_CASE("RmsNorm refuses an x of another width", "[layers][rms_norm]") {
   CHECK(thrown_by<diffattn::ShapeError>([] { RmsNorm<float>(6).forward(Matrix<float>(2, 7)); }) ==
         "RmsNorm: x must be 2 x 6, got 2 x 7");

@@ -213,6 +213,11 @@ TEST_CASE("Generation ends at a stop token, when the callback says so, or where 
   DecoderCache<float> cache(2, {.max_tokens = 9});
   CHECK(generate(model(), prompt, {.max_new_tokens = 10}, cache) == Tokens(free.begin(), free.begin() + 4));
   CHECK(generate(model(), prompt, {.max_new_tokens = 0}).empty());
+
+  // What is in the cache already takes room, too.
+  DecoderCache<float> begun(2, {.max_tokens = 9});
+  model().logits({3, 1}, begun);
+  CHECK(generate(model(), Tokens{4, 1, 5}, {.max_new_tokens = 10}, begun) == Tokens(free.begin(), free.begin() + 4));
 }
 
 TEST_CASE("Options that cannot be are refused by name, and the cache is as before", "[models][generate]") {

@@ -48,6 +48,25 @@ TEST_CASE("Clipping shortens what is too long, and nothing else", "[training][gr
   CHECK(zero.weight.isZero(0));
 }
 
+TEST_CASE("Clipping divides by the norm and 1e-6, as PyTorch does", "[training][gradient_norm]") {
+  // By hand: a norm of 5e-6, where what is added matters, is clipped to 1e-6 · 5 / 6.
+  SmallModel<double> tiny(1, 2);
+  tiny.weight << 3e-6, 0;
+  tiny.bias << 4e-6;
+  CHECK(std::abs(clip_gradient_norm(tiny, 1e-6) - 5e-6) < 1e-20);
+  CHECK(std::abs(tiny.weight(0, 0) - 0.5e-6) < 1e-20);
+  CHECK(std::abs(tiny.bias[0] - 4e-6 / 6) < 1e-20);
+
+  // At the limit itself a little is taken off, below it by more than that nothing.
+  SmallModel<double> even(1, 2);
+  even.weight << 3, 4;
+  CHECK(clip_gradient_norm(even, 5.0) == 5);
+  CHECK(std::abs(even.weight(0, 0) - 3 / (1 + 2e-7)) < 1e-14);
+  even.weight << 3, 4;
+  CHECK(clip_gradient_norm(even, 5.00001) == 5);
+  CHECK(even.weight(0, 0) == 3);
+}
+
 TEST_CASE("A gradient that is not finite stays for its user to see", "[training][gradient_norm]") {
   auto rng = support::make_rng();
   auto gradient = random_model<float>(rng);
