@@ -21,8 +21,7 @@ using Map = diffattn::Matrix<double>;
 
 namespace {
 
-/// The same q, k and v, so the same parameters, read as differential heads or as twice as many standard ones.
-/// `copies` times over: 1 is the recorded sequence.
+/// The same q, k and v, `copies` times over, read as differential heads or as twice as many standard ones.
 void print_times(const Map& q_once, const Map& k_once, const Map& v_once, Index copies, double lambda,
                  diffattn::Heads heads) {
   const auto repeated = [&](const Map& m) -> Eigen::MatrixXf { return m.replicate(copies, 1).cast<float>(); };

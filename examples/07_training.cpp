@@ -91,8 +91,7 @@ int main(int argc, char** argv) {
     run(options);
     return EXIT_SUCCESS;
   } catch (const std::bad_alloc&) {
-    std::fprintf(stderr,
-                 "not enough memory: take a smaller --batch, --length, --embed-dim, --hidden-dim or --layers\n");
+    std::fprintf(stderr, "not enough memory: --batch, --length, --embed-dim, --hidden-dim or --layers is too large\n");
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
   }
