@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <mutex>
 
 #include "diffattn/core/parallel.hpp"
 
@@ -24,6 +25,7 @@ struct OpenMP {
     if (omp_in_parallel() || count <= 1) return Serial::run(count, task);
     // No exception may leave a parallel region. Tasks before the first that threw still run: one of them may throw too.
     std::exception_ptr error;
+    std::mutex mutex;
     std::atomic<Index> end{count};
 #pragma omp parallel for schedule(dynamic) num_threads(std::max(1, num_threads))
     for (Index index = 0; index < count; ++index) {
@@ -31,7 +33,7 @@ struct OpenMP {
       try {
         task(index, static_cast<Index>(omp_get_thread_num()));
       } catch (...) {
-#pragma omp critical(diffattn_openmp_error)
+        const std::lock_guard<std::mutex> lock(mutex);
         if (index < end) {
           error = std::current_exception();
           end = index;
