@@ -14,6 +14,7 @@
 
 #include "io/files.hpp"
 #include "support/catch.hpp"
+#include "support/failing_allocations.hpp"
 #include "support/random.hpp"
 #include "support/throws.hpp"
 
@@ -276,19 +277,49 @@ TEST_CASE("A file of another configuration or another layer does not fit") {
 
 TEMPLATE_TEST_CASE("A layer that cannot be saved leaves the old file whole", "", Baseline, Differential,
                    SecondVersion) {
+  const auto failures = GENERATE(support::Failures::one, support::Failures::all_later);
   auto rng = support::make_rng();
   auto old = TestType::template make<float>(), layer = old, loaded = old;
   randomize(old, rng);
   randomize(layer, rng);
   const Scratch folder;
   save_parameters(old, folder / "layer");
-  std::filesystem::create_directories(folder / "layer.unfinished/in the way");
-  CHECK(thrown_by<std::runtime_error>([&] { save_parameters(layer, folder / "layer"); }) ==
-        (folder / "layer").string() + ": cannot be written");
-  load_parameters(loaded, Safetensors(folder / "layer"));
-  CHECK(snapshot(loaded) == snapshot(old));
+  support::for_every_failing_allocation([&] { save_parameters(layer, folder / "layer"); },
+                                        [&](bool threw) {
+                                          if (threw) {
+                                            load_parameters(loaded, Safetensors(folder / "layer"));
+                                            CHECK(snapshot(loaded) == snapshot(old));
+                                          } else {  // it did without
+                                            save_parameters(old, folder / "layer");
+                                          }
+                                          CHECK(folder.list() == "layer");
+                                        },
+                                        failures);
 
+  save_parameters(old, folder / "layer");
   CHECK(thrown_by<std::runtime_error>([&] { save_parameters(layer, folder / "nowhere/layer"); }) ==
-        (folder / "nowhere/layer").string() + ": cannot be written");
-  CHECK(folder.list() == "layer layer.unfinished");
+        (folder / "nowhere/layer").string() + ": cannot be written: No such file or directory");
+  CHECK(folder.list() == "layer");
+}
+
+TEMPLATE_TEST_CASE("A layer that cannot be loaded for lack of memory is as it was", "", Baseline, Differential,
+                   SecondVersion) {
+  const auto failures = GENERATE(support::Failures::one, support::Failures::all_later);
+  auto rng = support::make_rng();
+  auto stored = TestType::template make<double>(), layer = stored;
+  randomize(stored, rng);
+  randomize(layer, rng);
+  const auto before = layer;
+  const Scratch folder;
+  save_parameters(stored, folder / "layer", "a.");
+  const std::size_t failed =
+      support::for_every_failing_allocation([&] { load_parameters(layer, Safetensors(folder / "layer"), "a."); },
+                                            [&](bool threw) {
+                                              CHECK(threw);
+                                              CHECK(snapshot(layer) == snapshot(before));
+                                            },
+                                            failures);
+  CHECK(failed >= (support::fails_allocations() ? 100U : 0U));
+  load_parameters(layer, Safetensors(folder / "layer"), "a.");
+  CHECK(snapshot(layer) == snapshot(stored));
 }

@@ -274,16 +274,16 @@ TEST_CASE("A tensor that is not there is named") {
 
 TEST_CASE("What cannot be opened is said to be so, and is no FormatError") {
   const Scratch folder;
-  const auto refused = [](const std::filesystem::path& path) {
+  const auto refused = [](const std::filesystem::path& path, const std::string& why) {
     CHECK(thrown_by<std::runtime_error>([&] { Safetensors{path}; }) ==
-          path.string() + ": cannot be opened for reading");
+          path.string() + ": cannot be opened for reading: " + why);
   };
-  refused(folder / "nothing");
-  refused(folder / "");
-  refused("");
+  refused(folder / "nothing", "No such file or directory");
+  refused(folder / "", "Is a directory");
+  refused("", "No such file or directory");
 #if __has_include(<sys/stat.h>)
   REQUIRE(::mkfifo((folder / "fifo").c_str(), 0600) == 0);
-  refused(folder / "fifo");
+  refused(folder / "fifo", "it is not a regular file");
 #endif
 }
 

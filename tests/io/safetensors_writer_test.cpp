@@ -295,14 +295,14 @@ TEST_CASE("A place that cannot be written to is named, and nothing is left there
   const Scratch folder;
   SafetensorsWriter writer;
   writer.add("x", Matrix<float>{{1}});
-  const auto refused = [&](const std::filesystem::path& path) {
-    CHECK(thrown_by<std::runtime_error>([&] { writer.save(path); }) == path.string() + ": cannot be written");
+  const auto refused = [&](const std::filesystem::path& path, const std::string& why) {
+    CHECK(thrown_by<std::runtime_error>([&] { writer.save(path); }) == path.string() + ": cannot be written: " + why);
   };
   files::write(folder / "occupied", "text");
   std::filesystem::create_directories(folder / "folder/inner");
-  refused(folder / "nowhere/file");
-  refused(folder / "occupied/file");
-  refused(folder / "folder");
+  refused(folder / "nowhere/file", "No such file or directory");
+  refused(folder / "occupied/file", "Not a directory");
+  refused(folder / "folder", "Is a directory");
   CHECK(folder.list() == "folder occupied");
   CHECK(files::read(folder / "occupied") == "text");
   CHECK(std::filesystem::is_directory(folder / "folder/inner"));
@@ -333,7 +333,7 @@ TEST_CASE("A disk that fills up leaves the old file whole") {
   ::setrlimit(RLIMIT_FSIZE, &usual);
   std::signal(SIGXFSZ, handler);
 
-  CHECK(message == (folder / "file").string() + ": cannot be written");
+  CHECK(message == (folder / "file").string() + ": cannot be written: File too large");
   CHECK(folder.list() == "file");
   CHECK(files::read(folder / "file") == before);
 }

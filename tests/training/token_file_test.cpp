@@ -27,5 +27,5 @@ TEST_CASE("A token file is numbers one after another", "[training][token_file]")
   CHECK(TokenFile<std::uint32_t>(path).tokens().empty());
   std::filesystem::remove(path);
   CHECK(support::thrown_by<std::runtime_error>([&] { TokenFile<std::uint8_t>{path}; }) ==
-        path.string() + ": cannot be opened for reading");
+        path.string() + ": cannot be opened for reading: No such file or directory");
 }

@@ -5,8 +5,9 @@
 //   load_parameters(layer, file, "weight.");       every parameter that visit_parameters(layer, …) names
 //   save_parameters(layer, path, "weight.");       loads in PyTorch's safetensors
 //
-// Errors   load_parameters reports every missing, surplus and mis-shaped tensor in one FormatError and changes nothing.
-//          save_parameters: std::runtime_error if the file cannot be written; it is there whole or not at all.
+// Errors   load_parameters reports every missing, surplus and mis-shaped tensor in one FormatError. Whatever it throws,
+//          std::bad_alloc included, the layer is as it was.
+//          save_parameters: std::runtime_error if the file cannot be written; it is there whole or as it was.
 
 #include <filesystem>
 #include <map>
@@ -53,6 +54,24 @@ std::string mismatch(const Tensors& tensors, const std::string& name, const std:
   return "";
 }
 
+/// Where the values of a parameter go, whatever its type.
+class Destination {
+ public:
+  Destination() = default;
+  template <typename Parameter>
+  explicit Destination(Parameter& parameter)
+      : to_(parameter.data()), read_([](const Safetensors& file, const std::string& name, void* to) {
+          file.read(name, static_cast<typename Parameter::Scalar*>(to));
+        }) {}
+
+  /// Does not allocate.
+  void read(const Safetensors& file, const std::string& name) const { read_(file, name, to_); }
+
+ private:
+  void* to_ = nullptr;
+  void (*read_)(const Safetensors& file, const std::string& name, void* to) = nullptr;
+};
+
 }  // namespace detail
 
 /// Copies the tensors "<prefix><name>" of `file` into the parameters of `layer`, converting to its scalar type. All of
@@ -61,10 +80,10 @@ std::string mismatch(const Tensors& tensors, const std::string& name, const std:
 template <typename Layer>
 void load_parameters(Layer& layer, const Safetensors& file, const std::string& prefix = "") {
   std::string problems;
-  std::map<std::string, bool> expected;
+  std::map<std::string, detail::Destination> expected;
   visit_parameters(layer, [&](std::string_view name, auto& parameter) {
     const std::string full = prefix + std::string(name);
-    expected[full] = true;
+    expected[full] = detail::Destination(parameter);
     const std::string problem = detail::mismatch(file, full, detail::stored_shape(parameter));
     if (!problem.empty()) problems += "\n  " + problem;
   });
@@ -75,8 +94,7 @@ void load_parameters(Layer& layer, const Safetensors& file, const std::string& p
   }
   if (!problems.empty()) throw FormatError(file.path() + ": does not hold the parameters of this layer" + problems);
 
-  visit_parameters(
-      layer, [&](std::string_view name, auto& parameter) { file.read(prefix + std::string(name), parameter.data()); });
+  for (const auto& [name, destination] : expected) destination.read(file, name);  // nothing here can fail
 }
 
 /// Writes every parameter of `layer` as "<prefix><name>".

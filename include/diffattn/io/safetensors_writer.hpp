@@ -4,9 +4,10 @@
 //
 //   SafetensorsWriter writer;  writer.add("x", x);  writer.save(path);
 //
-// Errors   std::invalid_argument: what a file cannot hold, in add(), which leaves the writer as it was.
-//          std::runtime_error: the file cannot be written. save() writes beside the target and renames: a file is there
-//          whole or not at all.
+// Errors   std::invalid_argument: what a file cannot hold, in add() and set_metadata(), which leave the writer as it
+//          was. std::runtime_error: the file cannot be written. A file is there whole or as it was, also if the process
+//          is killed, and so is what a symbolic link points to: save() writes "<name>.<process>-<number>.unfinished"
+//          beside the target and renames it. Only a killed process leaves such a file behind; it can be deleted.
 // Cost     add() copies the values, which stay until the writer goes; save() writes them as often as it is called.
 
 #include <algorithm>
@@ -15,7 +16,6 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <ostream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,8 +23,9 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/io/detail/dtype.hpp"
+#include "diffattn/io/detail/json.hpp"
 #include "diffattn/io/detail/safetensors_header.hpp"
-#include "diffattn/io/detail/whole_file.hpp"
+#include "diffattn/io/detail/unfinished_file.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -33,10 +34,13 @@ namespace diffattn::inline v0_1 {
 class SafetensorsWriter {
  public:
   explicit SafetensorsWriter(std::map<std::string, std::string> metadata = {}) : metadata_(std::move(metadata)) {
-    for (const auto& [key, text] : metadata_) {
-      check_utf8("metadata", key);
-      check_utf8("metadata", text);
-    }
+    for (const auto& [key, text] : metadata_) check_metadata(key, text);
+  }
+
+  /// A string beside the tensors, in place of the one of the same key.
+  void set_metadata(const std::string& key, const std::string& text) {
+    check_metadata(key, text);
+    metadata_[key] = text;
   }
 
   /// A column or row vector type is stored with rank 1, anything else with rank 2. Throws std::invalid_argument if the
@@ -70,33 +74,27 @@ class SafetensorsWriter {
     tensors_.emplace(name, std::move(tensor));
   }
 
+  /// Writes the file. Two processes may save to one path at a time: the last one's file stays.
   void save(const std::filesystem::path& path) const {
-    std::vector<std::pair<std::string, const Tensor*>> ordered;
-    for (const auto& [name, tensor] : tensors_) ordered.emplace_back(name, &tensor);
-    std::stable_sort(ordered.begin(), ordered.end(), [](const auto& a, const auto& b) {
-      return detail::describe(a.second->dtype).size > detail::describe(b.second->dtype).size;
-    });
+    detail::UnfinishedFile file(path);
+    write(file);
+    file.finish();
+    file.replace_target();
+  }
 
-    nlohmann::json header = nlohmann::json::object();
-    if (!metadata_.empty()) header["__metadata__"] = metadata_;
-    std::size_t offset = 0;
-    for (const auto& [name, tensor] : ordered) {
-      const std::size_t end = offset + tensor->bytes.size();
-      header[name] = {
-          {"dtype", detail::describe(tensor->dtype).name}, {"shape", tensor->shape}, {"data_offsets", {offset, end}}};
-      offset = end;
-    }
-    std::string text = header.dump();
-    text.resize((text.size() + 7) / 8 * 8, ' ');
-
-    detail::write_whole(path, [&](std::ostream& out) {
-      const std::uint64_t length = text.size();
-      out.write(reinterpret_cast<const char*>(&length), sizeof(length));
-      out.write(text.data(), static_cast<std::streamsize>(text.size()));
-      for (const auto& [name, tensor] : ordered) {
-        out.write(tensor->bytes.data(), static_cast<std::streamsize>(tensor->bytes.size()));
-      }
+  /// The bytes of the file: calls out.write(data, size) for each piece.
+  template <typename Out>
+  void write(Out&& out) const {
+    std::vector<const Named*> ordered;
+    for (const Named& tensor : tensors_) ordered.push_back(&tensor);
+    std::stable_sort(ordered.begin(), ordered.end(), [](const Named* a, const Named* b) {
+      return detail::describe(a->second.dtype).size > detail::describe(b->second.dtype).size;
     });
+    const std::string text = header(ordered);
+    const std::uint64_t length = text.size();
+    out.write(&length, sizeof(length));
+    out.write(text.data(), text.size());
+    for (const Named* const tensor : ordered) out.write(tensor->second.bytes.data(), tensor->second.bytes.size());
   }
 
  private:
@@ -105,6 +103,43 @@ class SafetensorsWriter {
     std::vector<Index> shape;
     std::vector<char> bytes;
   };
+  using Named = std::pair<const std::string, Tensor>;
+
+  /// The JSON of the file for tensors in this order, padded to a multiple of 8 bytes. Text, and no nlohmann::json: see
+  /// json.hpp.
+  std::string header(const std::vector<const Named*>& ordered) const {
+    std::string text = "{";
+    const auto open = [&](const std::string& key) {
+      text += (text.size() == 1 ? "" : ",") + detail::json_text(key) + ":{";
+    };
+    if (!metadata_.empty()) {
+      open("__metadata__");
+      for (const auto& [key, value] : metadata_) {
+        text += (text.back() == '{' ? "" : ",") + detail::json_text(key) + ":" + detail::json_text(value);
+      }
+      text += "}";
+    }
+    std::size_t offset = 0;
+    for (const Named* const named : ordered) {
+      const Tensor& tensor = named->second;
+      const std::size_t end = offset + tensor.bytes.size();
+      open(named->first);
+      text += "\"data_offsets\":[" + std::to_string(offset) + "," + std::to_string(end) + "],\"dtype\":\"";
+      text += detail::describe(tensor.dtype).name;
+      text += "\",\"shape\":[";
+      for (const Index extent : tensor.shape) text += (text.back() == '[' ? "" : ",") + std::to_string(extent);
+      text += "]}";
+      offset = end;
+    }
+    text += "}";
+    text.resize((text.size() + 7) / 8 * 8, ' ');
+    return text;
+  }
+
+  static void check_metadata(const std::string& key, const std::string& text) {
+    check_utf8("metadata", key);
+    check_utf8("metadata", text);
+  }
 
   static void check_utf8(const char* what, const std::string& text) {
     try {

@@ -32,7 +32,7 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/io/detail/whole_file.hpp"
+#include "diffattn/io/detail/checkpoint_directory.hpp"
 #include "diffattn/io/safetensors.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
@@ -105,8 +105,9 @@ class DiffLlama {
     return diffattn::generate(decoder_, prompt, options, cache, executor);
   }
 
-  /// Writes config.json and model.safetensors, in the element types that were read. The directory is made if it is not
-  /// there. Holds a copy of the weights while it writes.
+  /// Writes config.json and model.safetensors, in the element types that were read, as one thing: whatever interrupts
+  /// it, load() gives the old model or the new one. The directory is made if it is not there. Holds a copy of the
+  /// weights while it writes.
   void save(const std::filesystem::path& directory) const {
     SafetensorsWriter writer(std::map<std::string, std::string>{{"format", "pt"}});
     for_each_parameter(*this, [&](const std::string& name, const auto& parameter, const std::vector<Index>* heads) {
@@ -118,9 +119,7 @@ class DiffLlama {
              : std::is_same_v<T, Eigen::bfloat16> ? "bfloat16"
                                                   : "float16";
     });
-    std::filesystem::create_directories(directory);
-    writer.save(directory / "model.safetensors");
-    detail::write_text(directory / "config.json", config_.to_json(dtype));
+    detail::save_checkpoint_directory(directory, std::move(writer), config_.to_json(dtype));
   }
 
  private:

@@ -16,8 +16,9 @@
 //                      the two is wrong.
 //
 // Errors   FormatError naming the file and the field, or the tensors that are missing, surplus or of the wrong shape or
-//          type, up to 16 in one message. std::runtime_error if a file cannot be opened or the directory has none that
-//          can be read; the message says what to do.
+//          type, up to 16 in one message; also if the weights were saved by this library with another config.json (see
+//          diffllama_export.hpp). std::runtime_error if a file cannot be opened or the directory has none that can be
+//          read; the message says what to do.
 // Cost     opening reads config.json and the headers of the files; a tied head that is stored is read too, and the
 //          embedding.
 
@@ -26,16 +27,18 @@
 #include <map>
 #include <memory>
 #include <set>
-#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <system_error>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/io/detail/checkpoint_directory.hpp"
 #include "diffattn/io/detail/dtype.hpp"
+#include "diffattn/io/detail/json_document.hpp"
 #include "diffattn/io/detail/safetensors_header.hpp"
 #include "diffattn/io/detail/whole_file.hpp"
 #include "diffattn/io/parameters.hpp"
@@ -53,10 +56,7 @@ class DiffLlamaCheckpoint {
   static std::string layer_prefix(Index layer) { return "model.layers." + std::to_string(layer) + "."; }
 
   explicit DiffLlamaCheckpoint(const std::filesystem::path& directory)
-      : config(read_config(directory)), tensors(directory) {
-    check_tensors();
-    if (config.tie_word_embeddings) untie_if_different();
-  }
+      : DiffLlamaCheckpoint(directory, detail::open_checkpoint_directory(directory)) {}
 
   /// What the file calls a tensor: its name in transformers, or that of a base model, without "model.", or one with two
   /// of them. The embedding of a tied model may be stored as its head alone. The name itself if nothing is stored.
@@ -72,20 +72,18 @@ class DiffLlamaCheckpoint {
  private:
   static constexpr std::string_view kPrefix = "model.";
 
-  static DiffLlamaConfig read_config(const std::filesystem::path& directory) {
-    detail::check_has_safetensors(directory);
-    const std::filesystem::path path = directory / "config.json", generation = directory / "generation_config.json";
+  DiffLlamaCheckpoint(const std::filesystem::path& directory, detail::CheckpointFiles files)
+      : config(DiffLlamaConfig::parse(files.config, files.config_path.string())), tensors(std::move(files.tensors)) {
+    read_stop_tokens(directory / "generation_config.json");
+    check_tensors();
+    if (config.tie_word_embeddings) untie_if_different();
+  }
+
+  void read_stop_tokens(const std::filesystem::path& path) {
     std::error_code error;
-    if (!std::filesystem::exists(path, error)) {
-      throw std::runtime_error(directory.string() + ": has no config.json, which says what model its weights are of");
-    }
-    DiffLlamaConfig config = DiffLlamaConfig::parse(detail::read_text(path), path.string());
-    if (std::filesystem::exists(generation, error)) {
-      const detail::JsonDocument json(detail::read_text(generation), generation.string());
-      const detail::ConfigFields fields(json, json.root(), generation.string());
-      config.eos_token_ids = fields.token_ids("eos_token_id");
-    }
-    return config;
+    if (!std::filesystem::exists(path, error)) return;
+    const detail::JsonDocument json(detail::read_text(path), path.string());
+    config.eos_token_ids = detail::ConfigFields(json, json.root(), path.string()).token_ids("eos_token_id");
   }
 
   /// The name that is stored of the three that a tensor may have, or none.

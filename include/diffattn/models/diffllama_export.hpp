@@ -9,20 +9,27 @@
 // Heads and rotary pairs are put into their order and the head norm's weight is multiplied into o_proj
 // (diffllama_layout.hpp): the same function of the tokens, to rounding.
 //
+// The two files are one thing: each carries the same diffattn_save_id, computed from both, which transformers ignores
+// and loading compares. Whatever interrupts a save, kill and loss of power included, DiffLlama::load gives the old
+// model or the new one; several may save to one directory at a time, and others load meanwhile. To change a field of
+// config.json by hand, leave its diffattn_save_id as it is. Files that end in .unfinished are of processes that were
+// killed; once a later save is done, they can be deleted.
+//
 // Errors   std::invalid_argument for what DiffLlama does not have: no rotary embedding or one that turns a part of a
-// head,
-//          a λ_init of one's own, two different norm_eps. std::runtime_error if a file cannot be written.
+//          head, a λ_init of one's own, two different norm_eps. std::runtime_error if a file cannot be written: what
+//          was in the directory is as it was.
 
 #include <filesystem>
 #include <map>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/io/detail/whole_file.hpp"
+#include "diffattn/io/detail/checkpoint_directory.hpp"
 #include "diffattn/io/safetensors.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
 #include "diffattn/layers/parameters.hpp"
@@ -79,9 +86,8 @@ void save_diffllama(const Decoder<Scalar, MultiheadDiffAttention<Scalar>>& model
     const DiffLlamaAttention<Scalar> theirs(model.blocks[layer].attention);
     add("model.layers." + std::to_string(layer) + ".self_attn.", theirs);
   }
-  std::filesystem::create_directories(directory);
-  writer.save(directory / "model.safetensors");
-  detail::write_text(directory / "config.json", config.to_json(std::is_same_v<Scalar, double> ? "float64" : "float32"));
+  detail::save_checkpoint_directory(directory, std::move(writer),
+                                    config.to_json(std::is_same_v<Scalar, double> ? "float64" : "float32"));
 }
 
 }  // namespace diffattn::inline v0_1

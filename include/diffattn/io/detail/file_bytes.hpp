@@ -3,10 +3,12 @@
 // The bytes of a file, read-only: memory-mapped where the system can, so that opening costs nothing and pages come in
 // as they are read; read in one go elsewhere. A file must not be truncated while it is mapped.
 
+#include <cerrno>
 #include <cstddef>
 #include <filesystem>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #if __has_include(<sys/mman.h>)
@@ -21,8 +23,9 @@
 
 namespace diffattn::inline v0_1::detail {
 
-[[noreturn, gnu::cold, gnu::noinline]] inline void throw_unreadable(const std::filesystem::path& path) {
-  throw std::runtime_error(path.string() + ": cannot be opened for reading");
+[[noreturn, gnu::cold, gnu::noinline]] inline void throw_unreadable(const std::filesystem::path& path,
+                                                                    const std::string& why) {
+  throw std::runtime_error(path.string() + ": cannot be opened for reading: " + why);
 }
 
 #if __has_include(<sys/mman.h>)
@@ -30,19 +33,27 @@ namespace diffattn::inline v0_1::detail {
 class FileBytes {
  public:
   explicit FileBytes(const std::filesystem::path& path) {
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO would wait for its writer
-    if (file < 0) throw_unreadable(path);
+    int file = -1;
+    do {
+      file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO would wait for its writer
+    } while (file < 0 && errno == EINTR);
+    int error = file < 0 ? errno : 0;
     struct stat status {};
-    const bool is_file = ::fstat(file, &status) == 0 && S_ISREG(status.st_mode);
+    if (error == 0 && ::fstat(file, &status) != 0) error = errno;
+    if (error == 0 && S_ISDIR(status.st_mode)) error = EISDIR;
+    const bool is_file = error == 0 && S_ISREG(status.st_mode);
     if (is_file && status.st_size > 0) {
       void* const mapped = ::mmap(nullptr, static_cast<std::size_t>(status.st_size), PROT_READ, MAP_PRIVATE, file, 0);
-      if (mapped != MAP_FAILED) {
+      if (mapped == MAP_FAILED) {
+        error = errno;
+      } else {
         data_ = static_cast<const std::byte*>(mapped);
         size_ = static_cast<std::size_t>(status.st_size);
       }
     }
-    ::close(file);
-    if (!is_file || (status.st_size > 0 && data_ == nullptr)) throw_unreadable(path);
+    if (file >= 0) ::close(file);
+    if (error != 0) throw_unreadable(path, std::generic_category().message(error));
+    if (!is_file) throw_unreadable(path, "it is not a regular file");
   }
   ~FileBytes() {
     if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
@@ -69,17 +80,18 @@ class FileBytes {
  public:
   explicit FileBytes(const std::filesystem::path& path) {
     std::ifstream file(path, std::ios::binary | std::ios::ate);
-    if (!file) throw_unreadable(path);
+    if (!file) throw_unreadable(path, kReason);
     bytes_.resize(static_cast<std::size_t>(file.tellg()));
     file.seekg(0);
     file.read(reinterpret_cast<char*>(bytes_.data()), static_cast<std::streamsize>(bytes_.size()));
-    if (!file) throw_unreadable(path);
+    if (!file) throw_unreadable(path, kReason);
   }
 
   const std::byte* data() const { return bytes_.data(); }
   std::size_t size() const { return bytes_.size(); }
 
  private:
+  static constexpr const char* kReason = "the system reports an error";
   std::vector<std::byte> bytes_;
 };
 
