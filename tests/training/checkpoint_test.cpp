@@ -8,6 +8,7 @@
 
 #include "io/files.hpp"
 #include "support/catch.hpp"
+#include "support/failing_allocations.hpp"
 #include "support/throws.hpp"
 #include "support/tolerances.hpp"
 #include "training/parameters.hpp"
@@ -154,4 +155,44 @@ TEST_CASE("A file that does not fit changes nothing", "[training][checkpoint]") 
   save_checkpoint(file, before, optimizer, {.windows_drawn = 5});
   CHECK_THROWS_AS(save_checkpoint(file / "no" / "folder", before, optimizer, {}), std::runtime_error);
   CHECK(load_checkpoint(file, model, optimizer).windows_drawn == 5);
+}
+
+TEST_CASE("Without memory, neither saving nor loading changes anything", "[training][checkpoint]") {
+  const auto failures = GENERATE(support::Failures::one, support::Failures::all_later);
+  const files::Scratch scratch;
+  const std::filesystem::path file = scratch / "run.safetensors";
+  auto rng = support::make_rng();
+  auto model = random_model<float>(rng), stored = random_model<float>(rng);
+  AdamW<float> optimizer(model), stored_optimizer(stored);
+  optimizer.step(model, random_model<float>(rng));
+  stored_optimizer.step(stored, random_model<float>(rng));
+  stored_optimizer.step(stored, random_model<float>(rng));
+  const TrainingState state{
+      .windows_drawn = 7, .random_state = 8, .notes = {{"a long key for a note", "of some text"}}};
+  save_checkpoint(file, stored, stored_optimizer, state);
+  const std::string bytes = files::read(file);
+  const auto before = model;
+  const auto optimizer_before = optimizer;
+
+  std::size_t failed = support::for_every_failing_allocation([&] { save_checkpoint(file, model, optimizer, {}); },
+                                                             [&](bool threw) {
+                                                               CHECK((files::read(file) == bytes) == threw);
+                                                               CHECK(scratch.list() == "run.safetensors");
+                                                               if (!threw) files::write(file, bytes);
+                                                             },
+                                                             failures);
+  CHECK(failed >= (support::fails_allocations() ? 50U : 0U));
+
+  files::write(file, bytes);
+  failed = support::for_every_failing_allocation(
+      [&] { load_checkpoint(file, model, optimizer); },
+      [&](bool threw) {
+        CHECK(same_parameters(model, threw ? before : stored));
+        CHECK(same_parameters(optimizer, threw ? optimizer_before : stored_optimizer));
+        CHECK(optimizer.steps == (threw ? 1 : 2));
+        model = before;
+        optimizer = optimizer_before;
+      },
+      failures);
+  CHECK(failed >= (support::fails_allocations() ? 100U : 0U));
 }

@@ -12,8 +12,9 @@
 // Configurations (model, optimizer, sampler) and the tokens are the program's: it constructs them as before.
 //
 // Errors   FormatError if the file is no such checkpoint or holds another model: every tensor that is wrong in one
-//          message, and nothing is changed. std::runtime_error if it cannot be opened or written; a file is there
-//          whole or not at all, so the last good checkpoint survives.
+//          message. std::runtime_error if it cannot be opened or written. Whatever is thrown, std::bad_alloc included,
+//          model and optimizer are as they were, and so is the file: a process that is killed while it saves leaves the
+//          last good checkpoint, and beside it a file that ends in .unfinished and can be deleted.
 // Cost     saving holds one copy of all tensors.
 
 #include <charconv>

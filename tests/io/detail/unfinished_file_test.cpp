@@ -309,7 +309,7 @@ TEST_CASE("Eight threads that write to one path") {
   std::vector<int> failures(8, 0);
   for (std::size_t t = 0; t < failures.size(); ++t) {
     threads.emplace_back([&, t] {
-      for (int i = 0; i < 20; ++i) {
+      for (int i = 0; i < 5; ++i) {
         try {
           unfinished::write_text(path, unfinished::text_of(static_cast<char>('a' + t), kSize));
           if (!unfinished::is_whole(unfinished::read_text(path), kSize)) ++failures[t];
