@@ -25,7 +25,7 @@ template <typename F>
 void check_linear(F&& read) {
   const double few = seconds([&] { read(50'000); }), many = seconds([&] { read(200'000); });
   INFO(few << " s for 50,000, " << many << " s for 200,000");
-  CHECK(many < 8 * few + 0.1);
+  CHECK(many < 8 * few + 0.5);
   CHECK(many < 20);  // under 1 s where nothing but this runs, without sanitizers
 }
 
