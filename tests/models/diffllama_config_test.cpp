@@ -1,8 +1,11 @@
 #include <diffattn/io/sharded_safetensors.hpp>
 #include <diffattn/models/diffllama_config.hpp>
 
+#include <ctime>
+
 #include "io/files.hpp"
 #include "support/catch.hpp"
+#include "support/failing_allocations.hpp"
 #include "support/throws.hpp"
 
 namespace {
@@ -199,6 +202,36 @@ TEST_CASE("A hostile config.json is refused by name", "[models][diffllama_config
   CHECK(field_error(R"("rms_norm_eps": -1)") == "c.json: rms_norm_eps must not be negative, got -1.000000");
   CHECK(field_error(R"("tie_word_embeddings": 1)") == "c.json: tie_word_embeddings must be true or false, got 1");
   CHECK(field_error(R"("eos_token_id": "x")") == "c.json: eos_token_id must be token ids, got \"x\"");
+}
+
+TEST_CASE("A config.json of 200,000 fields is read in linear time", "[models][diffllama_config]") {
+  const auto seconds = [](int count, const std::string& begin, const std::string& end) {
+    std::string fields;
+    for (int i = 0; i < count; ++i) fields += (i == 0 ? "\"x" : ", \"x") + std::to_string(i) + "\": 1";
+    const std::clock_t start = std::clock();
+    CHECK(parse(begin + fields + end).vocab_size == 32000);
+    return static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
+  };
+  for (const auto& [begin, end] : {std::pair("", ""),
+                                   {R"("nested": {)", "}"},
+                                   {R"("list": [{"a": {)", "}}]"},
+                                   {R"("rope_scaling": {"factor": 2, )", "}"}}) {
+    const double few = seconds(50'000, begin, end), many = seconds(200'000, begin, end);
+    INFO(begin << few << " s for 50,000, " << many << " s for 200,000");
+    CHECK(many < 8 * few + 0.5);
+    CHECK(many < 20);
+  }
+}
+
+TEST_CASE("A configuration is read and written where memory may fail", "[models][diffllama_config]") {
+  const std::string text = R"({"model_type": "diffllama", "head_dim": 4, "rope_scaling": {"type": "longrope",
+      "short_factor": [1, 2], "long_factor": [3, 4]}, "eos_token_id": [1, 2, 3], "unknown": [[{"deep": [1]}], {}]})";
+  for (const auto failures : {support::Failures::one, support::Failures::all_later}) {
+    const std::size_t failed = support::for_every_failing_allocation(
+        [&] { DiffLlamaConfig::parse(text, "a name that is no small string").to_json(); },
+        [](bool threw) { CHECK(threw); }, failures);
+    CHECK(failed >= (support::fails_allocations() ? 30U : 0U));
+  }
 }
 
 TEST_CASE("A hostile index is refused by name", "[models][sharded_safetensors]") {

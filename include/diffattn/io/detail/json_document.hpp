@@ -82,7 +82,7 @@ class JsonDocument {
 
  private:
   static constexpr std::size_t kLongest = 100'000'000;
-  static constexpr std::size_t kMost = 4'000'000;
+  static constexpr std::size_t kMost = 2'000'000;
 
   /// What nlohmann's parser calls.
   template <typename Fail>
@@ -93,7 +93,7 @@ class JsonDocument {
     const Fail& fail;
 
     bool add(Type type, std::string text, double number) {
-      if (values.size() == kMost) fail("it has more than 4,000,000 values");
+      if (values.size() == kMost) fail("it has more than 2,000,000 values");
       values.push_back({type, std::exchange(next_key, {}), std::move(text), number, values.size() + 1});
       return true;
     }

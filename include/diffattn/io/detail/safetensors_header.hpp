@@ -329,8 +329,8 @@ class SafetensorsHeaderParser {
     using Named = std::pair<const std::string, TensorInfo>;
     std::vector<const Named*> ordered;
     for (const Named& tensor : header.tensors) ordered.push_back(&tensor);
-    std::stable_sort(ordered.begin(), ordered.end(), [](const Named* a, const Named* b) {
-      return std::pair(a->second.begin, a->second.end) < std::pair(b->second.begin, b->second.end);
+    std::sort(ordered.begin(), ordered.end(), [](const Named* a, const Named* b) {
+      return std::tie(a->second.begin, a->second.end, a->first) < std::tie(b->second.begin, b->second.end, b->first);
     });
     const std::size_t data_size = size_ - header.data_begin;
     std::size_t covered = 0;
