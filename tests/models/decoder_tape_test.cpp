@@ -54,7 +54,7 @@ void randomize(Model& model, support::Rng& rng) {
 }
 
 template <typename Model>
-std::map<std::string, Matrix<double>> parameters_of(const Model& model) {
+std::map<std::string, Matrix<double>> named_parameters_of(const Model& model) {
   std::map<std::string, Matrix<double>> parameters;
   visit_parameters(
       model, [&](std::string_view name, const auto& p) { parameters[std::string(name)] = p.template cast<double>(); });
@@ -84,10 +84,10 @@ TEMPLATE_TEST_CASE("A two-layer decoder's gradients are what differences say", "
 
     auto grad = zeros_like(model);
     randomize(grad, rng);  // gradients are added to what is there
-    const auto before = parameters_of(grad);
+    const auto before = named_parameters_of(grad);
     loss();
     model.backward(dlogits, tape, grad);
-    const auto after = parameters_of(grad);
+    const auto after = named_parameters_of(grad);
     std::size_t compared = 0;
     visit_parameters(model, [&](std::string_view view, auto& p) {
       const std::string name(view);
@@ -118,10 +118,10 @@ TEMPLATE_TEST_CASE("The adjoint law: a step along v changes the loss by what v a
   auto direction = zeros_like(model);
   randomize(direction, rng);
   double expected = 0;
-  const auto gradients = parameters_of(grad), along = parameters_of(direction);
+  const auto gradients = named_parameters_of(grad), along = named_parameters_of(direction);
   for (const auto& [name, g] : gradients) expected += g.cwiseProduct(along.at(name)).sum();
   Matrix<double> step = Matrix<double>::Zero(1, 1);
-  const auto start = parameters_of(model);
+  const auto start = named_parameters_of(model);
   const auto loss = [&] {
     visit_parameters(model, [&](std::string_view name, auto& p) {
       p = start.at(std::string(name)) + step(0, 0) * along.at(std::string(name));
@@ -157,7 +157,7 @@ TEMPLATE_TEST_CASE("Recomputation, threads and a used tape change no bit", "[mod
       model.logits_into(y, tokens, lengths, tape, workspace, pool);
       CHECK(identical(y, logits));
       model.backward(dlogits, tape, grad, workspace, pool);
-      CHECK(parameters_of(grad) == parameters_of(expected));
+      CHECK(named_parameters_of(grad) == named_parameters_of(expected));
       model.backward(dlogits, tape, grad, workspace, pool);  // a tape can be read again
       CHECK(grad.norm.weight.isApprox(2 * expected.norm.weight));
     }
@@ -171,7 +171,7 @@ TEMPLATE_TEST_CASE("Recomputation, threads and a used tape change no bit", "[mod
     CHECK(identical(model.logits(some, Lengths{n}, used), model.logits(some, Lengths{n}, fresh)));
     model.backward(dlogits.topRows(n), used, a);
     model.backward(dlogits.topRows(n), fresh, b);
-    CHECK(parameters_of(a) == parameters_of(b));
+    CHECK(named_parameters_of(a) == named_parameters_of(b));
   }
 }
 
@@ -190,8 +190,8 @@ TEST_CASE("Stacked sequences have the gradients of each alone", "[models][decode
   model.backward(dlogits.topRows(25), tape, apart);
   CHECK(model.logits(second, Lengths{12}, tape).isApprox(logits.bottomRows(12), 1e-13));
   model.backward(dlogits.bottomRows(12), tape, apart);
-  const auto expected = parameters_of(apart);
-  for (const auto& [name, gradient] : parameters_of(together)) {
+  const auto expected = named_parameters_of(apart);
+  for (const auto& [name, gradient] : named_parameters_of(together)) {
     INFO(name);
     CHECK(gradient.isApprox(expected.at(name), 1e-11));
   }
@@ -226,7 +226,7 @@ TEST_CASE("A tape or gradient that does not fit is refused before any work", "[m
   CHECK(shape(dlogits, without_head) == "Decoder: the gradient lacks lm_head.weight");
   CHECK(shape(dlogits, deep) ==
         "Decoder: the gradient has a layers.2.input_layernorm.weight, and the layer has none there");
-  for (const auto& [name, gradient] : parameters_of(grad)) CHECK(gradient.isZero(0));
+  for (const auto& [name, gradient] : named_parameters_of(grad)) CHECK(gradient.isZero(0));
 
   CHECK_THROWS_AS(model.logits(std::vector<int>{1, 7}, Lengths{2}, tape), std::invalid_argument);
   CHECK_THROWS_AS(model.logits(tokens, Lengths{2}, tape), diffattn::ShapeError);

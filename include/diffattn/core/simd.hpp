@@ -8,8 +8,8 @@
 //                      on any CPU, with the alignment of every packet checked; to test with, not to be fast
 //
 // Both offer Packet, kLanes, kRegisters, load, loadu, store, storeu, broadcast, add, sub, mul, fma, max, first,
-// barrier, reduce_max, reduce_add and transpose. What is the same for both stands here. All units of a program must be compiled
-// with the same packets.
+// barrier, reduce_max, reduce_add and transpose. What is the same for both stands here. All units of a program must be
+// compiled with the same packets.
 
 #include <Eigen/Core>
 
