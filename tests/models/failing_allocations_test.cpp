@@ -22,12 +22,12 @@ using namespace diffattn;
 using support::Failures;
 using support::identical;
 using support::parameters_of;
-using Model = Decoder<float, MultiheadDiffAttention<float>>;
+using SmallModel = Decoder<float, MultiheadDiffAttention<float>>;
 using Tokens = std::vector<Index>;
 
 // A name like layers.0.post_attention_layernorm.weight is too long for the string object itself: visiting allocates.
-Model small_model() {
-  return Model({.vocab_size = 11,
+SmallModel small_model() {
+  return SmallModel({.vocab_size = 11,
                 .num_layers = 2,
                 .hidden_dim = 12,
                 .attention = {.embed_dim = 16, .num_heads = 2, .rotary = RotaryConfig{.table_positions = 4}},
@@ -45,7 +45,7 @@ void require_failures(std::size_t failed) { CHECK((failed > 0) == support::fails
 template <typename Storage>
 void check_text(const KvCacheOptions& options, Index before, const GenerateOptions& how, Failures failures) {
   INFO("window " << options.window << ", behind " << before << " tokens");
-  const Model model = small_model();
+  const SmallModel model = small_model();
   const Tokens prompt = tokens_of(30, 3), next = {1, 2};
   DecoderCache<Storage> cache(2, options), untouched(2, options);
   if (before != 0) {
@@ -74,7 +74,7 @@ void check_text(const KvCacheOptions& options, Index before, const GenerateOptio
 
 template <typename Storage>
 void check_cached_logits(const KvCacheOptions& options, Index before, Index count, Failures failures) {
-  const Model model = small_model();
+  const SmallModel model = small_model();
   const Tokens next = tokens_of(count, 5);
   DecoderCache<Storage> cache(2, options), untouched(2, options);
   model.logits(tokens_of(before), cache);
@@ -101,7 +101,7 @@ void check_cached_logits(const KvCacheOptions& options, Index before, Index coun
 TEST_CASE("A model is made, or is not, when memory is short", "[models]") {
   const std::vector<double> expected = parameters_of(small_model());
   for (const Failures failures : {Failures::one, Failures::all_later}) {
-    std::optional<Model> model;
+    std::optional<SmallModel> model;
     require_failures(support::for_every_failing_allocation([&] { model.emplace(small_model()); },
                                                            [&](bool threw) {
                                                              CHECK(threw);
@@ -142,22 +142,22 @@ TEST_CASE("Text leaves a cache as it was when there is no memory", "[models][gen
 }
 
 TEST_CASE("A training step leaves model and optimizer as they were when there is no memory", "[models][training]") {
-  const Model start = small_model();
+  const SmallModel start = small_model();
   const Tokens corpus = tokens_of(300);
   const BatchSamplerConfig batches{.length = 12, .batch_size = 3, .seed = 2};
 
   // What a step gives when nothing fails.
-  Model expected = start, gradient = zeros_like(start);
+  SmallModel expected = start, gradient = zeros_like(start);
   AdamW<float> optimizer(expected);
   BatchSampler<Index> sampler(corpus, batches);
   Batch batch;
   sampler.next(batch);
-  Model::Tape tape;
+  SmallModel::Tape tape;
   Matrix<float> logits = expected.logits(batch.inputs, batch.lengths, tape), dlogits = logits;
   Workspace workspace;
   cross_entropy_into(dlogits, logits, batch.targets, kIgnoreTarget, workspace);
   expected.backward(dlogits, tape, gradient);
-  const Model unclipped = gradient;
+  const SmallModel unclipped = gradient;
   const double norm = clip_gradient_norm(gradient, 0.1);
   REQUIRE(norm > 0.1);
   optimizer.step(expected, gradient);
@@ -175,7 +175,7 @@ TEST_CASE("A training step leaves model and optimizer as they were when there is
     CHECK(other_batch.inputs == batch.inputs);
 
     for (const bool recompute : {false, true}) {
-      Model::Tape other;
+      SmallModel::Tape other;
       other.recompute = recompute;
       Matrix<float> again;
       require_failures(
@@ -189,16 +189,16 @@ TEST_CASE("A training step leaves model and optimizer as they were when there is
       CHECK(identical(again, logits));
       require_failures(support::for_every_failing_allocation(
           [&] {
-            Model unused = zeros_like(start);
+            SmallModel unused = zeros_like(start);
             start.backward(dlogits, other, unused);
           },
           [&](bool threw) { CHECK(threw); }, failures));
-      Model from_same_tape = zeros_like(start);
+      SmallModel from_same_tape = zeros_like(start);
       start.backward(dlogits, other, from_same_tape);
       CHECK(parameters_of(from_same_tape) == parameters_of(unclipped));
     }
 
-    Model clipped = unclipped;
+    SmallModel clipped = unclipped;
     const std::vector<double> before_clip = parameters_of(unclipped);
     require_failures(support::for_every_failing_allocation([&] { clip_gradient_norm(clipped, 0.1); },
                                                            [&](bool threw) {
@@ -209,7 +209,7 @@ TEST_CASE("A training step leaves model and optimizer as they were when there is
     if (!support::fails_allocations()) clip_gradient_norm(clipped, 0.1);
     CHECK(parameters_of(clipped) == parameters_of(gradient));
 
-    Model model = start;
+    SmallModel model = start;
     std::optional<AdamW<float>> made;
     require_failures(support::for_every_failing_allocation([&] { made.emplace(model); },
                                                            [&](bool threw) { CHECK(threw); }, failures));
