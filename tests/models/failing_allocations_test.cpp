@@ -28,10 +28,10 @@ using Tokens = std::vector<Index>;
 // A name like layers.0.post_attention_layernorm.weight is too long for the string object itself: visiting allocates.
 SmallModel small_model() {
   return SmallModel({.vocab_size = 11,
-                .num_layers = 2,
-                .hidden_dim = 12,
-                .attention = {.embed_dim = 16, .num_heads = 2, .rotary = RotaryConfig{.table_positions = 4}},
-                .seed = 5});
+                     .num_layers = 2,
+                     .hidden_dim = 12,
+                     .attention = {.embed_dim = 16, .num_heads = 2, .rotary = RotaryConfig{.table_positions = 4}},
+                     .seed = 5});
 }
 
 Tokens tokens_of(Index count, Index first = 0) {
