@@ -104,14 +104,18 @@ TEST_CASE("Without memory, a model is not exported, saved or loaded, and files a
   const files::Scratch scratch;
   const auto one = numbered_model(1), two = numbered_model(2);
   save_diffllama(one, scratch / "model");
+  const auto bytes = [&] {
+    return files::read(scratch / "model/model.safetensors") + files::read(scratch / "model/config.json");
+  };
+  const std::string before = bytes();
   const auto is_as_before = [&](bool threw) {
-    CHECK(loaded_number(scratch / "model") == (threw ? 1 : 2));
+    CHECK((bytes() == before) == threw);
     CHECK(scratch.list() == "model");
     if (!threw) save_diffllama(one, scratch / "model");
   };
   std::size_t failed =
       support::for_every_failing_allocation([&] { save_diffllama(two, scratch / "model"); }, is_as_before, failures);
-  CHECK(failed >= (support::fails_allocations() ? 100U : 0U));
+  CHECK(failed >= (support::fails_allocations() ? 30U : 0U));
 
   save_diffllama(two, scratch / "two");
   const auto loaded = diffattn::DiffLlama<double>::load(scratch / "two");
@@ -121,7 +125,7 @@ TEST_CASE("Without memory, a model is not exported, saved or loaded, and files a
 
   failed = support::for_every_failing_allocation([&] { diffattn::DiffLlama<double>::load(scratch / "model"); },
                                                  [](bool) {}, failures);
-  CHECK(failed >= (support::fails_allocations() ? 100U : 0U));
+  CHECK(failed >= (support::fails_allocations() ? 30U : 0U));
 }
 
 TEST_CASE("A model is saved over the files that it is mapped from", "[models][diffllama]") {

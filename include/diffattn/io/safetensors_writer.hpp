@@ -23,7 +23,6 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/io/detail/dtype.hpp"
-#include "diffattn/io/detail/json.hpp"
 #include "diffattn/io/detail/safetensors_header.hpp"
 #include "diffattn/io/detail/unfinished_file.hpp"
 
@@ -105,17 +104,15 @@ class SafetensorsWriter {
   };
   using Named = std::pair<const std::string, Tensor>;
 
-  /// The JSON of the file for tensors in this order, padded to a multiple of 8 bytes. Text, and no nlohmann::json: see
-  /// json.hpp.
+  /// The JSON of the file for tensors in this order, padded to a multiple of 8 bytes. Text, and no nlohmann::json:
+  /// the destructor of one that holds an object allocates, and ends the program where it cannot.
   std::string header(const std::vector<const Named*>& ordered) const {
     std::string text = "{";
-    const auto open = [&](const std::string& key) {
-      text += (text.size() == 1 ? "" : ",") + detail::json_text(key) + ":{";
-    };
+    const auto open = [&](const std::string& key) { text += (text.size() == 1 ? "" : ",") + in_json(key) + ":{"; };
     if (!metadata_.empty()) {
       open("__metadata__");
       for (const auto& [key, value] : metadata_) {
-        text += (text.back() == '{' ? "" : ",") + detail::json_text(key) + ":" + detail::json_text(value);
+        text += (text.back() == '{' ? "" : ",") + in_json(key) + ":" + in_json(value);
       }
       text += "}";
     }
@@ -135,6 +132,8 @@ class SafetensorsWriter {
     text.resize((text.size() + 7) / 8 * 8, ' ');
     return text;
   }
+
+  static std::string in_json(const std::string& text) { return nlohmann::json(text).dump(); }
 
   static void check_metadata(const std::string& key, const std::string& text) {
     check_utf8("metadata", key);

@@ -10,13 +10,14 @@
 //
 //   names              with "model." before them, without (a base model's), or with one too many
 //   tied head          the embedding, the head or both may be stored; if both are and differ, the head is free
-//   eos_token_id       that of generation_config.json if there is one, or else of config.json
+//   eos_token_id       that of generation_config.json if there is one, or else of config.json; where this library saved
+//                      the weights, first of config.json
 //   further tensors    buffers (rotary_emb.inv_freq and the like), tensors of integer types and of other modules are
 //                      left alone. A weight or bias of the decoder that config.json does not have is an error: one of
 //                      the two is wrong.
 //
 // Errors   FormatError naming the file and the field, or the tensors that are missing, surplus or of the wrong shape or
-//          type, up to 16 in one message; also if the weights were saved by this library with another config.json (see
+//          type, up to 16 in one message; also if this library saved the weights with another config.json (see
 //          diffllama_export.hpp). std::runtime_error if a file cannot be opened or the directory has none that can be
 //          read; the message says what to do.
 // Cost     opening reads config.json and the headers of the files; a tied head that is stored is read too, and the
@@ -73,17 +74,23 @@ class DiffLlamaCheckpoint {
   static constexpr std::string_view kPrefix = "model.";
 
   DiffLlamaCheckpoint(const std::filesystem::path& directory, detail::CheckpointFiles files)
-      : config(DiffLlamaConfig::parse(files.config, files.config_path.string())), tensors(std::move(files.tensors)) {
-    read_stop_tokens(directory / "generation_config.json");
+      : config(read_config(directory, files)), tensors(std::move(files.tensors)) {
     check_tensors();
     if (config.tie_word_embeddings) untie_if_different();
   }
 
-  void read_stop_tokens(const std::filesystem::path& path) {
+  static DiffLlamaConfig read_config(const std::filesystem::path& directory, const detail::CheckpointFiles& files) {
+    const std::filesystem::path generation = directory / "generation_config.json";
+    DiffLlamaConfig config = DiffLlamaConfig::parse(files.config, (directory / "config.json").string());
+    // Where we saved stop tokens, a generation_config.json is of a model that was there before.
+    const bool has_own = !files.save_id.empty() && !config.eos_token_ids.empty();
     std::error_code error;
-    if (!std::filesystem::exists(path, error)) return;
-    const detail::JsonDocument json(detail::read_text(path), path.string());
-    config.eos_token_ids = detail::ConfigFields(json, json.root(), path.string()).token_ids("eos_token_id");
+    if (!has_own && std::filesystem::exists(generation, error)) {
+      const detail::JsonDocument json(detail::read_text(generation), generation.string());
+      const detail::ConfigFields fields(json, json.root(), generation.string());
+      config.eos_token_ids = fields.token_ids("eos_token_id");
+    }
+    return config;
   }
 
   /// The name that is stored of the three that a tensor may have, or none.

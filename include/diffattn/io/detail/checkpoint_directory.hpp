@@ -16,6 +16,7 @@
 #include <cstring>
 #include <filesystem>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -119,17 +120,17 @@ inline void save_checkpoint_directory(const std::filesystem::path& directory, Sa
 /// A model's files, opened.
 struct CheckpointFiles {
   ShardedSafetensors tensors;
-  std::string config;                 // the text
-  std::filesystem::path config_path;  // for errors
+  std::string config;   // the text
+  std::string save_id;  // of both; empty if the weights are others'
 };
 
 /// The mark in the text of a config.json: empty if it has none, nothing if the text is no JSON object.
 inline std::optional<std::string> save_id_of(const std::string& config) {
   try {
-    const JsonDocument json(config, "");
+    const JsonDocument json(config, "config.json");
     if (json.root().type != JsonDocument::Type::object) return std::nullopt;
     const JsonDocument::Value* const id = json.find(json.root(), kSaveId);
-    return id == nullptr ? "" : id->text;
+    return id == nullptr || id->type != JsonDocument::Type::text ? "" : id->text;
   } catch (const FormatError&) {
     return std::nullopt;
   }
@@ -167,6 +168,7 @@ inline std::optional<std::string> unfinished_config(const std::filesystem::path&
 /// Opens the weights of a directory and the config.json that they were saved with; writes nothing. Throws FormatError
 /// if that one is not there, std::runtime_error if a file cannot be opened.
 inline CheckpointFiles open_checkpoint_directory(const std::filesystem::path& directory) {
+  check_has_safetensors(directory);
   const std::filesystem::path path = directory / "config.json";
   std::string last_config, last_id;
   for (bool first = true;; first = false) {
@@ -174,26 +176,30 @@ inline CheckpointFiles open_checkpoint_directory(const std::filesystem::path& di
     const bool missing = !std::filesystem::exists(path, error);
     std::string config = missing ? "" : read_text(path);
     ShardedSafetensors tensors(directory);
-    const std::string id = save_id_of(tensors);
+    std::string id = save_id_of(tensors);
     const std::optional<std::string> config_id = missing ? "" : save_id_of(config);
     const bool fits = id.empty() || !config_id || *config_id == id;  // no JSON: its reader says so better
-    if (fits && !missing) return {std::move(tensors), std::move(config), path};
+    if (fits && !missing) return {std::move(tensors), std::move(config), std::move(id)};
     if (!id.empty()) {
       std::optional<std::string> other = unfinished_config(path, id);
-      if (other) return {std::move(tensors), std::move(*other), path};
+      if (other) return {std::move(tensors), std::move(*other), std::move(id)};
     }
     // Somebody may have saved between the two reads, in which case a second look shows other files.
     if (!first && config == last_config && id == last_id) {
-      if (missing) static_cast<void>(read_text(path));  // which throws
+      if (missing) {
+        throw std::runtime_error(directory.string() + ": has no config.json, which says what model its weights are of");
+      }
+      // An interrupted save would have left its own: somebody has put this one there on purpose.
+      if (config_id->empty()) return {std::move(tensors), std::move(config), std::move(id)};
       throw FormatError(
           path.string() + ": does not belong to the weights beside it: its " + kSaveId + " is " +
-          in_quotes(config_id.value_or("")) + ", theirs " + in_quotes(id) +
+          in_quotes(*config_id) + ", theirs " + in_quotes(id) +
           ". A save was interrupted, or one of the files was replaced. Save the model again or, if this is "
           "their configuration, write their " +
           kSaveId + " into it");
     }
     last_config = std::move(config);
-    last_id = id;
+    last_id = std::move(id);
   }
 }
 
