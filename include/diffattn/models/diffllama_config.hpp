@@ -18,14 +18,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/io/detail/json.hpp"
 #include "diffattn/io/detail/json_document.hpp"
 #include "diffattn/layers/rotary.hpp"
 #include "diffattn/models/detail/config_fields.hpp"
@@ -181,38 +180,38 @@ inline DiffLlamaConfig DiffLlamaConfig::parse(const std::string& text, const std
 }
 
 inline std::string DiffLlamaConfig::to_json(const std::string& dtype) const {
-  detail::JsonObjectText json;
-  json.add_json("architectures", "[\"DiffLlamaForCausalLM\"]");
-  json.add("model_type", "diffllama");
-  json.add("vocab_size", vocab_size);
-  json.add("hidden_size", hidden_size);
-  json.add("intermediate_size", intermediate_size);
-  json.add("num_hidden_layers", num_hidden_layers);
-  json.add("num_attention_heads", num_attention_heads);
-  json.add("num_key_value_heads", num_key_value_heads);
-  json.add("head_dim", head_dim);
-  json.add("hidden_act", "silu");
-  json.add("max_position_embeddings", max_position_embeddings);
-  json.add("initializer_range", initializer_range);
-  json.add("rms_norm_eps", rms_norm_eps);
-  json.add("use_cache", true);
-  json.add("tie_word_embeddings", tie_word_embeddings);
-  json.add("rope_theta", rope_theta);
-  json.add_json("rope_scaling", detail::rope_scaling_json(rope_scaling));
-  json.add("attention_bias", attention_bias);
-  json.add("attention_dropout", 0.0);
-  json.add("lambda_std_dev", lambda_std_dev);
-  json.add("torch_dtype", dtype);
-  json.add("bos_token_id", nullptr);
-  if (eos_token_ids.size() == 1) {
-    json.add("eos_token_id", eos_token_ids.front());
-  } else {
-    std::string ids;
-    for (const Index id : eos_token_ids) ids += (ids.empty() ? "[" : ", ") + std::to_string(id);
-    json.add_json("eos_token_id", ids.empty() ? "null" : ids + "]");
-  }
-  json.add("pad_token_id", nullptr);
-  return json.text() + "\n";
+  std::string text = "{\n  \"architectures\": [\"DiffLlamaForCausalLM\"],\n  \"model_type\": \"diffllama\"";
+  const auto add = [&](const char* key, const std::string& value) {
+    text += ",\n  \"" + std::string(key) + "\": " + value;
+  };
+  const auto count = [&](const char* key, Index value) { add(key, std::to_string(value)); };
+  const auto number = [&](const char* key, double value) { add(key, nlohmann::json(value).dump()); };
+  const auto boolean = [&](const char* key, bool value) { add(key, value ? "true" : "false"); };
+  count("vocab_size", vocab_size);
+  count("hidden_size", hidden_size);
+  count("intermediate_size", intermediate_size);
+  count("num_hidden_layers", num_hidden_layers);
+  count("num_attention_heads", num_attention_heads);
+  count("num_key_value_heads", num_key_value_heads);
+  count("head_dim", head_dim);
+  add("hidden_act", "\"silu\"");
+  count("max_position_embeddings", max_position_embeddings);
+  number("initializer_range", initializer_range);
+  number("rms_norm_eps", rms_norm_eps);
+  boolean("use_cache", true);
+  boolean("tie_word_embeddings", tie_word_embeddings);
+  number("rope_theta", rope_theta);
+  add("rope_scaling", detail::rope_scaling_json(rope_scaling));
+  boolean("attention_bias", attention_bias);
+  number("attention_dropout", 0);
+  number("lambda_std_dev", lambda_std_dev);
+  add("torch_dtype", detail::in_quotes(dtype));
+  add("bos_token_id", "null");
+  std::string eos;
+  for (const Index id : eos_token_ids) eos += (eos.empty() ? "" : ", ") + std::to_string(id);
+  add("eos_token_id", eos_token_ids.empty() ? "null" : eos_token_ids.size() == 1 ? eos : "[" + eos + "]");
+  add("pad_token_id", "null");
+  return text + "\n}\n";
 }
 
 }  // namespace diffattn::inline v0_1

@@ -9,27 +9,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
+#include <nlohmann/json.hpp>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/io/detail/json.hpp"
 #include "diffattn/io/detail/json_document.hpp"
 #include "diffattn/layers/rotary.hpp"
 #include "diffattn/models/detail/config_fields.hpp"
 
 namespace diffattn::inline v0_1::detail {
-
-inline constexpr std::pair<const char*, RotaryScaling::Kind> kRopeTypes[] = {
-    {"default", RotaryScaling::Kind::none},
-    {"linear", RotaryScaling::Kind::linear},
-    {"dynamic", RotaryScaling::Kind::dynamic},
-    {"llama3", RotaryScaling::Kind::llama3},
-    {"yarn", RotaryScaling::Kind::yarn},
-    {"longrope", RotaryScaling::Kind::longrope},
-    {"proportional", RotaryScaling::Kind::proportional}};
 
 struct RopeFields {
   double theta = 10000;
@@ -107,9 +96,16 @@ inline RopeFields read_rope(const ConfigFields& fields, Index head_dim, Index ma
   const char* const type_key = rope.find("rope_type") != nullptr ? "rope_type" : "type";
   const std::string type = rope.text(type_key, "default");
   RotaryScaling& scaling = result.scaling;
-  const auto* const kind = std::find_if(std::begin(kRopeTypes), std::end(kRopeTypes),
-                                        [&](const auto& known) { return type == known.first; });
-  if (kind == std::end(kRopeTypes)) {
+  constexpr std::pair<const char*, Kind> kKinds[] = {{"default", Kind::none},
+                                                     {"linear", Kind::linear},
+                                                     {"dynamic", Kind::dynamic},
+                                                     {"llama3", Kind::llama3},
+                                                     {"yarn", Kind::yarn},
+                                                     {"longrope", Kind::longrope},
+                                                     {"proportional", Kind::proportional}};
+  const auto* const kind =
+      std::find_if(std::begin(kKinds), std::end(kKinds), [&](const auto& k) { return type == k.first; });
+  if (kind == std::end(kKinds)) {
     rope.fail(type_key, in_quotes(type) +
                             " is not known (known: default, linear, dynamic, llama3, yarn, longrope, proportional)");
   }
@@ -154,40 +150,60 @@ inline RopeFields read_rope(const ConfigFields& fields, Index head_dim, Index ma
   return result;
 }
 
+/// A number as JSON has it.
+inline std::string json_number(double value) {
+  const bool whole = std::abs(value) < 0x1p53 && std::trunc(value) == value;
+  return whole ? std::to_string(static_cast<Index>(value)) : nlohmann::json(value).dump();
+}
+
 /// rope_scaling of a config.json.
 inline std::string rope_scaling_json(const RotaryScaling& s) {
   using Kind = RotaryScaling::Kind;
-  JsonObjectText json(2);
+  std::string text;
+  const auto add = [&](const char* key, const std::string& value) {
+    text += (text.empty() ? "" : ", ") + ("\"" + std::string(key) + "\": ") + value;
+  };
   const auto add_list = [&](const char* key, const std::vector<double>& values) {
     std::string list;
-    for (const double value : values) list += (list.empty() ? "" : ", ") + json_text(value);
-    json.add_json(key, "[" + list + "]");
+    for (const double value : values) list += (list.empty() ? "" : ", ") + nlohmann::json(value).dump();
+    add(key, "[" + list + "]");
   };
-  if (s.kind == Kind::none) return "null";
-  for (const auto& [name, kind] : kRopeTypes) {
-    if (s.kind == kind) json.add("rope_type", name);
+  const auto real = [](double value) { return nlohmann::json(value).dump(); };
+  switch (s.kind) {
+    case Kind::none:
+      return "null";
+    case Kind::linear:
+      add("rope_type", "\"linear\"");
+      break;
+    case Kind::dynamic:
+      add("rope_type", "\"dynamic\"");
+      break;
+    case Kind::llama3:
+      add("rope_type", "\"llama3\"");
+      add("low_freq_factor", real(s.low_freq_factor));
+      add("high_freq_factor", real(s.high_freq_factor));
+      break;
+    case Kind::yarn:
+      add("rope_type", "\"yarn\"");
+      add("beta_fast", real(s.beta_fast));
+      add("beta_slow", real(s.beta_slow));
+      add("truncate", s.truncate ? "true" : "false");
+      break;
+    case Kind::longrope:
+      add("rope_type", "\"longrope\"");
+      add_list("short_factor", s.short_factors);
+      add_list("long_factor", s.long_factors);
+      break;
+    case Kind::proportional:
+      add("rope_type", "\"proportional\"");
+      add("partial_rotary_factor", real(s.proportion));
   }
-  json.add("factor", s.factor);
-  if (s.attention_factor) json.add("attention_factor", *s.attention_factor);
+  add("factor", real(s.factor));
+  if (s.attention_factor) add("attention_factor", real(*s.attention_factor));
   if (s.kind == Kind::llama3 || s.kind == Kind::yarn || s.kind == Kind::longrope) {
-    constexpr const char* kKey = "original_max_position_embeddings";
-    const bool whole = s.context < 0x1p53 && std::trunc(s.context) == s.context;
-    json.add_json(kKey, whole ? json_text(static_cast<Index>(s.context)) : json_text(s.context));
+    add("original_max_position_embeddings", json_number(s.context));
   }
-  if (s.kind == Kind::llama3) {
-    json.add("low_freq_factor", s.low_freq_factor);
-    json.add("high_freq_factor", s.high_freq_factor);
-  } else if (s.kind == Kind::yarn) {
-    json.add("beta_fast", s.beta_fast);
-    json.add("beta_slow", s.beta_slow);
-    json.add("truncate", s.truncate);
-  } else if (s.kind == Kind::longrope) {
-    add_list("short_factor", s.short_factors);
-    add_list("long_factor", s.long_factors);
-  } else if (s.kind == Kind::proportional) {
-    json.add("partial_rotary_factor", s.proportion);
-  }
-  return json.text();
+  return "{" + text + "}";
 }
 
 }  // namespace diffattn::inline v0_1::detail
