@@ -184,7 +184,7 @@ TEST_CASE("A file keeps its mode; a new one has what the umask leaves") {
   unfinished::write_text(folder / "file", "1");
   ::umask(before);
   CHECK(mode("file") == 0640);
-  for (const mode_t kept : {0600, 0666, 0444, 0755}) {
+  for (const mode_t kept : {0600u, 0666u, 0444u, 0755u}) {
     REQUIRE(::chmod((folder / "file").c_str(), kept) == 0);
     unfinished::write_text(folder / "file", "2");
     CHECK(mode("file") == kept);
@@ -211,7 +211,7 @@ TEST_CASE("A directory that may not be written to, as an ordinary user") {
 TEST_CASE("A limit on the size of files, wherever it strikes, leaves the old file whole") {
   const files::Scratch folder;
   unfinished::write_text(folder / "file", "old");
-  for (const rlim_t limit : {0, 1, 7, 4096, 99'999}) {
+  for (const rlim_t limit : {0ul, 1ul, 7ul, 4096ul, 99999ul}) {
     processes::Child child([&] {
       std::signal(SIGXFSZ, SIG_IGN);
       const struct rlimit tight { limit, limit };
