@@ -122,6 +122,11 @@ void check_all() {
   }
   check<Scalar, Storage>({1, 300, 10, 12}, 14, 2, 2, 0);
   check<Scalar, Storage>({2, 300, 12, 24}, 7, 7, 1, 0);
+  // Several query heads to each of several key heads, page by page and in blocks.
+  for (const Index n_q : {1, 3, 5, 26}) {
+    check<Scalar, Storage>({n_q, 300, 6, 10}, 4, 2, 2, 0);
+    check<Scalar, Storage>({n_q, 300, 6, 10}, 4, 2, 1, 0);
+  }
 }
 
 }  // namespace

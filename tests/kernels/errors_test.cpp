@@ -1,6 +1,7 @@
 // Arguments that do not fit: what the message says, and that nothing was written.
 
 #include "diffattn/core/error.hpp"
+#include "diffattn/kernels/backward.hpp"
 #include "kernels/oracle.hpp"
 #include "support/catch.hpp"
 #include "support/throws.hpp"
@@ -140,13 +141,18 @@ TEST_CASE("A negative window is refused") {
 }
 
 TEST_CASE("A bias matrix of another shape is refused") {
-  const Matrix<float> q = ones(5, 4), k = ones(7, 4), bias = ones(7, 5);
-  const auto mask = with_bias(FullMask{}, MatrixBias(bias));
-  const std::string what = "the bias matrix must be 5 x 7, got 7 x 5";
-  check_refused(5, 4, what, [&](Matrix<float>& out) { diffattn::attention_into(out, q, k, k, mask); });
-  const auto nested = with_bias(mask, AlibiBias{1});
-  check_refused(5, 4, what,
-                [&](Matrix<float>& out) { diffattn::diff_attention_into(out, q, k, q, k, k, 0.5, nested); });
-  CHECK_THAT(thrown_by<ShapeError>([&] { (void)diffattn::reference::attention(q, k, k, mask); }),
-             ContainsSubstring(what));
+  const Matrix<float> q = ones(5, 4), k = ones(7, 4);
+  for (const Matrix<float>& bias : {ones(7, 5), ones(5, 6), ones(5, 8), ones(4, 7), ones(5, 0)}) {
+    const auto mask = with_bias(FullMask{}, MatrixBias(bias));
+    const std::string what =
+        "the bias matrix must be 5 x 7, got " + std::to_string(bias.rows()) + " x " + std::to_string(bias.cols());
+    check_refused(5, 4, what, [&](Matrix<float>& out) { diffattn::attention_into(out, q, k, k, mask); });
+    const auto nested = with_bias(mask, AlibiBias{1});
+    check_refused(5, 4, what,
+                  [&](Matrix<float>& out) { diffattn::diff_attention_into(out, q, k, q, k, k, 0.5, nested); });
+    const auto refused = [&](const auto& call) { CHECK_THAT(thrown_by<ShapeError>(call), ContainsSubstring(what)); };
+    refused([&] { (void)diffattn::reference::attention(q, k, k, mask); });
+    refused([&] { (void)diffattn::attention_backward(q, k, k, q, mask); });
+    refused([&] { (void)diffattn::diff_attention_backward(q, k, q, k, k, 0.5f, q, nested); });
+  }
 }

@@ -53,6 +53,8 @@ TEST_CASE("Biases add what they say, and nest") {
   CHECK(AlibiBias{0.5}(4, 4, 5, 5) == 0);
   CHECK(AlibiBias{0.5}(4, 1, 5, 5) == -1.5);
   CHECK(AlibiBias{0.5}(0, 3, 1, 6) == -1);
+  CHECK(AlibiBias{0.5}(1, 4, 5, 5) == -1.5);  // ahead of the query, as far as behind it
+  CHECK(with_bias(FullMask{}, AlibiBias{0.5}).bias(0, 2, 5, 6) == -0.5);
   CHECK(PaddingBias{3}(0, 2, 1, 6) == 0);
   CHECK(PaddingBias{3}(0, 3, 1, 6) == -std::numeric_limits<double>::infinity());
   const Eigen::MatrixXd matrix = Eigen::MatrixXd::Random(4, 6);  // column-major

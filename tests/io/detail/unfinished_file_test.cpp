@@ -130,6 +130,21 @@ TEST_CASE("An unfinished file has a name that no other writer has") {
   CHECK(folder.list() == "file");
 }
 
+TEST_CASE("A finished file that cannot take its place says so, and goes") {
+  const files::Scratch folder;
+  {
+    diffattn::detail::UnfinishedFile file(folder / "file");
+    file.write("new", 3);
+    file.finish();
+    std::filesystem::create_directories(folder / "file/inner");  // by someone else, meanwhile
+    CHECK(support::thrown_by<std::runtime_error>([&] {
+            file.replace_target();
+          }).find((folder / "file").string() + ": cannot be written: ") == 0);
+  }
+  CHECK(folder.list() == "file");
+  CHECK(std::filesystem::is_directory(folder / "file/inner"));
+}
+
 #if DIFFATTN_TEST_PROCESSES
 
 TEST_CASE("A link is followed and stays") {
