@@ -63,16 +63,19 @@ void measure(benchmark::State& state, Index d, const Stage& stage) {
 void scores(Operands& x) {
   const LeftOperand<float> q{x.q, x.d, 1};
   for (Index map = 0; map < 2; ++map) {
-    for (Index c = 0; c < kChunk; c += kCols) add_product(x.scores + c, kChunk, false, q, x.keys, x.d, kRows, kCols);
+    for (Index c = 0; c < kChunk; c += kCols) {
+      add_product(x.scores + c, kChunk, false, q, x.keys, x.d, kRows, kCols, {}, {}, kScoreChain);
+    }
   }
 }
 
-/// exp2(scores − base) and its sums
+/// 2^(c·(scores − base)) and its sums
 void softmax(Operands& x) {
   RowSoftmax<float> rows;
   float growth[kRows];
   rows.reset();
-  for (Index map = 0; map < 2; ++map) rows.add_chunk(x.weights, x.scores, kChunk, kRows, 0, kChunk, growth);
+  const ScaledExp2<float> exp2(1.25f);
+  for (Index map = 0; map < 2; ++map) rows.add_chunk(x.weights, x.scores, kChunk, kRows, 0, kChunk, exp2, growth);
 }
 
 /// A = P1/l1 − λ·P2/l2
@@ -146,12 +149,13 @@ void row_blocks(benchmark::State& state, Index d, Index n) {
   std::copy_n(in.keys, kMaps, head.keys);
 
   Matrix<float> out(n, dv);
+  const ScoreScale<float> scale = split_scale<FullMask>(0.125f);
   Block block(in.workspace, head, n);
   time_blocks(state, n, kBlockRows, [&](const RowRange<FullMask>& rows) {
     StridedView<const float> q[kMaps];
     for (Index map = 0; map < kMaps; ++map) q[map] = view_of(in.q[map]).middle_rows(rows.first, kBlockRows);
     const StridedView<float> lse[kMaps] = {};
-    block.run(writable_view_of(out).middle_rows(rows.first, kBlockRows), q, head, rows, 0.18f, {0.7f}, lse, 0);
+    block.run(writable_view_of(out).middle_rows(rows.first, kBlockRows), q, head, rows, scale, {0.7f}, lse, 0);
   });
   count(state, d, kBlockRows * n * kMaps / 2);
 }
