@@ -17,21 +17,6 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// out += a · b for up to kRows rows and any number of columns. out: strips of kCols columns, `strip_size` apart; b:
-/// strips over `depth`, b_strip apart. Fetches `first`, which is first_strip further on for every strip, and `second`,
-/// of which every strip takes the next piece.
-template <typename Scalar>
-void add_products(Scalar* out, Index out_strip, const LeftOperand<Scalar>& a, const Scalar* b, Index b_strip,
-                  Index rows, Index cols, Index depth, Ahead<Scalar> first, Index first_strip, Ahead<Scalar> second) {
-  constexpr Index kCols = Tile<Scalar>::kCols;
-  if (depth <= 0) return;
-  for (Index col = 0; col < cols; col += kCols, out += out_strip, b += b_strip) {
-    add_product(out, kCols, true, a, b, depth, rows, cols - col, first, second);
-    if (first.data != nullptr) first.data += first_strip;
-    if (second.data != nullptr) second.data += second.size;
-  }
-}
-
 template <typename Scalar, Index kMaps>
 class BackwardBlock {
   static constexpr Index kRows = Tile<Scalar>::kRows;
@@ -182,18 +167,6 @@ class BackwardBlock {
         chunk_dot_[values + r] = simd::reduce_add(dot);
       }
     }
-  }
-
-  /// 0 in the place of what a row does not see: 0 · (NaN − D) would not be 0.
-  template <typename Mask>
-  static void clear_hidden(Scalar* values, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
-    for_each_row(rows, first_key, columns, [&](Index r, const KeyRange& seen) {
-      Scalar* const row = values + r * kChunk;
-      fill_unseen(row, columns, seen, Scalar(0));
-      for (Index c = seen.begin; HasBias<Mask> && c < seen.end; ++c) {
-        if (!bias_shows(rows.mask, rows.first + r, first_key + c, rows.n_q, rows.n_k)) row[c] = Scalar(0);
-      }
-    });
   }
 
   /// 1/l_1, −λ/l_2 and D_m of every row; 0 for a row that saw no key. Returns whether all are finite.

@@ -130,6 +130,18 @@ void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, co
   });
 }
 
+/// 0 in the place of what a row does not see: 0 · (NaN − D) would not be 0.
+template <typename Scalar, typename Mask>
+void clear_hidden(Scalar* values, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
+  for_each_row(rows, first_key, columns, [&](Index r, const KeyRange& seen) {
+    Scalar* const row = values + r * kChunk;
+    fill_unseen(row, columns, seen, Scalar(0));
+    for (Index c = seen.begin; HasBias<Mask> && c < seen.end; ++c) {
+      if (!bias_shows(rows.mask, rows.first + r, first_key + c, rows.n_q, rows.n_k)) row[c] = Scalar(0);
+    }
+  });
+}
+
 /// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one group, multiplied by scale.of_queries.
 /// keys: those of the chunk.
 template <typename Scalar, typename Mask>
