@@ -80,7 +80,7 @@ void feed(const Decoder<float, Attention>& decoder, const std::vector<Index>& to
           Matrix<float>& logits, Workspace& workspace) {
   const auto frame = workspace.frame();
   const Index n = static_cast<Index>(tokens.size()), width = decoder.embedding.cols();
-  detail::MatrixMap<float> x(workspace.take<float>(n * width), n, width);
+  MatrixMap<float> x(workspace.take<float>(n * width), n, width);
   decoder.hidden_into(x, tokens, cache, workspace);
   decoder.head_into(logits, detail::rows_of(x, n - 1, 1), workspace);
 }
@@ -129,7 +129,7 @@ void decode(benchmark::State& state) {
 
 /// What one core reads of the same memory: the sum of the embedding.
 void read_bandwidth(benchmark::State& state) {
-  model<Differential, float>().embedding.visit([&]<typename T>(const detail::StridedView<const T>& view) {
+  model<Differential, float>().embedding.visit([&]<typename T>(const StridedView<const T>& view) {
     if constexpr (std::is_same_v<T, float>) {
       const Index pieces = view.rows * view.cols / bench::kReadPiece;
       for (auto _ : state) {

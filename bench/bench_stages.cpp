@@ -13,9 +13,9 @@
 #include <string>
 
 #include "diffattn/core/workspace.hpp"
-#include "diffattn/kernels/detail/backward_block.hpp"
-#include "diffattn/kernels/detail/differential_block.hpp"
-#include "diffattn/kernels/detail/standard_block.hpp"
+#include "diffattn/kernels/detail/backward/backward_block.hpp"
+#include "diffattn/kernels/detail/forward/differential_block.hpp"
+#include "diffattn/kernels/detail/forward/standard_block.hpp"
 
 namespace {
 

@@ -7,7 +7,7 @@
 // `Bytes` (SentencePiece, Hugging Face's tokenizers, llama.cpp's): all that is asked of it is encode and decode.
 
 #include <diffattn/core/parallel_threads.hpp>
-#include <diffattn/models/diffllama.hpp>
+#include <diffattn/hugging_face/diffllama.hpp>
 
 #include <chrono>
 #include <iostream>

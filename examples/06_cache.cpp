@@ -1,6 +1,6 @@
 // The cache of keys and values, by hand: a prompt in chunks, two continuations that share it, and a step back.
 
-#include <diffattn/models/diffllama.hpp>
+#include <diffattn/hugging_face/diffllama.hpp>
 
 #include <cmath>
 #include <iostream>

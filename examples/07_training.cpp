@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <diffattn/diffattn.hpp>
-#include <diffattn/models/diffllama_export.hpp>
+#include <diffattn/hugging_face/diffllama_export.hpp>
 #include <diffattn/models/generate.hpp>
 #include <diffattn/training/token_file.hpp>
 #include <exception>

@@ -1,7 +1,7 @@
 // What the models of the paper cost, from their sizes alone: parameters, work a token, and the cache of keys and
 // values.
 
-#include <diffattn/models/paper_models.hpp>
+#include <diffattn/models/model_sizes.hpp>
 
 #include <iomanip>
 #include <iostream>

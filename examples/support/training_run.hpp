@@ -6,10 +6,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <diffattn/io/checkpoint.hpp>
 #include <diffattn/models/decoder.hpp>
 #include <diffattn/training/adamw.hpp>
 #include <diffattn/training/batch_sampler.hpp>
-#include <diffattn/training/checkpoint.hpp>
 #include <diffattn/training/cross_entropy.hpp>
 #include <diffattn/training/gradient_norm.hpp>
 #include <diffattn/training/learning_rate.hpp>

@@ -9,8 +9,8 @@
 
 using diffattn::Index;
 using diffattn::Matrix;
+using diffattn::StridedView;
 using diffattn::Vector;
-using diffattn::detail::StridedView;
 using diffattn::detail::view_of;
 using diffattn::detail::writable_view_of;
 

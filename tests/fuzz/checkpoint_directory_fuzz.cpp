@@ -2,7 +2,7 @@
 // what to write: first a checkpoint that is sound, whatever the bytes are, then edits of its files. Without edits it
 // must load and run; with them it is refused with an exception that says why, or runs.
 
-#include <diffattn/models/diffllama.hpp>
+#include <diffattn/hugging_face/diffllama.hpp>
 
 #include <cstdint>
 #include <cstdlib>

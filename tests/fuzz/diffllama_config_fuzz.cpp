@@ -1,7 +1,7 @@
 // Any text as a config.json: it is refused with a FormatError, or it is a configuration that can be written and read
 // back.
 
-#include <diffattn/models/diffllama_config.hpp>
+#include <diffattn/hugging_face/diffllama_config.hpp>
 
 #include <cstdint>
 #include <cstdlib>

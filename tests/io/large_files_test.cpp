@@ -1,7 +1,7 @@
 // What anybody may have written costs time that grows with its length, however many entries it has and whatever they
 // say. Measured in CPU time, since tests run side by side.
 
-#include <diffattn/io/detail/json_document.hpp>
+#include <diffattn/io/json_document.hpp>
 #include <diffattn/io/safetensors.hpp>
 #include <diffattn/io/sharded_safetensors.hpp>
 

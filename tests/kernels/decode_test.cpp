@@ -41,7 +41,7 @@ struct Pages {
     packed.pages = pages.data();
   }
   std::vector<std::shared_ptr<detail::Page<Storage>>> pages;
-  detail::PackedPages<Storage> packed;
+  KeyValuePages<Storage> packed;
 };
 
 template <typename Storage, typename Scalar>

@@ -12,8 +12,8 @@ using diffattn::Index;
 using diffattn::Linear;
 using diffattn::Matrix;
 using diffattn::RmsNorm;
+using diffattn::Store;
 using diffattn::Workspace;
-using diffattn::detail::Store;
 using support::excess;
 using support::numerical_gradient;
 

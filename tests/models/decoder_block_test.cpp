@@ -23,7 +23,7 @@ template <typename MaskOrCache>
 Matrix<double> in_place(const Block& block, Matrix<double> x, MaskOrCache&& mask_or_cache) {
   diffattn::Workspace workspace;
   diffattn::Serial executor;
-  diffattn::detail::MatrixMap<double> rows(x.data(), x.rows(), x.cols());
+  diffattn::MatrixMap<double> rows(x.data(), x.rows(), x.cols());
   block.forward_in_place(rows, mask_or_cache, workspace, executor);
   return x;
 }

@@ -114,7 +114,7 @@ TEST_CASE("Work that fails half way leaves the cache as it was, in every layer",
   model.logits(before, cache);
   diffattn::Workspace workspace;
   Matrix<float> x(2, 16);
-  diffattn::detail::MatrixMap<float> hidden(x.data(), 2, 16);
+  diffattn::MatrixMap<float> hidden(x.data(), 2, 16);
   int failures = 0;
   for (;; ++failures) {
     try {

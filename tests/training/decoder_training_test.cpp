@@ -1,11 +1,11 @@
 // All of training together: a decoder that learns, stops, and goes on.
 
 #include <diffattn/core/parallel_threads.hpp>
+#include <diffattn/io/checkpoint.hpp>
 #include <diffattn/layers/multihead_diff_attention.hpp>
 #include <diffattn/models/decoder.hpp>
 #include <diffattn/training/adamw.hpp>
 #include <diffattn/training/batch_sampler.hpp>
-#include <diffattn/training/checkpoint.hpp>
 #include <diffattn/training/cross_entropy.hpp>
 #include <diffattn/training/gradient_norm.hpp>
 #include <diffattn/training/learning_rate.hpp>

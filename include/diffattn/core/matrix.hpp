@@ -20,8 +20,6 @@ using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowM
 template <typename Scalar>
 using Vector = Eigen::Matrix<Scalar, Eigen::Dynamic, 1>;
 
-namespace detail {
-
 /// A rows x cols matrix in somebody else's memory: element (i, j) is data[i * row_stride + j * col_stride].
 template <typename T>
 struct StridedView {
@@ -43,6 +41,12 @@ struct StridedView {
 
 /// Whether a result replaces what its matrix holds or is added to it.
 enum class Store { overwrite, add };
+
+/// Memory seen as a matrix with contiguous rows.
+template <typename Scalar>
+using MatrixMap = Eigen::Map<Matrix<Scalar>>;
+
+namespace detail {
 
 template <typename Derived>
 inline constexpr bool has_direct_access = (int(Derived::Flags) & int(Eigen::DirectAccessBit)) != 0;
@@ -71,6 +75,28 @@ StridedView<typename Derived::Scalar> writable_view_of(const Eigen::DenseBase<De
   const Index row_stride = Derived::IsRowMajor ? m.outerStride() : m.innerStride();
   const Index col_stride = Derived::IsRowMajor ? m.innerStride() : m.outerStride();
   return {m.data(), m.rows(), m.cols(), row_stride, col_stride};
+}
+
+/// Rows [first, first + count), as the same type: Eigen's middleRows is another, and every type costs compile time.
+template <typename Scalar>
+MatrixMap<Scalar> rows_of(MatrixMap<Scalar>& matrix, Index first, Index count) {
+  return MatrixMap<Scalar>(matrix.data() + first * matrix.cols(), count, matrix.cols());
+}
+
+template <typename Scalar>
+Eigen::Map<const Matrix<Scalar>> rows_of(const Matrix<Scalar>& matrix, Index first, Index count) {
+  return {matrix.data() + first * matrix.cols(), count, matrix.cols()};
+}
+
+/// to = from, unless it stands there already.
+template <typename Scalar, typename From>
+void keep(Matrix<Scalar>& to, const Eigen::MatrixBase<From>& from) {
+  if constexpr (has_direct_access<From>) {
+    const auto view = view_of(from);
+    const bool same_rows = view.data == to.data() && view.row_stride == to.cols() && view.col_stride == 1;
+    if (same_rows && view.rows == to.rows() && view.cols == to.cols()) return;
+  }
+  to = from;
 }
 
 }  // namespace detail

@@ -35,4 +35,17 @@ inline void check_operand_size(const char* where, const char* tensor, Index rows
   throw_invalid({where, ": ", tensor, " would be ", rows, " x ", cols, " values, which no memory holds"});
 }
 
+/// Throws std::invalid_argument naming the field unless it is at least 1.
+inline void check_positive(const char* where, const char* field, Index value) {
+  if (value < 1) {
+    throw_invalid({where, ": ", field, " must be at least 1, got ", value});
+  }
+}
+
+/// The value, once it is known to be at least 1: for constructors, which need their numbers before their body.
+inline Index checked_positive(const char* where, const char* field, Index value) {
+  check_positive(where, field, value);
+  return value;
+}
+
 }  // namespace diffattn::inline v0_1::detail

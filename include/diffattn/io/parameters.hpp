@@ -18,8 +18,8 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/io/detail/dtype.hpp"
-#include "diffattn/io/detail/safetensors_header.hpp"
+#include "diffattn/io/dtype.hpp"
+#include "diffattn/io/safetensors_header.hpp"
 #include "diffattn/io/safetensors_reader.hpp"
 #include "diffattn/io/safetensors_writer.hpp"
 

@@ -27,10 +27,10 @@
 #include <vector>
 
 #include "diffattn/core/error.hpp"
+#include "diffattn/core/file_bytes.hpp"
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/io/detail/dtype.hpp"
-#include "diffattn/io/detail/file_bytes.hpp"
-#include "diffattn/io/detail/safetensors_header.hpp"
+#include "diffattn/io/dtype.hpp"
+#include "diffattn/io/safetensors_header.hpp"
 
 namespace diffattn::inline v0_1 {
 

@@ -22,9 +22,9 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/io/detail/dtype.hpp"
-#include "diffattn/io/detail/safetensors_header.hpp"
 #include "diffattn/io/detail/unfinished_file.hpp"
+#include "diffattn/io/dtype.hpp"
+#include "diffattn/io/safetensors_header.hpp"
 
 namespace diffattn::inline v0_1 {
 

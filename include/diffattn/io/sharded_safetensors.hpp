@@ -24,9 +24,9 @@
 #include <vector>
 
 #include "diffattn/core/error.hpp"
-#include "diffattn/io/detail/json_document.hpp"
-#include "diffattn/io/detail/whole_file.hpp"
+#include "diffattn/io/json_document.hpp"
 #include "diffattn/io/safetensors.hpp"
+#include "diffattn/io/whole_file.hpp"
 
 namespace diffattn::inline v0_1 {
 

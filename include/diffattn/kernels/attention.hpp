@@ -25,8 +25,8 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
-#include "diffattn/kernels/detail/head_schedule.hpp"
-#include "diffattn/kernels/detail/standard_block.hpp"
+#include "diffattn/kernels/detail/forward/head_schedule.hpp"
+#include "diffattn/kernels/detail/forward/standard_block.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 

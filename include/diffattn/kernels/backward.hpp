@@ -30,7 +30,7 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
-#include "diffattn/kernels/detail/backward_schedule.hpp"
+#include "diffattn/kernels/detail/backward/backward_schedule.hpp"
 #include "diffattn/kernels/gradients.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"

@@ -29,9 +29,9 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
-#include "diffattn/kernels/detail/cached_heads.hpp"
-#include "diffattn/kernels/detail/differential_block.hpp"
-#include "diffattn/kernels/detail/standard_block.hpp"
+#include "diffattn/kernels/detail/forward/cached_heads.hpp"
+#include "diffattn/kernels/detail/forward/differential_block.hpp"
+#include "diffattn/kernels/detail/forward/standard_block.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 
@@ -41,7 +41,7 @@ namespace detail {
 
 /// Every check that both entry points share.
 template <typename Scalar, typename Storage>
-void check_decode(const char* where, const PackedPages<Storage>& cache, const Heads& heads, Index d, Index window) {
+void check_decode(const char* where, const KeyValuePages<Storage>& cache, const Heads& heads, Index d, Index window) {
   const PageShape& shape = cache.shape;
   if (shape.heads != heads.num_kv_heads || shape.d != d || shape.strip != Tile<Scalar>::kCols) {
     throw_shape({where, ": the cache must hold ", heads.num_kv_heads, " heads of width ", d, " in strips of ",
@@ -59,7 +59,7 @@ inline SlidingWindowMask decode_mask(Index window) {
 
 template <typename Out, typename Q, typename Storage, Executor E = Serial>
 void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
-                           const detail::PackedPages<Storage>& cache, Heads heads, Index window,
+                           const KeyValuePages<Storage>& cache, Heads heads, Index window,
                            const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   using Scalar = typename Q::Scalar;
   detail::check_scalars<Scalar, Out>();
@@ -84,9 +84,8 @@ void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Matri
 
 template <typename Out, typename Q, typename Storage, typename Lambda, Executor E = Serial>
 void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
-                                const detail::PackedPages<Storage>& cache, const Lambda& lambda, Heads heads,
-                                Index window, const AttentionOptions& options, Workspace& workspace,
-                                E&& executor = {}) {
+                                const KeyValuePages<Storage>& cache, const Lambda& lambda, Heads heads, Index window,
+                                const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   using Scalar = typename Q::Scalar;
   detail::check_scalars<Scalar, Out>();
   constexpr const char* where = "decode_diff_attention";

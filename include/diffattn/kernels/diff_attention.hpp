@@ -21,8 +21,8 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
-#include "diffattn/kernels/detail/differential_block.hpp"
-#include "diffattn/kernels/detail/head_schedule.hpp"
+#include "diffattn/kernels/detail/forward/differential_block.hpp"
+#include "diffattn/kernels/detail/forward/head_schedule.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 

@@ -93,7 +93,7 @@ class MatrixBias {
   }
 
  private:
-  detail::StridedView<const Scalar> matrix_;
+  StridedView<const Scalar> matrix_;
 };
 
 template <typename Derived>

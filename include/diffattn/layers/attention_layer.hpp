@@ -173,11 +173,11 @@ class AttentionLayer {
 
  protected:
   /// A matrix of n x cols on the tape or, without one, in the workspace.
-  static detail::MatrixMap<Scalar> part(Tape* tape, Matrix<Scalar> detail::AttentionTape<Scalar>::*member, Index n,
-                                        Index cols, Workspace& workspace) {
-    if (tape == nullptr) return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
+  static MatrixMap<Scalar> part(Tape* tape, Matrix<Scalar> detail::AttentionTape<Scalar>::*member, Index n, Index cols,
+                                Workspace& workspace) {
+    if (tape == nullptr) return MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
     (tape->*member).resize(n, cols);
-    return detail::MatrixMap<Scalar>((tape->*member).data(), n, cols);
+    return MatrixMap<Scalar>((tape->*member).data(), n, cols);
   }
 
  private:

@@ -50,15 +50,14 @@ class FrozenMatrix {
     return std::visit(
         [&]<typename T>(const std::shared_ptr<const T>& values) -> decltype(auto) {
           if (values == nullptr && size() != 0) detail::throw_invalid({"FrozenMatrix: has no values yet"});
-          return f(detail::StridedView<const T>{values.get(), rows_, cols_, cols_, 1});
+          return f(StridedView<const T>{values.get(), rows_, cols_, cols_, 1});
         },
         values_);
   }
 
   /// Bytes of the values.
   std::size_t memory_bytes() const {
-    return visit(
-        [&]<typename T>(const detail::StridedView<const T>&) { return static_cast<std::size_t>(size()) * sizeof(T); });
+    return visit([&]<typename T>(const StridedView<const T>&) { return static_cast<std::size_t>(size()) * sizeof(T); });
   }
 
   /// Row `row`, converted.

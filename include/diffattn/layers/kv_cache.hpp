@@ -30,7 +30,7 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
-#include "diffattn/kernels/detail/packed_pages.hpp"
+#include "diffattn/kernels/key_value_pages.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -100,7 +100,7 @@ class KvCache {
   template <typename Scalar>
   void prepare(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) {
     static_assert(sizeof(Storage) <= sizeof(Scalar), "diffattn: a cache must not be wider than the layer's scalar");
-    const detail::PageShape shape{heads, key_maps, d, dv, detail::Tile<Scalar>::kCols};
+    const PageShape shape{heads, key_maps, d, dv, detail::Tile<Scalar>::kCols};
     if (position_ != 0 && shape != shape_) throw_other_shape(where, shape);
     if (options_.max_tokens != 0 && tokens > options_.max_tokens - position_) {
       detail::throw_invalid({where, ": the cache holds at most ", options_.max_tokens, " tokens and has ", position_,
@@ -119,7 +119,7 @@ class KvCache {
 
   /// Packs keys (tokens x heads·key_maps·d) and values (tokens x heads·dv) behind what is there.
   template <typename Scalar, Executor E>
-  void write(const detail::StridedView<const Scalar>& k, const detail::StridedView<const Scalar>& v, E& executor) {
+  void write(const StridedView<const Scalar>& k, const StridedView<const Scalar>& v, E& executor) {
     using detail::kPageKeys;
     const Index held = position_ - dropped_, first_page = held / kPageKeys, heads = shape_.heads;
     const Index pages = detail::divide_up(held + k.rows, kPageKeys) - first_page;
@@ -133,7 +133,7 @@ class KvCache {
   }
 
   /// What is there and `written` tokens behind it, for the kernels of decode.hpp.
-  detail::PackedPages<Storage> packed(Index written = 0) const {
+  KeyValuePages<Storage> packed(Index written = 0) const {
     return {pages_.data(), shape_, position_ - dropped_ + written};
   }
 
@@ -175,7 +175,7 @@ class KvCache {
     if (value < 0) detail::throw_invalid({"KvCache: ", field, " must be 0 or more, got ", value});
   }
 
-  [[gnu::cold, gnu::noinline]] void throw_other_shape(const char* where, const detail::PageShape& shape) const {
+  [[gnu::cold, gnu::noinline]] void throw_other_shape(const char* where, const PageShape& shape) const {
     detail::throw_shape({where,           ": the cache must hold ",
                          shape.heads,     " heads of ",
                          shape.key_maps,  " x ",
@@ -214,7 +214,7 @@ class KvCache {
   }
 
   KvCacheOptions options_;
-  detail::PageShape shape_;
+  PageShape shape_;
   std::vector<std::shared_ptr<Page>> pages_;  // the first holds position dropped_
   Index position_ = 0;
   Index dropped_ = 0;  // positions that the window has left behind, whole pages

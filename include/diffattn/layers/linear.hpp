@@ -21,11 +21,10 @@
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
-#include "diffattn/kernels/detail/matmul.hpp"
-#include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/parameters.hpp"
+#include "diffattn/product/matmul.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -35,7 +34,7 @@ template <typename Scalar, typename Y, typename X, typename Weight, Executor E>
 void linear_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Weight& weight,
                  Workspace& workspace, E& executor, const Scalar* bias = nullptr) {
   const detail::Readable<X> x_read(x.derived());
-  const auto multiply = [&]<typename Stored>(const detail::StridedView<const Stored>& view) {
+  const auto multiply = [&]<typename Stored>(const StridedView<const Stored>& view) {
     if constexpr (sizeof(Stored) <= sizeof(Scalar)) {
       detail::matmul_transposed<Scalar>(detail::writable_view_of(y), detail::view_of(x_read), view, bias, workspace,
                                         executor);
@@ -53,14 +52,14 @@ void linear_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, c
 /// The gradients of linear_into: dx = dy · weight, or dx += …, and dweight += dyᵀ · x. Shapes already checked.
 template <typename Scalar, typename DX, typename DY, typename X, typename Weight, Executor E>
 void linear_backward_into(const Eigen::MatrixBase<DX>& dx, Weight& dweight, const Eigen::MatrixBase<DY>& dy,
-                          const Eigen::MatrixBase<X>& x, const Weight& weight, detail::Store store,
-                          Workspace& workspace, E& executor) {
+                          const Eigen::MatrixBase<X>& x, const Weight& weight, Store store, Workspace& workspace,
+                          E& executor) {
   const detail::Readable<DY> dy_read(dy.derived());
   const detail::Readable<X> x_read(x.derived());
   const auto dy_view = detail::view_of(dy_read);
   const detail::Product<Scalar> products[] = {
       {detail::writable_view_of(dx), dy_view, detail::view_of(weight), nullptr, store},
-      {detail::writable_view_of(dweight), dy_view.transposed(), detail::view_of(x_read), nullptr, detail::Store::add}};
+      {detail::writable_view_of(dweight), dy_view.transposed(), detail::view_of(x_read), nullptr, Store::add}};
   detail::multiply_all(std::span<const detail::Product<Scalar>>(products), workspace, executor);
 }
 
@@ -123,8 +122,7 @@ class Linear {
   /// of the same shape, weight += dyᵀ x and bias += the sum of dy's rows. dx must not overlap dy or x.
   template <typename DX, typename DY, typename X, Executor E = Serial>
   void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Eigen::MatrixBase<X>& x,
-                     Linear& grad, Workspace& workspace, E&& executor = {},
-                     detail::Store store = detail::Store::overwrite) const {
+                     Linear& grad, Workspace& workspace, E&& executor = {}, Store store = Store::overwrite) const {
     const Index n = x.rows();
     detail::check_shape("Linear", "x", x, n, weight.cols());
     detail::check_shape("Linear", "dy", dy, n, weight.rows());

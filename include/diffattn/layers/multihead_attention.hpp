@@ -130,9 +130,7 @@ class MultiheadAttention : public AttentionLayer<MultiheadAttention<Scalar, Weig
     using detail::rows_of;
     const Index n = dy.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
     const auto frame = workspace.frame();
-    const auto scratch = [&](Index cols) {
-      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
-    };
+    const auto scratch = [&](Index cols) { return MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols); };
     auto dattended = scratch(heads * d), dq = scratch(heads * d), dk = scratch(kv_heads * d),
          dv = scratch(kv_heads * d);
     out_proj.backward_into(dattended, dy, tape.attended, grad.out_proj, workspace, executor);

@@ -146,7 +146,7 @@ class MultiheadDiffAttention : public AttentionLayer<MultiheadDiffAttention<Scal
     // In place, unless the tape keeps what was not normed.
     auto* const to = tape == nullptr ? attended.data() : workspace.take<Scalar>(attended.size());
     subln.forward_rows(to, attended.data(), n * heads, executor, head_scale());
-    out_proj.forward_into(y, detail::MatrixMap<Scalar>(to, n, attended.cols()), workspace, executor);
+    out_proj.forward_into(y, MatrixMap<Scalar>(to, n, attended.cols()), workspace, executor);
   }
 
   Scalar head_scale() const { return static_cast<Scalar>(1 - lambda.init); }
@@ -157,9 +157,7 @@ class MultiheadDiffAttention : public AttentionLayer<MultiheadDiffAttention<Scal
     using detail::rows_of;
     const Index n = dy.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = head_dim_;
     const auto frame = workspace.frame();
-    const auto scratch = [&](Index cols) {
-      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
-    };
+    const auto scratch = [&](Index cols) { return MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols); };
     auto dattended = scratch(heads * 2 * d), dq = scratch(heads * 2 * d), dk = scratch(kv_heads * 2 * d);
     auto dv = scratch(kv_heads * 2 * d);
     {
@@ -169,7 +167,7 @@ class MultiheadDiffAttention : public AttentionLayer<MultiheadDiffAttention<Scal
       out_proj.backward_into(dattended, dy, normed, grad.out_proj, workspace, executor);
     }
     subln.backward_rows(dattended.data(), dattended.data(), tape.attended.data(), n * heads, grad.subln, head_scale(),
-                        detail::Store::overwrite, workspace, executor);
+                        Store::overwrite, workspace, executor);
 
     const Scalar lambda_value = lambda.value();
     auto* const dlambdas = workspace.take<Scalar>(static_cast<Index>(tape.lengths.size()));

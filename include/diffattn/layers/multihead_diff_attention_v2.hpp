@@ -139,9 +139,7 @@ class MultiheadDiffAttentionV2 : public AttentionLayer<MultiheadDiffAttentionV2<
     using detail::rows_of;
     const Index n = dy.rows(), heads = config_.num_heads, kv_heads = config_.num_kv_heads, d = config_.head_dim;
     const auto frame = workspace.frame();
-    const auto scratch = [&](Index cols) {
-      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
-    };
+    const auto scratch = [&](Index cols) { return MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols); };
     auto dattended = scratch(heads * d), dq = scratch(2 * heads * d), dk = scratch(kv_heads * d);
     auto dv = scratch(kv_heads * d), dlambda = scratch(heads);
     o_proj.backward_into(dattended, dy, tape.attended, grad.o_proj, workspace, executor);

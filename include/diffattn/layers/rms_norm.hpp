@@ -78,7 +78,7 @@ class RmsNorm {
   ///   y = c·x∘w,  c = factor / sqrt(m),  m = mean(x²) + eps
   ///   dx = c·(w∘dy − x·Σ(w∘dy∘x) / (width·m)),  dw = c·dy∘x
   void apply_backward(Scalar* dx, const Scalar* dy, const Scalar* x, Scalar* dweight, Scalar factor = Scalar(1),
-                      detail::Store store = detail::Store::overwrite) const {
+                      Store store = Store::overwrite) const {
     constexpr Index kLanes = simd::kLanes<Scalar>;
     const Scalar* const w = weight.size() == 0 ? nullptr : weight.data();
     auto squares = simd::broadcast(Scalar(0)), products = squares;
@@ -99,7 +99,7 @@ class RmsNorm {
     const Scalar scale = factor / std::sqrt(mean), along = scale * dot / (static_cast<Scalar>(width_) * mean);
     for (Index i = 0; i < width_; ++i) {
       const Scalar dy_i = dy[i], x_i = x[i], dx_i = scale * (w == nullptr ? dy_i : w[i] * dy_i) - along * x_i;
-      dx[i] = store == detail::Store::add ? dx[i] + dx_i : dx_i;
+      dx[i] = store == Store::add ? dx[i] + dx_i : dx_i;
       if (w != nullptr) dweight[i] += scale * dy_i * x_i;
     }
   }
@@ -108,7 +108,7 @@ class RmsNorm {
   /// executor.
   template <Executor E>
   void backward_rows(Scalar* dx, const Scalar* dy, const Scalar* x, Index rows, RmsNorm& grad, Scalar factor,
-                     detail::Store store, Workspace& workspace, E& executor) const {
+                     Store store, Workspace& workspace, E& executor) const {
     detail::check_shape("RmsNorm", "the gradient's weight", grad.weight, weight.rows(), 1);
     const Index blocks = (rows + kTaskRows - 1) / kTaskRows;
     const auto frame = workspace.frame();
@@ -156,7 +156,7 @@ class RmsNorm {
     Workspace workspace;
     Serial executor;
     Matrix<Scalar> dx(dy.rows(), dy.cols());
-    backward_rows(dx.data(), dy.data(), tape.x.data(), dy.rows(), grad, Scalar(1), detail::Store::overwrite, workspace,
+    backward_rows(dx.data(), dy.data(), tape.x.data(), dy.rows(), grad, Scalar(1), Store::overwrite, workspace,
                   executor);
     return dx;
   }

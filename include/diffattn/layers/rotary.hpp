@@ -100,7 +100,7 @@ class Rotary {
   /// Turns `heads` heads in every row of x (rows x at least heads·head_dim, contiguous rows) in place. Row i stands at
   /// position first_position + i. Only dynamic and longrope ask how many tokens the whole sequence has: as many as to
   /// the last row, or `sequence` if that is more. With Turn::back, the gradient of the result becomes that of x.
-  void apply(const detail::StridedView<Scalar>& x, Index heads, Index first_position = 0, Index sequence = 0,
+  void apply(const StridedView<Scalar>& x, Index heads, Index first_position = 0, Index sequence = 0,
              Turn turn = Turn::forward) const {
     sequence = std::max(sequence, first_position + x.rows);
     const double base = dynamic_base(sequence);

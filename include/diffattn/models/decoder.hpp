@@ -32,7 +32,6 @@
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
-#include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/linear.hpp"
@@ -100,7 +99,7 @@ class Decoder {
     const Index n = static_cast<Index>(std::size(tokens));
     Workspace workspace;
     const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> x(workspace.take<Scalar>(n * embedding.cols()), n, embedding.cols());
+    MatrixMap<Scalar> x(workspace.take<Scalar>(n * embedding.cols()), n, embedding.cols());
     Matrix<Scalar> result(n, config_.vocab_size);
     detail::CacheTransaction transaction(cache);
     hidden_into(x, tokens, cache, workspace);
@@ -119,14 +118,14 @@ class Decoder {
     const Index n = static_cast<Index>(std::size(tokens));
     detail::check_shape(kName, "logits", y, n, config_.vocab_size);
     const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> x(workspace.take<Scalar>(n * embedding.cols()), n, embedding.cols());
+    MatrixMap<Scalar> x(workspace.take<Scalar>(n * embedding.cols()), n, embedding.cols());
     hidden_into(x, tokens, workspace, executor);
     head_into(y, x, workspace, executor);
   }
 
   /// x (tokens x embed_dim): the embeddings of the tokens, all of which are checked before.
   template <typename Tokens>
-  void embed_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens) const {
+  void embed_into(MatrixMap<Scalar>& x, const Tokens& tokens) const {
     check_tokens(tokens);
     const auto* const ids = std::data(tokens);
     for (Index i = 0; i < x.rows(); ++i) {
@@ -141,7 +140,7 @@ class Decoder {
 
   /// x (tokens x embed_dim): what the head is multiplied with, after the last norm.
   template <typename Tokens, Executor E = Serial>
-  void hidden_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens, Workspace& workspace, E&& executor = {}) const {
+  void hidden_into(MatrixMap<Scalar>& x, const Tokens& tokens, Workspace& workspace, E&& executor = {}) const {
     embed_into(x, tokens);
     for (const Block& block : blocks) block.forward_in_place(x, CausalMask{}, workspace, executor);
     norm.forward_rows(x.data(), x.data(), x.rows(), executor);
@@ -149,8 +148,8 @@ class Decoder {
 
   /// The same for the tokens that follow those in `cache`, which is as before if anything throws.
   template <typename Tokens, typename Storage, Executor E = Serial>
-  void hidden_into(detail::MatrixMap<Scalar>& x, const Tokens& tokens, DecoderCache<Storage>& cache,
-                   Workspace& workspace, E&& executor = {}) const {
+  void hidden_into(MatrixMap<Scalar>& x, const Tokens& tokens, DecoderCache<Storage>& cache, Workspace& workspace,
+                   E&& executor = {}) const {
     check_cache(cache, x.rows());
     embed_into(x, tokens);
     detail::CacheTransaction transaction(cache);

@@ -16,9 +16,9 @@
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/row_blocks.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
-#include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/rms_norm.hpp"
 #include "diffattn/models/feed_forward.hpp"
@@ -54,11 +54,10 @@ struct DecoderBlock {
   /// x = block(x), in place: the tokens of one sequence under a CausalMask, or those that follow what the layer's
   /// KvCache holds, which they join.
   template <typename MaskOrCache, Executor E>
-  void forward_in_place(detail::MatrixMap<Scalar>& x, MaskOrCache&& mask_or_cache, Workspace& workspace,
-                        E& executor) const {
+  void forward_in_place(MatrixMap<Scalar>& x, MaskOrCache&& mask_or_cache, Workspace& workspace, E& executor) const {
     const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> normed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
-    detail::MatrixMap<Scalar> y(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
+    MatrixMap<Scalar> normed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
+    MatrixMap<Scalar> y(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
     attention_norm.forward_rows(normed.data(), x.data(), x.rows(), executor);
     attention.forward_into(y, normed, mask_or_cache, workspace, executor);
     feed_forward_norm.add_forward_rows(normed.data(), x.data(), y.data(), x.rows(), executor);
@@ -85,13 +84,13 @@ struct DecoderBlock {
 
   /// Turns dy, the gradient of y, into that of x, in place.
   template <Executor E>
-  void backward_in_place(detail::MatrixMap<Scalar>& dy, const Matrix<Scalar>& x, const Tape& tape, DecoderBlock& grad,
+  void backward_in_place(MatrixMap<Scalar>& dy, const Matrix<Scalar>& x, const Tape& tape, DecoderBlock& grad,
                          Workspace& workspace, E& executor) const {
     const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> dnormed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
+    MatrixMap<Scalar> dnormed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
     const auto through_norm = [&](const RmsNorm<Scalar>& norm, const Matrix<Scalar>& before, RmsNorm<Scalar>& to) {
-      norm.backward_rows(dy.data(), dnormed.data(), before.data(), x.rows(), to, Scalar(1), detail::Store::add,
-                         workspace, executor);
+      norm.backward_rows(dy.data(), dnormed.data(), before.data(), x.rows(), to, Scalar(1), Store::add, workspace,
+                         executor);
     };
     feed_forward.backward_into(dnormed, dy, tape.feed_forward, grad.feed_forward, workspace, executor);
     through_norm(feed_forward_norm, tape.attended, grad.feed_forward_norm);

@@ -15,9 +15,9 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
-#include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/parameters.hpp"
+#include "diffattn/layers/sequences.hpp"
 #include "diffattn/models/decoder_block.hpp"
 
 namespace diffattn::inline v0_1 {

@@ -17,8 +17,9 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/row_blocks.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
-#include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/parameters.hpp"
@@ -55,8 +56,8 @@ class FeedForward {
     detail::check_shape(kName, "x", x, n, gate_proj.weight.cols());
     detail::check_shape(kName, "y", y, n, gate_proj.weight.cols());
     const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> gate(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim);
-    detail::MatrixMap<Scalar> up(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim);
+    MatrixMap<Scalar> gate(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim);
+    MatrixMap<Scalar> up(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim);
     project(gate, up, x, workspace, executor);
     detail::for_each_row_block(n, executor, [&](Index row, Index count) {
       auto g = detail::rows_of(gate, row, count);
@@ -84,7 +85,7 @@ class FeedForward {
     tape.gate.resize(n, hidden_dim);
     tape.up.resize(n, hidden_dim);
     const auto frame = workspace.frame();
-    detail::MatrixMap<Scalar> activated(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim);
+    MatrixMap<Scalar> activated(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim);
     project(map_of(tape.gate), map_of(tape.up), tape.x, workspace, executor);
     activate(activated, tape, executor);
     down_proj.forward_into(y, activated, workspace, executor);
@@ -110,9 +111,7 @@ class FeedForward {
     detail::check_shape(kName, "the tape's gate", tape.gate, n, hidden_dim);
     check_gradient(grad);
     const auto frame = workspace.frame();
-    const auto scratch = [&] {
-      return detail::MatrixMap<Scalar>(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim);
-    };
+    const auto scratch = [&] { return MatrixMap<Scalar>(workspace.take<Scalar>(n * hidden_dim), n, hidden_dim); };
     auto activated = scratch(), dgate = scratch(), dup = scratch();
     activate(activated, tape, executor);
     down_proj.backward_into(dup, dy, activated, grad.down_proj, workspace, executor);
@@ -154,11 +153,11 @@ class FeedForward {
     down_proj.check_gradient(grad.down_proj);
   }
 
-  static detail::MatrixMap<Scalar> map_of(Matrix<Scalar>& m) { return {m.data(), m.rows(), m.cols()}; }
+  static MatrixMap<Scalar> map_of(Matrix<Scalar>& m) { return {m.data(), m.rows(), m.cols()}; }
 
   template <typename X, Executor E>
-  void project(const detail::MatrixMap<Scalar>& gate, const detail::MatrixMap<Scalar>& up,
-               const Eigen::MatrixBase<X>& x, Workspace& workspace, E& executor) const {
+  void project(const MatrixMap<Scalar>& gate, const MatrixMap<Scalar>& up, const Eigen::MatrixBase<X>& x,
+               Workspace& workspace, E& executor) const {
     using Output = detail::LinearOutput<Scalar, Weight>;
     const std::array outputs{Output{gate_proj, gate}, Output{up_proj, up}};
     detail::linear_forward_all(outputs, x, workspace, executor);
@@ -166,7 +165,7 @@ class FeedForward {
 
   /// silu(gate) ∘ up, in the order of operations of forward_into without a tape.
   template <Executor E>
-  void activate(detail::MatrixMap<Scalar>& activated, const Tape& tape, E& executor) const {
+  void activate(MatrixMap<Scalar>& activated, const Tape& tape, E& executor) const {
     detail::for_each_row_block(activated.rows(), executor, [&](Index row, Index count) {
       const Index at = row * activated.cols(), size = count * activated.cols();
       const Eigen::Map<const Eigen::Array<Scalar, Eigen::Dynamic, 1>> gate(tape.gate.data() + at, size),

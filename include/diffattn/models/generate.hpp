@@ -245,7 +245,7 @@ std::vector<Index> generate(const Decoder<Scalar, Attention>& model, const Token
   const auto feed = [&](std::span<const Index> chunk, bool is_last) {
     const auto frame = workspace.frame();
     const Index n = static_cast<Index>(chunk.size()), width = model.embedding.cols();
-    detail::MatrixMap<Scalar> x(workspace.take<Scalar>(n * width), n, width);
+    MatrixMap<Scalar> x(workspace.take<Scalar>(n * width), n, width);
     model.hidden_into(x, chunk, cache, workspace, executor);
     if (is_last) model.head_into(logits, detail::rows_of(x, n - 1, 1), workspace, executor);
   };

@@ -12,7 +12,7 @@
 #include <type_traits>
 
 #include "diffattn/core/error.hpp"
-#include "diffattn/io/detail/file_bytes.hpp"
+#include "diffattn/core/file_bytes.hpp"
 
 namespace diffattn::inline v0_1 {
 

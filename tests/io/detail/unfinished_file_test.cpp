@@ -1,8 +1,8 @@
 // What is saved is whole or not there: after kill -9, with several writers, on a full disk, through links.
 
-#include <diffattn/io/detail/file_bytes.hpp>
+#include <diffattn/core/file_bytes.hpp>
 #include <diffattn/io/detail/unfinished_file.hpp>
-#include <diffattn/io/detail/whole_file.hpp>
+#include <diffattn/io/whole_file.hpp>
 
 #include <algorithm>
 #include <chrono>

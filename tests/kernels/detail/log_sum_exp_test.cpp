@@ -1,8 +1,8 @@
 // The log-sum-exp that the drivers write for the backward pass: against its definition, for every driver and map.
 
-#include "diffattn/kernels/detail/differential_block.hpp"
-#include "diffattn/kernels/detail/head_schedule.hpp"
-#include "diffattn/kernels/detail/standard_block.hpp"
+#include "diffattn/kernels/detail/forward/differential_block.hpp"
+#include "diffattn/kernels/detail/forward/head_schedule.hpp"
+#include "diffattn/kernels/detail/forward/standard_block.hpp"
 #include "kernels/oracle.hpp"
 #include "support/catch.hpp"
 #include "support/tolerances.hpp"

@@ -22,7 +22,7 @@
 #include <vector>
 
 #include "diffattn/core/error.hpp"
-#include "diffattn/io/detail/dtype.hpp"
+#include "diffattn/io/dtype.hpp"
 
 namespace diffattn::inline v0_1 {
 

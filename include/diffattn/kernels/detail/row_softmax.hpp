@@ -14,7 +14,7 @@
 
 #include "diffattn/core/simd.hpp"
 #include "diffattn/kernels/detail/exp2.hpp"
-#include "diffattn/kernels/detail/register_tile.hpp"
+#include "diffattn/product/register_tile.hpp"
 
 namespace diffattn::inline v0_1::detail {
 

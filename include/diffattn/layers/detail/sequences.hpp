@@ -11,23 +11,13 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/row_blocks.hpp"
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/layers/rotary.hpp"
+#include "diffattn/layers/sequences.hpp"
 
 namespace diffattn::inline v0_1::detail {
-
-/// Throws std::invalid_argument unless the lengths are 0 or more and add up to `rows`.
-inline void check_lengths(const char* where, std::span<const Index> lengths, Index rows) {
-  Index sum = 0;
-  for (const Index length : lengths) {
-    if (length < 0) throw_invalid({where, ": a sequence cannot have ", length, " tokens"});
-    sum += std::min(length, std::numeric_limits<Index>::max() - sum);
-  }
-  if (sum != rows) {
-    throw_shape({where, ": the lengths of the sequences must add up to the ", rows, " rows of x, got ", sum});
-  }
-}
 
 /// One of several sequences: which, and where its rows lie.
 struct SequenceRows {
@@ -84,48 +74,6 @@ void for_each_sequence(std::span<const Index> lengths, Workspace& workspace, E& 
   });
 }
 
-/// Calls f(first, count) for pieces of `rows` rows, spread over the executor.
-template <Executor E, typename F>
-void for_each_row_block(Index rows, E& executor, F&& f) {
-  constexpr Index kRows = 64;
-  executor.run((rows + kRows - 1) / kRows,
-               [&](Index task, Index /*worker*/) { f(task * kRows, std::min(kRows, rows - task * kRows)); });
-}
-
-/// to = from, unless it stands there already.
-template <typename Scalar, typename From>
-void keep(Matrix<Scalar>& to, const Eigen::MatrixBase<From>& from) {
-  if constexpr (has_direct_access<From>) {
-    const auto view = view_of(from);
-    const bool same_rows = view.data == to.data() && view.row_stride == to.cols() && view.col_stride == 1;
-    if (same_rows && view.rows == to.rows() && view.cols == to.cols()) return;
-  }
-  to = from;
-}
-
-/// to += from, for matrices with contiguous rows one after another.
-template <typename To, typename From, Executor E>
-void add_rows(Eigen::MatrixBase<To>& to, const Eigen::MatrixBase<From>& from, E& executor) {
-  auto* const sums = to.derived().data();
-  const auto* const values = from.derived().data();
-  for_each_row_block(to.rows(), executor, [&](Index row, Index count) {
-    for (Index i = row * to.cols(); i < (row + count) * to.cols(); ++i) sums[i] += values[i];
-  });
-}
-
-/// Throws std::invalid_argument naming the field unless it is at least 1.
-inline void check_positive(const char* where, const char* field, Index value) {
-  if (value < 1) {
-    throw_invalid({where, ": ", field, " must be at least 1, got ", value});
-  }
-}
-
-/// The value, once it is known to be at least 1: for constructors, which need their numbers before their body.
-inline Index checked_positive(const char* where, const char* field, Index value) {
-  check_positive(where, field, value);
-  return value;
-}
-
 /// embed_dim / parts. Throws std::invalid_argument unless it divides.
 inline Index checked_head_dim(const char* where, Index embed_dim, const char* parts_name, Index parts) {
   check_positive(where, "embed_dim", embed_dim);
@@ -139,21 +87,6 @@ template <typename Scalar>
 std::optional<Rotary<Scalar>> make_rotary(const std::optional<RotaryConfig>& config, Index head_dim) {
   if (!config) return std::nullopt;
   return Rotary<Scalar>(*config, head_dim);
-}
-
-/// Scratch seen as a matrix with contiguous rows.
-template <typename Scalar>
-using MatrixMap = Eigen::Map<Matrix<Scalar>>;
-
-/// Rows [first, first + count), as the same type: Eigen's middleRows is another, and every type costs compile time.
-template <typename Scalar>
-MatrixMap<Scalar> rows_of(MatrixMap<Scalar>& matrix, Index first, Index count) {
-  return MatrixMap<Scalar>(matrix.data() + first * matrix.cols(), count, matrix.cols());
-}
-
-template <typename Scalar>
-Eigen::Map<const Matrix<Scalar>> rows_of(const Matrix<Scalar>& matrix, Index first, Index count) {
-  return {matrix.data() + first * matrix.cols(), count, matrix.cols()};
 }
 
 /// Turns the queries and keys of `tokens` tokens from row `first` on, the first of which stands at `position`; or,

@@ -1,0 +1,141 @@
+#pragma once
+
+// Keys and values of a few rows that are packed in pages: a strip of keys is multiplied by all rows that share them
+// with no sums across lanes, and so is a strip of values. Strips far apart are read side by side, since one stream does
+// not use all of the bandwidth that a core has: hardware looks ahead in each, up to the end of a page of memory.
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <type_traits>
+
+#include "diffattn/kernels/detail/few_rows/few_rows.hpp"
+#include "diffattn/kernels/key_value_pages.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+/// Places in memory that are read side by side.
+inline constexpr Index kStreams = 4;
+
+/// A strip of keys or values, the rows that meet it, and where the products go.
+template <typename Scalar, typename Storage>
+struct StripProduct {
+  Scalar* to;
+  const Scalar* a;
+  const Storage* strip;
+};
+
+/// to(r, c) = Σ_k a[r·a_stride + k] · strip[k·kCols + c] for kHeight rows of each product, all at once.
+template <Index kHeight, std::size_t kCount, typename Scalar, typename Storage>
+void multiply_strips(const std::array<StripProduct<Scalar, Storage>, kCount>& products, Index to_stride, Index a_stride,
+                     Index depth) {
+  constexpr Index kLanes = Tile<Scalar>::kLanes, kCols = Tile<Scalar>::kCols;
+  simd::Packet<Scalar> sums[kCount][kHeight][2];
+  for (Index begin = 0; begin == 0 || begin < depth; begin += kScoreChain) {
+    for (auto& product : sums) {
+      for (auto& row : product) row[0] = row[1] = simd::broadcast(Scalar(0));
+    }
+    for (Index k = begin; k < std::min(begin + kScoreChain, depth); ++k) {
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kCount; ++i) {
+        const Storage* const strip = products[i].strip + k * kCols;
+        const simd::Packet<Scalar> right[2] = {simd::load_as<Scalar>(strip), simd::load_as<Scalar>(strip + kLanes)};
+#pragma GCC unroll 4
+        for (Index r = 0; r < kHeight; ++r) {
+          const auto left = simd::broadcast(products[i].a[r * a_stride + k]);
+          sums[i][r][0] = simd::fma(left, right[0], sums[i][r][0]);
+          sums[i][r][1] = simd::fma(left, right[1], sums[i][r][1]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+      for (Index r = 0; r < kHeight; ++r) {
+        for (Index p = 0; p < 2; ++p) {
+          Scalar* const to = products[i].to + r * to_stride + p * kLanes;
+          simd::store(to, begin == 0 ? sums[i][r][p] : simd::add(simd::load(to), sums[i][r][p]));
+        }
+      }
+    }
+  }
+}
+
+/// The same for any number of rows, as many products together as the registers hold sums of.
+template <std::size_t kCount, typename Scalar, typename Storage>
+void multiply_strips(const std::array<StripProduct<Scalar, Storage>, kCount>& products, Index to_stride, Index a_stride,
+                     Index depth, Index rows) {
+  Index row = 0;
+  const auto take = [&]<Index kHeight>(std::integral_constant<Index, kHeight>) {
+    constexpr std::size_t kTogether = std::min<std::size_t>(kCount, std::max(simd::kRegisters / 4 / kHeight, Index(1)));
+    for (std::size_t first = 0; first < kCount; first += kTogether) {
+      std::array<StripProduct<Scalar, Storage>, kTogether> some;
+      for (std::size_t i = 0; i < kTogether; ++i) {
+        const auto& [to, a, strip] = products[first + i];
+        some[i] = {to + row * to_stride, a + row * a_stride, strip};
+      }
+      multiply_strips<kHeight>(some, to_stride, a_stride, depth);
+    }
+    row += kHeight;
+  };
+  while (rows - row >= 4) take(std::integral_constant<Index, 4>{});
+  if (rows - row >= 2) take(std::integral_constant<Index, 2>{});
+  if (rows - row >= 1) take(std::integral_constant<Index, 1>{});
+}
+
+/// The products at(0 … count − 1), whose strips follow each other in memory: kStreams of them in as many places.
+template <typename At>
+void multiply_streams(Index count, Index to_stride, Index a_stride, Index depth, Index rows, const At& at) {
+  static_assert(kStreams == 4);
+  const Index length = count / kStreams;
+  for (Index i = 0; i < length; ++i) {
+    const std::array products = {at(i), at(length + i), at(2 * length + i), at(3 * length + i)};
+    multiply_strips(products, to_stride, a_stride, depth, rows);
+  }
+  for (Index i = kStreams * length; i < count; ++i) {
+    multiply_strips(std::array{at(i)}, to_stride, a_stride, depth, rows);
+  }
+}
+
+template <typename Storage>
+struct PackedSource {
+  const KeyValuePages<Storage>& pages;
+
+  /// Heads enough for a stream of their own for each, or for each map of each.
+  static Index heads_of_task(Index /*heads*/, Index maps) { return kStreams / maps; }
+
+  template <typename Scalar, Index kMaps, typename Mask>
+  void score(const FewRowsState<Scalar, kMaps, Mask>& s, Index piece, const KeyRange& heads) const {
+    static_assert(FewRowsState<Scalar, kMaps, Mask>::kPiece == kPageKeys);
+    const KeyRange columns = s.strips_of_any(piece);
+    const Index strips = (columns.end - columns.begin) / s.kCols, maps = pages.shape.key_maps;
+    // Maps that share their keys meet each strip together.
+    const Index rows = maps == kMaps ? s.rows : kMaps * s.rows, count = (heads.end - heads.begin) * maps * strips;
+    multiply_streams(count, s.kWeightStride, s.in.d, s.in.d, rows, [&](Index i) {
+      const Index head = heads.begin + i / strips / maps, map = i / strips % maps;
+      const Index column = columns.begin + i % strips * s.kCols;
+      return StripProduct<Scalar, Storage>{s.weights(piece, head, map, 0) + column, s.q(head, map),
+                                           pages.keys(s.first + piece, head, map) + column * s.in.d};
+    });
+  }
+
+  template <typename Scalar, Index kMaps, typename Mask>
+  void add_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index piece, const KeyRange& heads) const {
+    const Index strips = s.width / s.kCols, count = (heads.end - heads.begin) * strips;
+    const auto add = [&](Index row, Index rows, const KeyRange& seen) {
+      multiply_streams(count, s.width, s.kWeightStride, seen.end - seen.begin, rows, [&](Index i) {
+        const Index head = heads.begin + i / strips, column = i % strips * s.kCols;
+        return StripProduct<Scalar, Storage>{
+            s.sums(piece, head, row) + column, s.weights(piece, head, 0, row) + seen.begin,
+            pages.values(s.first + piece, head) + column * kPageKeys + seen.begin * s.kCols};
+      });
+    };
+    bool finite = true;
+    for (Index head = heads.begin; head < heads.end; ++head) finite &= pages.finite_values(s.first + piece, head);
+    if (finite) return add(0, s.rows, s.columns_of_any(piece));
+    // A weight of 0 does not keep a NaN or Inf out: a row touches only what it sees.
+    for (Index row = 0; row < s.rows; ++row) add(row, 1, s.columns_of(piece, s.query(row)));
+  }
+};
+
+}  // namespace diffattn::inline v0_1::detail

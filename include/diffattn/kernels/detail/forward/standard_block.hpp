@@ -1,0 +1,101 @@
+#pragma once
+
+// Standard attention for a block of query rows: softmax(s·Q Kᵀ) V in one pass over the keys. Scores of a chunk become
+// weights and meet V while they are in the L1 cache; when a row's base moves, the sums it has so far are rescaled
+// (online softmax, Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135).
+
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/forward/row_block.hpp"
+#include "diffattn/kernels/options.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+template <typename Scalar>
+class StandardBlock {
+  static constexpr Index kRows = Tile<Scalar>::kRows;
+  static constexpr Index kCols = Tile<Scalar>::kCols;
+
+ public:
+  static constexpr Index kMaps = 1;
+  static constexpr Index kBlockRows = 48;
+
+  /// Takes the scratch of one worker, for blocks of up to max_rows.
+  StandardBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index /*max_keys*/, Index max_rows = kBlockRows)
+      : group_sums_(kRows * round_up(shape.dv, kCols)),
+        q_(workspace.take<Scalar>(round_up(max_rows, kRows) * shape.d)),
+        weights_(workspace.take<Scalar>(kRows * kChunk)),
+        sums_(workspace.take<Scalar>(divide_up(max_rows, kRows) * group_sums_)),
+        softmax_(workspace.take<RowSoftmax<Scalar>>(divide_up(max_rows, kRows))) {}
+
+  /// q, out: the block's rows. lambda, lse: of all rows and heads.
+  template <typename Mask>
+  void run(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[1], const PackedHead<Scalar>& head,
+           const RowRange<Mask>& rows, const ScoreScale<Scalar>& scale, const LambdaView<Scalar>& /*lambda*/,
+           const StridedView<Scalar> (&lse)[1], Index head_index) {
+    const Index groups = divide_up(rows.count, kRows);
+    copy_rows(q_, q[0], scale.of_queries);
+    const ScaledExp2<Scalar> exp2(scale.of_exponent);
+    std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
+    for (Index g = 0; g < groups; ++g) softmax_[g].reset();
+
+    const KeyRange keys = rows.keys_of_any();
+    const Index begin = keys.begin / kChunk * kChunk;
+    RowsAhead<1> rows_ahead(out, q, std::min(rows.first, kBlockRows), groups * divide_up(keys.end - begin, kChunk));
+    for (Index first_key = begin; first_key < keys.end; first_key += kChunk) {
+      for (Index g = 0; g < groups; ++g) {
+        rows_ahead.fetch_some();
+        add_chunk(head, rows.rows(g * kRows, kRows), g, groups, first_key, keys.end, scale, exp2);
+      }
+    }
+    for (Index g = 0; g < groups; ++g) {
+      Scalar factors[kRows];
+      for (Index r = 0; r < kRows; ++r) {
+        const Scalar sum = softmax_[g].sum(r);
+        factors[r] = sum == Scalar(0) ? Scalar(0) : Scalar(1) / sum;
+      }
+      const Index present = std::min(kRows, rows.count - g * kRows);
+      write_rows(out.middle_rows(g * kRows, present), sums_ + g * group_sums_, factors);
+      write_log_sum_exp(lse[0], rows.first + g * kRows, present, head_index, softmax_[g], scale);
+    }
+  }
+
+ private:
+  template <typename Mask>
+  void add_chunk(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index groups, Index first_key,
+                 Index end_key, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
+    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
+    if (columns.begin >= columns.end) return;
+    const bool fetch = head.fetch_ahead() && first_key + kChunk < end_key;
+    const LeftOperand<Scalar> q{q_ + g * kRows * head.d, head.d, 1};
+    score_chunk(weights_, q, head.chunk_keys(0, first_key), head.d, rows, first_key, columns, scale,
+                {fetch ? head.chunk_keys(0, first_key + kChunk) : nullptr, g, groups});
+    Scalar growth[kRows];
+    Scalar* const sums = sums_ + g * group_sums_;
+    if (softmax_[g].add_chunk(weights_, weights_, kChunk, rows.count, columns.begin, columns.end, exp2, growth)) {
+      rescale(sums, growth);
+    }
+    add_weighted_values(sums, weights_, head, rows, first_key, columns,
+                        {fetch ? head.chunk_values(first_key + kChunk) : nullptr, g, groups});
+  }
+
+  void rescale(Scalar* sums, const Scalar* growth) const {
+    for (Index r = 0; r < kRows; ++r) {
+      if (growth[r] == Scalar(1)) continue;
+      const auto factor = simd::broadcast(growth[r]);
+      for (Index strip = 0; strip < group_sums_; strip += kRows * kCols) {
+        for (Index c = 0; c < kCols; c += simd::kLanes<Scalar>) {
+          Scalar* const at = sums + strip + r * kCols + c;
+          simd::store(at, simd::mul(simd::load(at), factor));
+        }
+      }
+    }
+  }
+
+  Index group_sums_;             // values in the sums of one group
+  Scalar* q_;                    // [row][d], multiplied by scale.of_queries
+  Scalar* weights_;              // [kRows][kChunk]
+  Scalar* sums_;                 // [group][strip of dv][kRows][kCols]
+  RowSoftmax<Scalar>* softmax_;  // [group]
+};
+
+}  // namespace diffattn::inline v0_1::detail
