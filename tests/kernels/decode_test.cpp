@@ -14,6 +14,7 @@
 
 using namespace support;
 using diffattn::Heads;
+using diffattn::KeyValuePages;
 using diffattn::ShapeError;
 using diffattn::Workspace;
 

@@ -34,8 +34,8 @@ template <typename Scalar>
 struct AnyBias {
   std::variant<AlibiBias, PaddingBias, MatrixBias<Scalar>> any;
 
-  double operator()(Index query, Index key, Index n_q, Index n_k) const {
-    return std::visit([&](const auto& bias) { return static_cast<double>(bias(query, key, n_q, n_k)); }, any);
+  double operator()(Index head, Index query, Index key, Index n_q, Index n_k) const {
+    return std::visit([&](const auto& bias) { return static_cast<double>(bias(head, query, key, n_q, n_k)); }, any);
   }
 };
 

@@ -41,7 +41,7 @@ Matrix<Exact> dense(const AnyBias<Scalar>& added, Index n_q, Index n_k) {
       } else if (const auto* padding = std::get_if<PaddingBias>(&added.any)) {
         bias(i, j) = j < padding->num_valid ? 0 : kHidden;
       } else {
-        bias(i, j) = static_cast<Exact>(added(i, j, n_q, n_k));
+        bias(i, j) = static_cast<Exact>(added(0, i, j, n_q, n_k));
       }
     }
   }

@@ -33,7 +33,7 @@ const Layer& layer() {
 struct FailingBias {
   Index fails_at = -1;
 
-  double operator()(Index query, Index key, Index /*n_q*/, Index /*n_k*/) const {
+  double operator()(Index /*head*/, Index query, Index key, Index /*n_q*/, Index /*n_k*/) const {
     if (query == fails_at) throw std::runtime_error("no bias for query " + std::to_string(query));
     return 0.01 * static_cast<double>(key % 7);
   }

@@ -48,7 +48,7 @@ void multihead_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Ma
   detail::check_shape(where, "k", k, n_k, heads.num_kv_heads * d);
   detail::check_shape(where, "v", v, n_k, heads.num_kv_heads * dv);
   detail::check_shape(where, "out", out, n_q, heads.num_heads * dv);
-  detail::check_mask(where, mask, n_q, n_k);
+  detail::check_mask(where, mask, heads.num_heads, n_q, n_k);
 
   const detail::Readable<Q> q_read(q.derived());
   const detail::Readable<K> k_read(k.derived());

@@ -58,7 +58,7 @@ void multihead_attention_backward_into(const Eigen::MatrixBase<DQ>& dq, const Ei
   detail::check_shape(where, "dq", dq, n_q, q.cols());
   detail::check_shape(where, "dk", dk, n_k, k.cols());
   detail::check_shape(where, "dv", dv, n_k, v.cols());
-  detail::check_mask(where, mask, n_q, n_k);
+  detail::check_mask(where, mask, heads.num_heads, n_q, n_k);
 
   const detail::Readable<Q> q_read(q.derived());
   const detail::Readable<K> k_read(k.derived());
@@ -90,7 +90,7 @@ void attention_backward_into(AttentionGradients<Scalar>& gradients, const Eigen:
   detail::check_shape(where, "k", k, k.rows(), detail::checked_width(where, "q", q.cols(), 1));
   detail::check_shape(where, "v", v, k.rows(), detail::checked_width(where, "v", v.cols(), 1));
   detail::check_shape(where, "dout", dout, q.rows(), v.cols());
-  detail::check_mask(where, mask, q.rows(), k.rows());
+  detail::check_mask(where, mask, 1, q.rows(), k.rows());
   gradients.dq.resize(q.rows(), q.cols());
   gradients.dk.resize(k.rows(), k.cols());
   gradients.dv.resize(v.rows(), v.cols());
@@ -165,7 +165,7 @@ void multihead_diff_attention_backward_into(const Eigen::MatrixBase<DQ>& dq, con
   detail::check_shape(where, "dk", dk, n_k, k.cols());
   detail::check_shape(where, "dv", dv, n_k, v.cols());
   detail::check_lambda_gradient<Scalar, Lambda>(where, dlambda, n_q, heads.num_heads);
-  detail::check_mask(where, mask, n_q, n_k);
+  detail::check_mask(where, mask, heads.num_heads, n_q, n_k);
 
   const detail::Readable<Q> q_read(q.derived());
   const detail::Readable<K> k_read(k.derived());
@@ -210,7 +210,7 @@ void diff_attention_backward_into(DiffAttentionGradients<Scalar, Lambda>& gradie
   detail::check_shape(where, "k2", k2, n_k, d);
   detail::check_shape(where, "v", v, n_k, detail::checked_width(where, "v", v.cols(), 1));
   detail::check_shape(where, "dout", dout, n_q, v.cols());
-  detail::check_mask(where, mask, n_q, n_k);
+  detail::check_mask(where, mask, 1, n_q, n_k);
 
   const detail::Readable<Q1> q1_read(q1.derived());
   const detail::Readable<K1> k1_read(k1.derived());

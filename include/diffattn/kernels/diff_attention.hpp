@@ -44,7 +44,7 @@ void diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixB
   detail::check_shape(where, "k2", k2, n_k, d);
   detail::check_shape(where, "v", v, n_k, detail::checked_width(where, "v", v.cols(), 1));
   detail::check_shape(where, "out", out, n_q, v.cols());
-  detail::check_mask(where, mask, n_q, n_k);
+  detail::check_mask(where, mask, 1, n_q, n_k);
 
   const detail::Readable<Q1> q1_read(q1.derived());
   const detail::Readable<K1> k1_read(k1.derived());
@@ -104,7 +104,7 @@ void multihead_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eige
   if (!shared_keys) detail::check_shape(where, "k", k, n_k, 2 * heads.num_kv_heads * d);
   detail::check_shape(where, "v", v, n_k, heads.num_kv_heads * dv);
   detail::check_shape(where, "out", out, n_q, heads.num_heads * dv);
-  detail::check_mask(where, mask, n_q, n_k);
+  detail::check_mask(where, mask, heads.num_heads, n_q, n_k);
 
   const detail::Readable<Q> q_read(q.derived());
   const detail::Readable<K> k_read(k.derived());

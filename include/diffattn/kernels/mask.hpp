@@ -10,7 +10,8 @@
 //   KeyRange visible_keys(Index query, Index n_q, Index n_k) const      keys [begin, end), 0 <= begin, end <= n_k,
 //                                                                       neither of them decreasing in `query`
 // and, when it has a bias, also
-//   Scalar bias(Index query, Index key, Index n_q, Index n_k) const     added to scale * q·k; -inf masks the key
+//   number bias(Index head, Index query, Index key, Index n_q, Index n_k) const
+//                                                                       added to scale * q·k; -inf masks the key
 // with_bias(mask, bias) joins the two; biases nest: with_bias(with_bias(CausalMask{}, AlibiBias{m}), PaddingBias{n}).
 
 #include <algorithm>
@@ -57,7 +58,7 @@ struct SlidingWindowMask {
 struct AlibiBias {
   double slope = 0;
 
-  double operator()(Index query, Index key, Index n_q, Index n_k) const {
+  double operator()(Index /*head*/, Index query, Index key, Index n_q, Index n_k) const {
     const Index distance = query - n_q + n_k - key;
     return -slope * static_cast<double>(distance < 0 ? -distance : distance);
   }
@@ -67,7 +68,7 @@ struct AlibiBias {
 struct PaddingBias {
   Index num_valid = 0;
 
-  double operator()(Index /*query*/, Index key, Index /*n_q*/, Index /*n_k*/) const {
+  double operator()(Index /*head*/, Index /*query*/, Index key, Index /*n_q*/, Index /*n_k*/) const {
     return key < num_valid ? 0.0 : -std::numeric_limits<double>::infinity();
   }
 };
@@ -84,9 +85,11 @@ class MatrixBias {
   template <typename Derived>
   explicit MatrixBias(const Eigen::PlainObjectBase<Derived>&& temporary) = delete;
 
-  Scalar operator()(Index query, Index key, Index /*n_q*/, Index /*n_k*/) const { return matrix_(query, key); }
+  Scalar operator()(Index /*head*/, Index query, Index key, Index /*n_q*/, Index /*n_k*/) const {
+    return matrix_(query, key);
+  }
 
-  void check(const char* where, Index n_q, Index n_k) const {
+  void check(const char* where, Index /*num_heads*/, Index n_q, Index n_k) const {
     if (matrix_.rows != n_q || matrix_.cols != n_k) {
       detail::throw_shape(where, "the bias matrix", n_q, n_k, matrix_.rows, matrix_.cols);
     }
@@ -103,16 +106,17 @@ namespace detail {
 
 template <typename Mask>
 concept HasBias = requires(const Mask& mask, Index i) {
-  mask.bias(i, i, i, i);
+  mask.bias(i, i, i, i, i);
 };
 
 /// Refuses a mask that could not be meant, before any work.
 template <typename Mask>
-void check_mask(const char* where, const Mask& mask, Index n_q, Index n_k) {
-  if constexpr (requires { mask.check(where, n_q, n_k); }) mask.check(where, n_q, n_k);
+void check_mask(const char* where, const Mask& mask, Index num_heads, Index n_q, Index n_k) {
+  if constexpr (requires { mask.check(where, num_heads, n_q, n_k); }) mask.check(where, num_heads, n_q, n_k);
 }
 
-inline void check_mask(const char* where, const SlidingWindowMask& mask, Index /*n_q*/, Index /*n_k*/) {
+inline void check_mask(const char* where, const SlidingWindowMask& mask, Index /*num_heads*/, Index /*n_q*/,
+                       Index /*n_k*/) {
   if (mask.window < 0) {
     throw_invalid({where, ": the window of SlidingWindowMask must be 0 or more, got ", mask.window});
   }
@@ -121,8 +125,8 @@ inline void check_mask(const char* where, const SlidingWindowMask& mask, Index /
 /// The bias of a pair as a Scalar. -inf stays -inf and only that does: a finite one that Scalar cannot hold is the
 /// lowest or the largest that it can.
 template <typename Scalar, typename Mask>
-Scalar bias_of(const Mask& mask, Index query, Index key, Index n_q, Index n_k) {
-  const auto bias = mask.bias(query, key, n_q, n_k);
+Scalar bias_of(const Mask& mask, Index head, Index query, Index key, Index n_q, Index n_k) {
+  const auto bias = mask.bias(head, query, key, n_q, n_k);
   using Bias = std::remove_cv_t<decltype(bias)>;
   if constexpr (std::is_floating_point_v<Bias> && sizeof(Bias) > sizeof(Scalar)) {
     using Limits = std::numeric_limits<Scalar>;
@@ -134,9 +138,9 @@ Scalar bias_of(const Mask& mask, Index query, Index key, Index n_q, Index n_k) {
 
 /// Whether the bias, if there is one, leaves key `key` visible. The range is not looked at.
 template <typename Mask>
-bool bias_shows(const Mask& mask, Index query, Index key, Index n_q, Index n_k) {
+bool bias_shows(const Mask& mask, Index head, Index query, Index key, Index n_q, Index n_k) {
   if constexpr (HasBias<Mask>) {
-    const auto bias = mask.bias(query, key, n_q, n_k);
+    const auto bias = mask.bias(head, query, key, n_q, n_k);
     return bias != -std::numeric_limits<std::remove_cv_t<decltype(bias)>>::infinity();
   } else {
     return true;
@@ -163,17 +167,17 @@ struct BiasedMask {
 
   KeyRange visible_keys(Index query, Index n_q, Index n_k) const { return mask.visible_keys(query, n_q, n_k); }
 
-  auto bias(Index query, Index key, Index n_q, Index n_k) const {
+  auto bias(Index head, Index query, Index key, Index n_q, Index n_k) const {
     if constexpr (detail::HasBias<Mask>) {
-      return detail::sum_of_biases(mask.bias(query, key, n_q, n_k), added(query, key, n_q, n_k));
+      return detail::sum_of_biases(mask.bias(head, query, key, n_q, n_k), added(head, query, key, n_q, n_k));
     } else {
-      return added(query, key, n_q, n_k);
+      return added(head, query, key, n_q, n_k);
     }
   }
 
-  void check(const char* where, Index n_q, Index n_k) const {
-    detail::check_mask(where, mask, n_q, n_k);
-    if constexpr (requires { added.check(where, n_q, n_k); }) added.check(where, n_q, n_k);
+  void check(const char* where, Index num_heads, Index n_q, Index n_k) const {
+    detail::check_mask(where, mask, num_heads, n_q, n_k);
+    if constexpr (requires { added.check(where, num_heads, n_q, n_k); }) added.check(where, num_heads, n_q, n_k);
   }
 };
 

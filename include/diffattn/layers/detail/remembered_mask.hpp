@@ -16,7 +16,7 @@ class RememberedMask {
   struct Holder {
     virtual ~Holder() = default;
     virtual KeyRange visible_keys(Index query, Index n_q, Index n_k) const = 0;
-    virtual double bias(Index query, Index key, Index n_q, Index n_k) const = 0;
+    virtual double bias(Index head, Index query, Index key, Index n_q, Index n_k) const = 0;
     const void* type = nullptr;
     bool has_bias = false;
   };
@@ -30,9 +30,9 @@ class RememberedMask {
     KeyRange visible_keys(Index query, Index n_q, Index n_k) const override {
       return mask.visible_keys(query, n_q, n_k);
     }
-    double bias(Index query, Index key, Index n_q, Index n_k) const override {
+    double bias(Index head, Index query, Index key, Index n_q, Index n_k) const override {
       if constexpr (HasBias<Mask>) {
-        return static_cast<double>(mask.bias(query, key, n_q, n_k));
+        return static_cast<double>(mask.bias(head, query, key, n_q, n_k));
       } else {
         return 0;
       }
@@ -48,7 +48,9 @@ class RememberedMask {
     KeyRange visible_keys(Index query, Index n_q, Index n_k) const { return held.visible_keys(query, n_q, n_k); }
   };
   struct Biased : Range {
-    double bias(Index query, Index key, Index n_q, Index n_k) const { return this->held.bias(query, key, n_q, n_k); }
+    double bias(Index head, Index query, Index key, Index n_q, Index n_k) const {
+      return this->held.bias(head, query, key, n_q, n_k);
+    }
   };
 
  public:

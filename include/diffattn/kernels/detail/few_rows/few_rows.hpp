@@ -150,7 +150,8 @@ class FewRows {
       for (Index map = 0; map < kMaps; ++map) {
         for (Index row = 0; row < s.rows; ++row) {
           Scalar* const scores = s.weights(piece, head, map, row);
-          mask_scores(scores, s.query(row), s.columns_of(piece, s.query(row)), columns, s.first_key(piece));
+          mask_scores(scores, s.query_head(head, row), s.query(row), s.columns_of(piece, s.query(row)), columns,
+                      s.first_key(piece));
           const Index at = s.index(piece, head, map, row);
           exponentiate(scores, columns, max_[at], weight_sum_[at]);
         }
@@ -158,13 +159,14 @@ class FewRows {
     }
   }
 
-  void mask_scores(Scalar* scores, Index query, const KeyRange& seen, const KeyRange& columns, Index first_key) const {
+  void mask_scores(Scalar* scores, Index query_head, Index query, const KeyRange& seen, const KeyRange& columns,
+                   Index first_key) const {
     const Index begin = std::clamp(seen.begin, columns.begin, columns.end);
     const Index end = std::clamp(seen.end, begin, columns.end);
     fill_unseen(scores, columns, {begin, end}, kMinusInfinity<Scalar>);
     if constexpr (HasBias<Mask>) {
       for (Index c = begin; c < end; ++c) {
-        const auto bias = bias_of<Scalar>(state_.mask, query, first_key + c, state_.n_q, state_.n_k);
+        const auto bias = bias_of<Scalar>(state_.mask, query_head, query, first_key + c, state_.n_q, state_.n_k);
         scores[c] = biased_score(scores[c], scale_, bias);
       }
     }

@@ -60,6 +60,7 @@ struct InPlaceSource {
     for (Index c = columns.begin; c < columns.end; c += kKeys) {
       for (Index head = heads.begin; head < heads.end; ++head) {
         for (Index row = 0; row < s.rows; ++row) {
+          const Index query_head = s.query_head(head, row);
           const KeyRange seen = s.columns_of(piece, s.query(row));
           const Index begin = std::max(c, seen.begin), end = std::min({c + kKeys, columns.end, seen.end});
           const Scalar* const v = &s.in.v(s.first_key(piece) + c, head * s.in.dv);
@@ -71,7 +72,7 @@ struct InPlaceSource {
           }
           // A weight of 0 does not keep a NaN or Inf out: only what a row sees is touched.
           for (Index i = begin; i < end; ++i) {
-            if (!bias_shows(s.mask, s.query(row), s.first_key(piece) + i, s.n_q, s.n_k)) continue;
+            if (!bias_shows(s.mask, query_head, s.query(row), s.first_key(piece) + i, s.n_q, s.n_k)) continue;
             add_rows<1>(sums, weights + i, v + (i - c) * s.in.v.row_stride, 0, s.in.dv);
           }
         }

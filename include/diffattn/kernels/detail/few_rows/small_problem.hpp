@@ -63,7 +63,7 @@ class SmallProblem {
       for (; row + 2 <= n_q; row += 2) set_scores<2>(weights[map] + row * width, width, q, k, mask, row);
       for (; row < n_q; ++row) set_scores<1>(weights[map] + row * width, width, q, k, mask, row);
       for (row = 0; row < n_q; ++row) {
-        finish_scores(weights[map] + row * width, width, scale, mask, row, n_q, n_k);
+        finish_scores(weights[map] + row * width, width, scale, mask, head, row, n_q, n_k);
       }
     }
     for (Index map = 0; map < kMaps; ++map) {
@@ -139,14 +139,14 @@ class SmallProblem {
   }
 
   /// Products become scores, -inf for what the row does not see.
-  static void finish_scores(Scalar* scores, Index width, const ScoreScale<Scalar>& scale, const Mask& mask, Index row,
-                            Index n_q, Index n_k) {
+  static void finish_scores(Scalar* scores, Index width, const ScoreScale<Scalar>& scale, const Mask& mask, Index head,
+                            Index row, Index n_q, Index n_k) {
     const KeyRange keys = mask.visible_keys(row, n_q, n_k);
     std::fill(scores, scores + keys.begin, kMinusInfinity<Scalar>);
     std::fill(scores + keys.end, scores + width, kMinusInfinity<Scalar>);
     for (Index key = keys.begin; key < keys.end; ++key) {
       if constexpr (HasBias<Mask>) {
-        scores[key] = biased_score(scores[key], scale, bias_of<Scalar>(mask, row, key, n_q, n_k));
+        scores[key] = biased_score(scores[key], scale, bias_of<Scalar>(mask, head, row, key, n_q, n_k));
       } else {
         scores[key] *= scale.of_queries;  // as if the query had been
       }
@@ -185,7 +185,7 @@ class SmallProblem {
     if (HasBias<Mask> || all.end < all.begin) all.end = all.begin;
     const auto for_each_seen = [&](Index r, Index begin, Index end, const auto& add) {
       for (Index key = std::max(begin, seen[r].begin); key < std::min(end, seen[r].end); ++key) {
-        if (bias_shows(mask, row + r, key, n_q, n_k)) add(weights[r * width + key], key);
+        if (bias_shows(mask, head, row + r, key, n_q, n_k)) add(weights[r * width + key], key);
       }
     };
 

@@ -75,7 +75,7 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyVal
 
     executor.run(group * blocks, [&](Index task, Index worker) {
       const Index first = (blocks - 1 - task % blocks) * Block::kBlockRows, query_head = head * group + task / blocks;
-      const RowRange<Mask> rows{mask, first, std::min(Block::kBlockRows, n_q - first), n_q, n_k};
+      const RowRange<Mask> rows{mask, query_head, first, std::min(Block::kBlockRows, n_q - first), n_q, n_k};
       StridedView<const Scalar> q[Block::kMaps];
       for (Index map = 0; map < Block::kMaps; ++map) {
         q[map] = in.q[map].block(first, query_head * in.q_step, rows.count, in.d);

@@ -40,13 +40,13 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
   // One key head at a time keeps the packed copy small; several threads want enough tasks to share out evenly.
   const Index wave = workers == 1 ? 1 : std::min(in.heads.num_kv_heads, divide_up(32 * workers, group * blocks));
 
-  const auto row_range = [&](Index block) {
+  const auto row_range = [&](Index head, Index block) {
     const Index first = block * Block::kBlockRows;
-    return RowRange<Mask>{mask, first, std::min(Block::kBlockRows, n_q - first), n_q, n_k};
+    return RowRange<Mask>{mask, head, first, std::min(Block::kBlockRows, n_q - first), n_q, n_k};
   };
   Index max_keys = 0;
   for (Index block = 0; block < blocks; ++block) {
-    const KeyRange keys = row_range(block).keys_of_any();
+    const KeyRange keys = row_range(0, block).keys_of_any();
     max_keys = std::max(max_keys, keys.end - keys.begin / kChunk * kChunk);
   }
 
@@ -95,7 +95,7 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
       // go first, so that short tasks are left for the end.
       const Index block = blocks - 1 - task % blocks, i = task / blocks / group;
       const Index head = first_head * group + task / blocks;
-      const RowRange<Mask> rows = row_range(block);
+      const RowRange<Mask> rows = row_range(head, block);
       StridedView<const Scalar> q[Block::kMaps];
       for (Index map = 0; map < Block::kMaps; ++map) {
         q[map] = in.q[map].block(rows.first, head * in.q_step, rows.count, in.d);

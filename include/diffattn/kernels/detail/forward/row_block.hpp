@@ -121,7 +121,7 @@ void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, co
     fill_unseen(row, columns, seen, kMinusInfinity<Scalar>);
     if constexpr (HasBias<Mask>) {
       for (Index c = seen.begin; c < seen.end; ++c) {
-        const auto bias = bias_of<Scalar>(rows.mask, rows.first + r, first_key + c, rows.n_q, rows.n_k);
+        const auto bias = bias_of<Scalar>(rows.mask, rows.head, rows.first + r, first_key + c, rows.n_q, rows.n_k);
         row[c] = biased_score(row[c], scale, bias);
       }
     }
@@ -135,7 +135,7 @@ void clear_hidden(Scalar* values, const RowRange<Mask>& rows, Index first_key, c
     Scalar* const row = values + r * kChunk;
     fill_unseen(row, columns, seen, Scalar(0));
     for (Index c = seen.begin; HasBias<Mask> && c < seen.end; ++c) {
-      if (!bias_shows(rows.mask, rows.first + r, first_key + c, rows.n_q, rows.n_k)) row[c] = Scalar(0);
+      if (!bias_shows(rows.mask, rows.head, rows.first + r, first_key + c, rows.n_q, rows.n_k)) row[c] = Scalar(0);
     }
   });
 }
