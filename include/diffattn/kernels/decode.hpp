@@ -32,6 +32,7 @@
 #include "diffattn/kernels/detail/forward/cached_heads.hpp"
 #include "diffattn/kernels/detail/forward/differential_block.hpp"
 #include "diffattn/kernels/detail/forward/standard_block.hpp"
+#include "diffattn/kernels/detail/paged_operands.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 
@@ -39,14 +40,7 @@ namespace diffattn::inline v0_1 {
 
 namespace detail {
 
-/// Every check that both entry points share.
-template <typename Scalar, typename Storage>
-void check_decode(const char* where, const KeyValuePages<Storage>& cache, const Heads& heads, Index d, Index window) {
-  const PageShape& shape = cache.shape;
-  if (shape.heads != heads.num_kv_heads || shape.d != d || shape.strip != Tile<Scalar>::kCols) {
-    throw_shape({where, ": the cache must hold ", heads.num_kv_heads, " heads of width ", d, " in strips of ",
-                 Tile<Scalar>::kCols, ", got ", shape.heads, " of width ", shape.d, " in strips of ", shape.strip});
-  }
+inline void check_window(const char* where, Index window) {
   if (window < 0) throw_invalid({where, ": the window must be 0 or more, got ", window});
 }
 
@@ -62,24 +56,13 @@ void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Matri
                            const KeyValuePages<Storage>& cache, Heads heads, Index window,
                            const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  detail::check_scalars<Scalar, Out>();
   constexpr const char* where = "decode_attention";
-  heads = detail::checked_heads(where, heads);
-  const Index d = detail::checked_width(where, "q", q.cols(), heads.num_heads), dv = cache.shape.dv;
-  detail::check_decode<Scalar>(where, cache, heads, d, window);
-  if (cache.shape.key_maps != 1) detail::throw_shape({where, ": the cache must hold one map of keys, got two"});
-  detail::check_operand_sizes(where, q, q, q, heads.num_heads, dv);
-  detail::check_shape(where, "out", out, q.rows(), heads.num_heads * dv);
-
-  const detail::Readable<Q> q_read(q.derived());
-  detail::HeadOperands<Scalar, 1> in;
-  in.out = detail::writable_view_of(out);
-  in.q[0] = detail::view_of(q_read);
-  in.heads = heads;
-  in.d = in.q_step = d;
-  in.dv = dv;
-  in.scale = detail::scale_of<Scalar>(options, d);
-  detail::run_cached_heads<detail::StandardBlock<Scalar>>(in, cache, detail::decode_mask(window), workspace, executor);
+  detail::check_result_scalar<Scalar, Out>();
+  detail::check_window(where, window);
+  const SlidingWindowMask mask = detail::decode_mask(window);
+  auto operands = detail::operands_of(where, q, cache, detail::operand("out", out), heads, mask, options);
+  operands.in.out = detail::writable_view_of(out);
+  detail::run_cached_heads<detail::StandardBlock<Scalar>>(operands.in, cache, mask, workspace, executor);
 }
 
 template <typename Out, typename Q, typename Storage, typename Lambda, Executor E = Serial>
@@ -87,29 +70,13 @@ void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::
                                 const KeyValuePages<Storage>& cache, const Lambda& lambda, Heads heads, Index window,
                                 const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  detail::check_scalars<Scalar, Out>();
   constexpr const char* where = "decode_diff_attention";
-  heads = detail::checked_heads(where, heads);
-  const Index d = detail::checked_width(where, "q", q.cols(), 2 * heads.num_heads), dv = cache.shape.dv;
-  detail::check_decode<Scalar>(where, cache, heads, d, window);
-  detail::check_operand_sizes(where, q, q, q, heads.num_heads, dv);
-  detail::check_shape(where, "out", out, q.rows(), heads.num_heads * dv);
-
-  const detail::Readable<Q> q_read(q.derived());
-  const detail::ReadableLambda<Lambda> lambda_read(lambda);
-  detail::HeadOperands<Scalar, 2> in;
-  in.out = detail::writable_view_of(out);
-  for (Index map = 0; map < 2; ++map) {
-    in.q[map] = detail::view_of(q_read).middle_cols(map * d, q.cols() - map * d);
-  }
-  in.lambda = detail::lambda_view<Scalar>(where, lambda_read, q.rows(), heads.num_heads);
-  in.heads = heads;
-  in.d = d;
-  in.dv = dv;
-  in.q_step = 2 * d;
-  in.scale = detail::scale_of<Scalar>(options, d);
-  detail::run_cached_heads<detail::DifferentialBlock<Scalar>>(in, cache, detail::decode_mask(window), workspace,
-                                                              executor);
+  detail::check_result_scalar<Scalar, Out>();
+  detail::check_window(where, window);
+  const SlidingWindowMask mask = detail::decode_mask(window);
+  auto operands = detail::operands_of(where, q, cache, lambda, detail::operand("out", out), heads, mask, options);
+  operands.in.out = detail::writable_view_of(out);
+  detail::run_cached_heads<detail::DifferentialBlock<Scalar>>(operands.in, cache, mask, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1

@@ -1,7 +1,7 @@
 #pragma once
 
-// The checks of a call's operands, which know names and shapes and no types: compiled once. What is thrown says what was
-// expected, what came, and what was likely meant.
+// The checks of a call's operands, which know names and shapes and no types: compiled once. What is thrown says what
+// was expected, what came, and what was likely meant.
 
 #include <algorithm>
 #include <string>
@@ -25,8 +25,8 @@ Operand operand(const char* name, const Eigen::EigenBase<Derived>& matrix) {
   return {name, matrix.rows(), matrix.cols()};
 }
 
-/// The sizes of one call. A head of q is query_maps · d wide, one of k is key_maps · d wide: the maps of a head that lie
-/// side by side in one operand.
+/// The sizes of one call. A head of q is query_maps · d wide, one of k is key_maps · d wide: the maps of a head that
+/// lie side by side in one operand.
 struct CallSizes {
   Heads heads;
   Index n_q = 0;
@@ -76,6 +76,13 @@ inline void check_operand_sizes(const char* where, const Operand& q, const Opera
   checked_product(where, "the size of the output", {std::max<Index>(q.rows, 1), heads, dv});
 }
 
+/// The columns of the output of several heads, for those that make it. Throws like checked_sizes.
+inline Index output_cols(const char* where, Heads heads, const Operand& v) {
+  heads = checked_heads(where, heads);
+  return checked_product(where, "the columns of the output",
+                         {checked_width(where, v, heads.num_kv_heads), heads.num_heads});
+}
+
 /// Which of q, k and v somebody who keeps a token in a column has likely forgotten to transpose.
 enum class Turned { none, query_column, q, k, v, all };
 
@@ -112,12 +119,12 @@ inline Turned turned_operand(const CallSizes& sizes, const Operand& q, const Ope
     case Turned::none:
       break;
     case Turned::query_column:
-      message += join({"; ", q.name, " is ", q.rows, " x 1: a single query is a row, did you mean ", q.name,
-                       ".transpose()?"});
+      message +=
+          join({"; ", q.name, " is ", q.rows, " x 1: a single query is a row, did you mean ", q.name, ".transpose()?"});
       break;
     case Turned::q:
-      message += join({"; ", q.name, " is ", q.rows, " x ", q.cols, ": one token a row, did you mean ", q.name,
-                       ".transpose()?"});
+      message += join(
+          {"; ", q.name, " is ", q.rows, " x ", q.cols, ": one token a row, did you mean ", q.name, ".transpose()?"});
       break;
     case Turned::k:
     case Turned::v:

@@ -174,6 +174,18 @@ consteval void check_second_scalars() {
                 "diffattn: k2 must have the scalar type of k1; convert with .template cast<>()");
 }
 
+template <typename Scalar, typename Result>
+consteval void check_result_scalar() {
+  static_assert(std::is_same_v<Scalar, typename Result::Scalar>,
+                "diffattn: the output and all gradients must have the scalar type of the queries");
+}
+
+template <typename Scalar, typename Q>
+consteval void check_gradient_scalar() {
+  static_assert(std::is_same_v<Scalar, typename Q::Scalar>,
+                "diffattn: the gradients must have the scalar type of the queries");
+}
+
 template <typename Scalar, typename Lambda>
 consteval void check_lambda_scalar() {
   if constexpr (!is_scalar_lambda<Lambda>) {
@@ -186,7 +198,7 @@ consteval void check_lambda_scalar() {
 template <typename Mask>
 void check_rest(const char* where, const CallSizes& sizes, const Operand& result, const Mask& mask) {
   check_operand(where, result, sizes.n_q, sizes.heads.num_heads * sizes.dv);
-  check_mask(where, mask, sizes.n_q, sizes.n_k);
+  check_mask(where, mask, sizes.heads.num_heads, sizes.n_q, sizes.n_k);
 }
 
 template <typename Lambda>
@@ -229,9 +241,8 @@ template <typename Q1, typename K1, typename Q2, typename K2, typename V, typena
 MapByMapOperands<Q1, K1, Q2, K2, V, Lambda> operands_of(const char* where, const Eigen::MatrixBase<Q1>& q1,
                                                         const Eigen::MatrixBase<K1>& k1,
                                                         const Eigen::MatrixBase<Q2>& q2,
-                                                        const Eigen::MatrixBase<K2>& k2,
-                                                        const Eigen::MatrixBase<V>& v, const Lambda& lambda,
-                                                        const Operand& result, const Mask& mask,
+                                                        const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v,
+                                                        const Lambda& lambda, const Operand& result, const Mask& mask,
                                                         const AttentionOptions& options) {
   check_scalars<Q1, K1, V>();
   check_second_scalars<Q1, K1, Q2, K2>();
