@@ -195,10 +195,10 @@ TEST_CASE("What a masked key holds never leaks, and its own gradient is 0") {
     INFO(bad);
     Problem p({n, n, 5, 6});
     const Gradients<double> clean =
-        DiffAttentionPerRowBackward{}(p.x, p.dout, with_bias(FullMask{}, AnyBias<double>{PaddingBias{hidden}}));
+        DiffAttentionPerRowBackward{}(p.x, p.dout, with_bias(FullMask{}, AnyBias<double>{HidingBias{hidden}}));
     for (Matrix<double>* m : {&p.x.k1, &p.x.k2, &p.x.v}) m->bottomRows(n - hidden).setConstant(bad);
     const Gradients<double> grad =
-        DiffAttentionPerRowBackward{}(p.x, p.dout, with_bias(FullMask{}, AnyBias<double>{PaddingBias{hidden}}));
+        DiffAttentionPerRowBackward{}(p.x, p.dout, with_bias(FullMask{}, AnyBias<double>{HidingBias{hidden}}));
     for (std::size_t i = 0; i < grad.size(); ++i) {
       INFO(kGradientNames[i]);
       CHECK(close(grad[i], clean[i]));

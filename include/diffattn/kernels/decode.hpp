@@ -3,14 +3,18 @@
 // Attention against a cache: the queries of the newest tokens against keys and values that are already packed. One
 // query, a few, or a whole prompt; what attention.hpp and diff_attention.hpp compute, without packing anything.
 //
-//   decode_attention_into(out, q, cache, heads, window, options, workspace, executor)
-//   decode_diff_attention_into(out, q, cache, lambda, heads, window, options, workspace, executor)
+//   decode_attention(q, pages, heads, mask, options)                → n_q x H·dv
+//   decode_diff_attention(q, pages, lambda, heads, mask, options)   → n_q x H·dv
+//   decode_attention_into(out, q, pages, heads, mask, options, workspace, executor)
+//   decode_diff_attention_into(out, q, pages, lambda, heads, mask, options, workspace, executor)
 //
-// The queries are those of the last n_q tokens of the cache, and each sees the tokens up to its own, or the last
-// `window` of them (0: all). KvCache (layers/kv_cache.hpp) makes the cache and says `cache.packed()`.
+// mask, options, workspace and executor can be left out, from the right: CausalMask{}, {}, the thread's, Serial.
+// The queries are those of the last n_q tokens. Under CausalMask each sees the tokens up to its own; any mask and bias
+// will do (mask.hpp), as if all keys ever fed, pages.first_key + pages.n_k of them, stood in one piece: those that have
+// been dropped are not seen. KvCache (layers/kv_cache.hpp) makes the pages and says `cache.packed()`.
 //
 // Shapes     q (n_q x H·d) → out (n_q x H·dv), differential: q (n_q x 2H·d), packed head 2h is Q1_h and 2h+1 is Q2_h.
-//            The cache holds G = num_kv_heads heads of keys (d wide; for a differential head two of them, or one that
+//            The pages hold G = num_kv_heads heads of keys (d wide; for a differential head two of them, or one that
 //            both maps share: DIFF V2) and values (dv wide). n_q may exceed what the cache holds: a query that sees no
 //            key gives exactly 0.
 // Storage    the cache's may be narrower than the scalar of q (bfloat16, half): values are widened as they are read.
@@ -23,9 +27,6 @@
 // Cost       up to 4 queries: every visible key and value is read once, 2·d + dv values a token and key head; with
 //            dv = 2d that is what two standard heads read. More: that of attention.hpp and diff_attention.hpp.
 
-#include <limits>
-
-#include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -33,50 +34,77 @@
 #include "diffattn/kernels/detail/forward/differential_block.hpp"
 #include "diffattn/kernels/detail/forward/standard_block.hpp"
 #include "diffattn/kernels/detail/paged_operands.hpp"
+#include "diffattn/kernels/detail/shifted_mask.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 
 namespace diffattn::inline v0_1 {
 
-namespace detail {
-
-inline void check_window(const char* where, Index window) {
-  if (window < 0) throw_invalid({where, ": the window must be 0 or more, got ", window});
+/// Standard attention of H = heads.num_heads heads: q (n_q x H·d), pages of heads.num_kv_heads heads → n_q x H·dv.
+/// Throws ShapeError, and std::invalid_argument for heads that cannot be grouped.
+template <typename Q, typename Storage, AttentionMask Mask = CausalMask>
+Matrix<typename Q::Scalar> decode_attention(const Eigen::MatrixBase<Q>& q, const KeyValuePages<Storage>& pages,
+                                            Heads heads, const Mask& mask = {}, const AttentionOptions& options = {}) {
+  Matrix<typename Q::Scalar> out(q.rows(), detail::paged_output_cols("decode_attention", heads, pages.shape));
+  decode_attention_into(out, q, pages, heads, mask, options);
+  return out;
 }
 
-/// One mask for both cases, so that the kernels are compiled once.
-inline SlidingWindowMask decode_mask(Index window) {
-  return {window == 0 ? std::numeric_limits<Index>::max() : window};
+/// Differential attention, eq. (1), of H = heads.num_heads heads: q (n_q x 2H·d), lambda a number or n_q x H → n_q x
+/// H·dv. Throws ShapeError, and std::invalid_argument for heads that cannot be grouped.
+template <typename Q, typename Storage, typename Lambda, AttentionMask Mask = CausalMask>
+Matrix<typename Q::Scalar> decode_diff_attention(const Eigen::MatrixBase<Q>& q, const KeyValuePages<Storage>& pages,
+                                                 const Lambda& lambda, Heads heads, const Mask& mask = {},
+                                                 const AttentionOptions& options = {}) {
+  Matrix<typename Q::Scalar> out(q.rows(), detail::paged_output_cols("decode_diff_attention", heads, pages.shape));
+  decode_diff_attention_into(out, q, pages, lambda, heads, mask, options);
+  return out;
 }
 
-}  // namespace detail
-
-template <typename Out, typename Q, typename Storage, Executor E = Serial>
+/// decode_attention(), written to `out`, which must be n_q x H·dv.
+template <typename Out, typename Q, typename Storage, AttentionMask Mask = CausalMask>
 void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
-                           const KeyValuePages<Storage>& cache, Heads heads, Index window,
+                           const KeyValuePages<Storage>& pages, Heads heads, const Mask& mask = {},
+                           const AttentionOptions& options = {}) {
+  detail::ThreadWorkspace workspace;
+  decode_attention_into(out, q, pages, heads, mask, options, workspace);
+}
+
+/// decode_attention(), with scratch from `workspace`, on the threads of `executor`.
+template <typename Out, typename Q, typename Storage, AttentionMask Mask, Executor E = Serial>
+void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
+                           const KeyValuePages<Storage>& pages, Heads heads, const Mask& mask,
                            const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  constexpr const char* where = "decode_attention";
   detail::check_result_scalar<Scalar, Out>();
-  detail::check_window(where, window);
-  const SlidingWindowMask mask = detail::decode_mask(window);
-  auto operands = detail::operands_of(where, q, cache, detail::operand("out", out), heads, mask, options);
+  auto operands = detail::operands_of("decode_attention", q, pages, detail::operand("out", out), heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
-  detail::run_cached_heads<detail::StandardBlock<Scalar>>(operands.in, cache, mask, workspace, executor);
+  const detail::ShiftedMask<Mask> shifted{mask, pages.first_key};
+  detail::run_cached_heads<detail::StandardBlock<Scalar>>(operands.in, pages, shifted, workspace, executor);
 }
 
-template <typename Out, typename Q, typename Storage, typename Lambda, Executor E = Serial>
+/// decode_diff_attention(), written to `out`, which must be n_q x H·dv.
+template <typename Out, typename Q, typename Storage, typename Lambda, AttentionMask Mask = CausalMask>
 void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
-                                const KeyValuePages<Storage>& cache, const Lambda& lambda, Heads heads, Index window,
-                                const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
+                                const KeyValuePages<Storage>& pages, const Lambda& lambda, Heads heads,
+                                const Mask& mask = {}, const AttentionOptions& options = {}) {
+  detail::ThreadWorkspace workspace;
+  decode_diff_attention_into(out, q, pages, lambda, heads, mask, options, workspace);
+}
+
+/// decode_diff_attention(), with scratch from `workspace`, on the threads of `executor`.
+template <typename Out, typename Q, typename Storage, typename Lambda, AttentionMask Mask, Executor E = Serial>
+void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
+                                const KeyValuePages<Storage>& pages, const Lambda& lambda, Heads heads,
+                                const Mask& mask, const AttentionOptions& options, Workspace& workspace,
+                                E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  constexpr const char* where = "decode_diff_attention";
   detail::check_result_scalar<Scalar, Out>();
-  detail::check_window(where, window);
-  const SlidingWindowMask mask = detail::decode_mask(window);
-  auto operands = detail::operands_of(where, q, cache, lambda, detail::operand("out", out), heads, mask, options);
+  auto operands =
+      detail::operands_of("decode_diff_attention", q, pages, lambda, detail::operand("out", out), heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
-  detail::run_cached_heads<detail::DifferentialBlock<Scalar>>(operands.in, cache, mask, workspace, executor);
+  const detail::ShiftedMask<Mask> shifted{mask, pages.first_key};
+  detail::run_cached_heads<detail::DifferentialBlock<Scalar>>(operands.in, pages, shifted, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1

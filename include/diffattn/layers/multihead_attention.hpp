@@ -103,7 +103,7 @@ class MultiheadAttention : public AttentionLayer<MultiheadAttention<Scalar, Weig
     run(y, x, nullptr, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
       detail::rotate_rows(rotary_, q, heads, k, kv_heads, 0, n, cache.position(), executor);
       cache.write(detail::view_of(k), detail::view_of(v), executor);
-      decode_attention_into(attended, q, cache.packed(n), Heads{heads, kv_heads}, cache.options().window,
+      decode_attention_into(attended, q, cache.packed(n), Heads{heads, kv_heads}, cache.window_mask(),
                             AttentionOptions{}, workspace, executor);
     });
   }

@@ -126,7 +126,7 @@ class MultiheadDiffAttention : public AttentionLayer<MultiheadDiffAttention<Scal
       detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, 0, n, cache.position(), executor);
       cache.write(detail::view_of(k), detail::view_of(v), executor);
       decode_diff_attention_into(attended, q, cache.packed(n), lambda.value(), Heads{heads, kv_heads},
-                                 cache.options().window, AttentionOptions{}, workspace, executor);
+                                 cache.window_mask(), AttentionOptions{}, workspace, executor);
     });
   }
 

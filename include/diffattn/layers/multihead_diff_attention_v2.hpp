@@ -110,7 +110,7 @@ class MultiheadDiffAttentionV2 : public AttentionLayer<MultiheadDiffAttentionV2<
     run(y, x, nullptr, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v, auto& lambda) {
       detail::rotate_rows(rotary_, q, 2 * heads, k, kv_heads, 0, n, cache.position(), executor);
       cache.write(detail::view_of(k), detail::view_of(v), executor);
-      decode_diff_attention_into(attended, q, cache.packed(n), lambda, Heads{heads, kv_heads}, cache.options().window,
+      decode_diff_attention_into(attended, q, cache.packed(n), lambda, Heads{heads, kv_heads}, cache.window_mask(),
                                  AttentionOptions{}, workspace, executor);
     });
   }

@@ -32,8 +32,13 @@ class PagedOperands {
   ReadableLambda<Lambda> lambda_;
 };
 
-/// The sizes of a call against pages of `shape`, packed for strips of `strip` keys. Throws ShapeError and
-/// std::invalid_argument.
+/// The columns of the output, for those that make it. Throws std::invalid_argument.
+inline Index paged_output_cols(const char* where, const Heads& heads, const PageShape& shape) {
+  return checked_product(where, "the columns of the output", {checked_heads(where, heads).num_heads, shape.dv});
+}
+
+/// The sizes of a call against pages of `shape`, packed for strips of `strip` keys. n_k counts all keys ever fed, of
+/// which the pages hold the last. Throws ShapeError and std::invalid_argument.
 inline CallSizes checked_paged_sizes(const char* where, Heads heads, Index query_maps, const Operand& q,
                                      const PageShape& shape, Index n_k, Index strip) {
   CallSizes sizes;
@@ -45,8 +50,10 @@ inline CallSizes checked_paged_sizes(const char* where, Heads heads, Index query
   sizes.query_maps = query_maps;
   sizes.key_maps = shape.key_maps;
   if (shape.heads != heads.num_kv_heads || shape.d != sizes.d || shape.strip != strip) {
+    const bool column = q.cols == 1 && q.rows == query_maps * heads.num_heads * shape.d;
     throw_shape({where, ": the cache must hold ", heads.num_kv_heads, " heads of width ", sizes.d, " in strips of ",
-                 strip, ", got ", shape.heads, " of width ", shape.d, " in strips of ", shape.strip});
+                 strip, ", got ", shape.heads, " of width ", shape.d, " in strips of ", shape.strip,
+                 column ? "; q is a column: a single query is a row, did you mean q.transpose()?" : ""});
   }
   if (shape.key_maps > query_maps) throw_shape({where, ": the cache must hold one map of keys, got two"});
   check_operand_sizes(where, q, q, q, heads.num_heads, sizes.dv);
@@ -61,8 +68,8 @@ PagedOperands<1, Q, typename Q::Scalar> operands_of(const char* where, const Eig
                                                     const AttentionOptions& options) {
   using Scalar = typename Q::Scalar;
   check_scalars<Q, Q, Q>();
-  const CallSizes sizes =
-      checked_paged_sizes(where, heads, 1, operand("q", q), pages.shape, pages.n_k, Tile<Scalar>::kCols);
+  const CallSizes sizes = checked_paged_sizes(where, heads, 1, operand("q", q), pages.shape,
+                                              pages.first_key + pages.n_k, Tile<Scalar>::kCols);
   check_rest(where, sizes, result, mask);
   constexpr Scalar kNoLambda = 0;
   return {sizes, q.derived(), kNoLambda, options};
@@ -77,8 +84,8 @@ PagedOperands<2, Q, Lambda> operands_of(const char* where, const Eigen::MatrixBa
   using Scalar = typename Q::Scalar;
   check_scalars<Q, Q, Q>();
   check_lambda_scalar<Scalar, Lambda>();
-  const CallSizes sizes =
-      checked_paged_sizes(where, heads, 2, operand("q", q), pages.shape, pages.n_k, Tile<Scalar>::kCols);
+  const CallSizes sizes = checked_paged_sizes(where, heads, 2, operand("q", q), pages.shape,
+                                              pages.first_key + pages.n_k, Tile<Scalar>::kCols);
   check_lambda(where, lambda, sizes);
   check_rest(where, sizes, result, mask);
   return {sizes, q.derived(), lambda, options};

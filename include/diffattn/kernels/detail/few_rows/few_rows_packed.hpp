@@ -134,7 +134,30 @@ struct PackedSource {
     for (Index head = heads.begin; head < heads.end; ++head) finite &= pages.finite_values(s.first + piece, head);
     if (finite) return add(0, s.rows, s.columns_of_any(piece));
     // A weight of 0 does not keep a NaN or Inf out: a row touches only what it sees.
+    if constexpr (HasBias<Mask>) return add_shown_values(s, piece, heads);
     for (Index row = 0; row < s.rows; ++row) add(row, 1, s.columns_of(piece, s.query(row)));
+  }
+
+ private:
+  /// The same, key by key, where a bias may hide any of them.
+  template <typename Scalar, Index kMaps, typename Mask>
+  void add_shown_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index piece, const KeyRange& heads) const {
+    for (Index head = heads.begin; head < heads.end; ++head) {
+      for (Index row = 0; row < s.rows; ++row) {
+        Scalar* const sums = s.sums(piece, head, row);
+        std::fill(sums, sums + s.width, Scalar(0));
+        const KeyRange seen = s.columns_of(piece, s.query(row));
+        for (Index c = seen.begin; c < seen.end; ++c) {
+          if (!bias_shows(s.mask, s.query_head(head, row), s.query(row), s.first_key(piece) + c, s.n_q, s.n_k))
+            continue;
+          const Scalar weight = s.weights(piece, head, 0, row)[c];
+          const Storage* const values = pages.values(s.first + piece, head) + c * s.kCols;
+          for (Index i = 0; i < s.width; ++i) {
+            sums[i] += weight * static_cast<Scalar>(values[i / s.kCols * s.kCols * kPageKeys + i % s.kCols]);
+          }
+        }
+      }
+    }
   }
 };
 
