@@ -26,6 +26,23 @@ struct HeadOperands {
   Index k_step = 0;
   Scalar scale = 1;
 
+  Index n_q() const { return q[0].rows; }
+  /// 0 where keys and values are in pages.
+  Index n_k() const { return k[0].rows; }
+  /// Query heads that share a key and value head.
+  Index heads_per_kv_head() const { return heads.num_heads / heads.num_kv_heads; }
+  /// The key and value head that a query head reads.
+  Index kv_head(Index head) const { return head / heads_per_kv_head(); }
+
+  /// n_q x d, of a query head.
+  StridedView<const Scalar> queries(Index map, Index head) const { return q[map].middle_cols(head * q_step, d); }
+  /// n_k x d, of a key head.
+  StridedView<const Scalar> keys(Index map, Index kv_head) const { return k[map].middle_cols(kv_head * k_step, d); }
+  /// n_k x dv, of a value head.
+  StridedView<const Scalar> values(Index kv_head) const { return v.middle_cols(kv_head * dv, dv); }
+  /// n_q x dv, of a query head.
+  StridedView<Scalar> result(Index head) const { return out.middle_cols(head * dv, dv); }
+
   /// Whether all maps read the same keys, which are then packed and streamed once.
   bool shared_keys() const {
     const auto &a = k[0], &b = k[kMaps - 1];
