@@ -327,3 +327,45 @@ TEST_CASE("The backward functions name the operand that does not fit, and change
                                                       {}, workspace);
         }) == "multihead_attention_backward: dv must be 7 x 6, got 7 x 5");
 }
+
+TEST_CASE("Gradients of several heads in a struct are those in views, and the thread's workspace will do") {
+  Rng rng = make_rng();
+  const Index n_q = 30, n_k = 40, d = 6, dv = 5;
+  const Heads heads{4, 2};
+  const auto q = random_matrix<double>(n_q, 8 * d, rng), k = random_matrix<double>(n_k, 4 * d, rng);
+  const auto v = random_matrix<double>(n_k, 2 * dv, rng), dout = random_matrix<double>(n_q, 4 * dv, rng);
+  const auto lambda = random_matrix<double>(n_q, 4, rng);
+  Workspace workspace;
+  Matrix<double> dq(n_q, 8 * d), dk(n_k, 4 * d), dv_sum(n_k, 2 * dv), dlambda(n_q, 4);
+
+  diffattn::multihead_diff_attention_backward_into({dq, dk, dv_sum, dlambda}, q, k, v, lambda, dout, heads, FullMask{},
+                                                   {}, workspace);
+  const auto check = [&](const auto& grad) {
+    CHECK(identical(grad.dq, dq));
+    CHECK(identical(grad.dk, dk));
+    CHECK(identical(grad.dv, dv_sum));
+  };
+  const auto per_row = diffattn::multihead_diff_attention_backward(q, k, v, lambda, dout, heads);
+  check(per_row);
+  CHECK(identical(per_row.dlambda, dlambda));
+  diffattn::MultiheadDiffAttentionGradients<double, Matrix<double>> own;
+  own.dq.resize(3, 3);  // is resized
+  diffattn::multihead_diff_attention_backward_into(own, q, k, v, lambda, dout, heads, FullMask{}, {}, workspace);
+  check(own);
+
+  double number = 0;
+  diffattn::multihead_diff_attention_backward_into({dq, dk, dv_sum, number}, q, k, v, 0.5, dout, heads, CausalMask{},
+                                                   {}, workspace);
+  const auto constant = diffattn::multihead_diff_attention_backward(q, k, v, 0.5, dout, heads, CausalMask{});
+  check(constant);
+  CHECK(constant.dlambda == number);
+
+  const Matrix<double> q1 = q.leftCols(4 * d), k1 = k.leftCols(2 * d);
+  dq.resize(n_q, 4 * d);
+  dk.resize(n_k, 2 * d);
+  diffattn::multihead_attention_backward_into({dq, dk, dv_sum}, q1, k1, v, dout, heads, FullMask{}, {}, workspace);
+  check(diffattn::multihead_attention_backward(q1, k1, v, dout, heads));
+  diffattn::AttentionGradients<double> standard;
+  diffattn::multihead_attention_backward_into(standard, q1, k1, v, dout, heads);
+  check(standard);
+}

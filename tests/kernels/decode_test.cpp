@@ -245,3 +245,25 @@ TEST_CASE("Decoding refuses what does not fit, before any work", "[kernels][deco
         }) == "decode_diff_attention: out must be 3 x 10, got 3 x 9");
   CHECK((out.array() == 7.0f).all());
 }
+
+TEST_CASE("Decoding by the simplest calls: causal, with the thread's workspace", "[kernels][decode]") {
+  Rng rng = make_rng();
+  const auto k = random_matrix<float>(300, 2 * 6, rng), v = random_matrix<float>(300, 2 * 5, rng);
+  const auto q = random_matrix<float>(3, 4 * 6, rng), lambda = random_matrix<float>(3, 2, rng);
+  const Pages<float> pages(k, v, 2, 1, rng);
+  Workspace workspace;
+  Matrix<float> out(3, 20), simple(3, 20), diff_out(3, 10), diff_simple(3, 10);
+  diffattn::decode_attention_into(out, q, pages.packed, {4, 2}, CausalMask{}, {}, workspace);
+  diffattn::decode_attention_into(simple, q, pages.packed, {4, 2});
+  CHECK(identical(simple, out));
+  CHECK(identical(diffattn::decode_attention(q, pages.packed, {4, 2}), out));
+  diffattn::decode_diff_attention_into(diff_out, q, pages.packed, lambda, {2, 2}, CausalMask{}, {}, workspace);
+  diffattn::decode_diff_attention_into(diff_simple, q, pages.packed, lambda, {2, 2});
+  CHECK(identical(diff_simple, diff_out));
+  CHECK(identical(diffattn::decode_diff_attention(q, pages.packed, lambda, {2, 2}), diff_out));
+  CHECK(thrown_by<ShapeError>([&] {
+          (void)diffattn::decode_attention(Matrix<float>(q.row(0).transpose().topRows(12)), pages.packed, {2, 2});
+        }) ==
+        "decode_attention: the columns of q must be a positive multiple of 2, got 1; a single token is a row: did "
+        "you mean q.transpose()?");
+}

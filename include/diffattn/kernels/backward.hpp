@@ -100,29 +100,28 @@ void run_attention_backward(const char* where, Gradients& gradients, const Eigen
   const auto operands = operands_of(where, q, k, v, operand("dout", dout), heads, mask, options);
   const AttentionGradientViews<Scalar> to = gradient_views(where, gradients, operands.sizes);
   const Readable<G> dout_read(dout.derived());
-  HeadGradients<Scalar, 1> grad;
-  grad.dout = view_of(dout_read);
-  grad.dq[0] = to.dq;
-  grad.dk[0] = to.dk;
-  grad.dv = to.dv;
-  run_heads_backward(operands.in, grad, static_cast<Scalar*>(nullptr), mask, workspace, executor);
+  HeadGradients<Scalar, 1> grad(operands.in, view_of(dout_read));
+  grad.of_q[0] = to.dq;
+  grad.of_k[0] = to.dk;
+  grad.of_v = to.dv;
+  run_heads_backward(operands.in, grad, mask, workspace, executor);
 }
 
 /// Runs `in` and turns D of the second map into dλ: dlambda is 1 x 1 for a λ that is one number.
 template <typename Lambda, typename Scalar, typename Mask, Executor E>
-void run_diff_backward(const HeadOperands<Scalar, 2>& in, const HeadGradients<Scalar, 2>& grad,
+void run_diff_backward(const HeadOperands<Scalar, 2>& in, HeadGradients<Scalar, 2>& grad,
                        const StridedView<Scalar>& dlambda, const Mask& mask, Workspace& workspace, E& executor) {
   const Index n_q = in.n_q(), num_heads = in.heads.num_heads;
   const auto frame = workspace.frame();
-  auto* const d2 = workspace.take<Scalar>(num_heads * n_q);
-  run_heads_backward(in, grad, d2, mask, workspace, executor);
+  grad.d2 = workspace.take<Scalar>(num_heads * n_q);
+  run_heads_backward(in, grad, mask, workspace, executor);
   if constexpr (is_scalar_lambda<Lambda>) {
     Scalar sum = 0;
-    for (Index i = 0; i < num_heads * n_q; ++i) sum -= d2[i];
+    for (Index i = 0; i < num_heads * n_q; ++i) sum -= grad.d2[i];
     dlambda(0, 0) = sum;
   } else {
     for (Index i = 0; i < n_q; ++i) {
-      for (Index head = 0; head < num_heads; ++head) dlambda(i, head) = -d2[head * n_q + i];
+      for (Index head = 0; head < num_heads; ++head) dlambda(i, head) = -grad.second_dots(head)[i];
     }
   }
 }
@@ -140,11 +139,10 @@ void run_multihead_diff_backward(Gradients& gradients, const Eigen::MatrixBase<Q
   const CallSizes& sizes = operands.sizes;
   const DiffAttentionGradientViews<Scalar> to = gradient_views<Lambda>(where, gradients, sizes);
   const Readable<G> dout_read(dout.derived());
-  HeadGradients<Scalar, 2> grad;
-  grad.dout = view_of(dout_read);
-  spread_maps(grad.dq, to.dq, sizes.query_maps, sizes.d);
-  spread_maps(grad.dk, to.dk, sizes.key_maps, sizes.d);
-  grad.dv = to.dv;
+  HeadGradients<Scalar, 2> grad(operands.in, view_of(dout_read));
+  spread_maps(grad.of_q, to.dq, sizes.query_maps, sizes.d);
+  spread_maps(grad.of_k, to.dk, sizes.key_maps, sizes.d);
+  grad.of_v = to.dv;
   run_diff_backward<Lambda>(operands.in, grad, to.dlambda, mask, workspace, executor);
 }
 
@@ -228,8 +226,8 @@ void diff_attention_backward_into(DiffAttentionGradients<Scalar, Lambda>& gradie
   const auto operands = detail::operands_of("diff_attention_backward", q1, k1, q2, k2, v, lambda,
                                             detail::operand("dout", dout), mask, options);
   const detail::Readable<G> dout_read(dout.derived());
-  detail::HeadGradients<Scalar, 2> grad = detail::resized_gradients(gradients, operands.sizes);
-  grad.dout = detail::view_of(dout_read);
+  detail::HeadGradients<Scalar, 2> grad(operands.in, detail::view_of(dout_read));
+  detail::set_gradients(grad, gradients, operands.sizes);
   const StridedView<Scalar> dlambda = detail::resized_lambda_gradient(gradients, operands.sizes);
   detail::run_diff_backward<Lambda>(operands.in, grad, dlambda, mask, workspace, executor);
 }

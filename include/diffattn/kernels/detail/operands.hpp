@@ -11,6 +11,7 @@
 // A block of rows takes the call's operands and the rows (RowRange, which knows its head), and asks for what it needs:
 //   in.queries(map, rows.head).middle_rows(rows.first, rows.count)
 
+#include <algorithm>
 #include <type_traits>
 
 #include "diffattn/core/matrix.hpp"
@@ -21,42 +22,61 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// The operands of all heads and maps, shapes already checked. Map m of head h stands in columns
-/// [h·step, h·step + width) of its view.
-template <typename Scalar, Index kMaps>
-struct HeadOperands {
-  StridedView<Scalar> out;             // n_q rows, step and width dv
-  StridedView<const Scalar> q[kMaps];  // n_q rows, step q_step, width d
-  StridedView<const Scalar> k[kMaps];  // n_k rows, step k_step, width d
-  StridedView<const Scalar> v;         // n_k rows, step and width dv
-  LambdaView<Scalar> lambda;           // lambda(row, head), n_q x num_heads
-  /// Where to write the log-sum-exp of every row, n_q x num_heads for each map: log2 Σ 2^(score·log2(e)), which is what
-  /// exp2(score·log2(e) − lse) turns back into probabilities; -inf for a row that sees no key. No data: not wanted,
-  /// which is so for every public function; attention over parts of the keys will merge their results by it.
-  StridedView<Scalar> lse[kMaps];
+/// How heads lie in the columns: head h of queries and their gradients in columns [h·q_step, h·q_step + d), of keys
+/// likewise, of values and results in columns [h·dv, (h + 1)·dv).
+struct HeadLayout {
   Heads heads{1, 1};
   Index d = 0;
   Index dv = 0;
   Index q_step = 0;
   Index k_step = 0;
-  Scalar scale = 1;
 
-  Index n_q() const { return q[0].rows; }
-  /// 0 where keys and values are in pages.
-  Index n_k() const { return k[0].rows; }
   /// Query heads that share a key and value head.
   Index heads_per_kv_head() const { return heads.num_heads / heads.num_kv_heads; }
   /// The key and value head that a query head reads.
   Index kv_head(Index head) const { return head / heads_per_kv_head(); }
 
+ protected:
+  template <typename T>
+  StridedView<T> query_head(const StridedView<T>& all, Index head) const {
+    return all.middle_cols(head * q_step, d);
+  }
+  template <typename T>
+  StridedView<T> key_head(const StridedView<T>& all, Index kv_head) const {
+    return all.middle_cols(kv_head * k_step, d);
+  }
+  template <typename T>
+  StridedView<T> value_head(const StridedView<T>& all, Index head) const {
+    return all.middle_cols(head * dv, dv);
+  }
+};
+
+/// The operands of all heads and maps, shapes already checked: a view for each map, from its first head on.
+template <typename Scalar, Index kMaps>
+struct HeadOperands : HeadLayout {
+  StridedView<Scalar> out;             // n_q rows
+  StridedView<const Scalar> q[kMaps];  // n_q rows
+  StridedView<const Scalar> k[kMaps];  // n_k rows
+  StridedView<const Scalar> v;         // n_k rows
+  LambdaView<Scalar> lambda;           // lambda(row, head), n_q x num_heads
+  /// Where to write the log-sum-exp of every row, n_q x num_heads for each map: log2 Σ 2^(score·log2(e)), which is what
+  /// exp2(score·log2(e) − lse) turns back into probabilities; -inf for a row that sees no key. No data: not wanted,
+  /// which is so for every public function; attention over parts of the keys will merge their results by it.
+  StridedView<Scalar> lse[kMaps];
+  Scalar scale = 1;
+
+  Index n_q() const { return q[0].rows; }
+  /// 0 where keys and values are in pages.
+  Index n_k() const { return k[0].rows; }
+
   /// n_q x d, of a query head.
-  StridedView<const Scalar> queries(Index map, Index head) const { return q[map].middle_cols(head * q_step, d); }
+  StridedView<const Scalar> queries(Index map, Index head) const { return query_head(q[map], head); }
   /// n_k x d, of a key head.
-  StridedView<const Scalar> keys(Index map, Index kv_head) const { return k[map].middle_cols(kv_head * k_step, d); }
+  StridedView<const Scalar> keys(Index map, Index kv_head) const { return key_head(k[map], kv_head); }
   /// n_k x dv, of a value head.
-  StridedView<const Scalar> values(Index kv_head) const { return v.middle_cols(kv_head * dv, dv); }
+  StridedView<const Scalar> values(Index kv_head) const { return value_head(v, kv_head); }
   /// n_q x dv, of a query head.
-  StridedView<Scalar> result(Index head) const { return out.middle_cols(head * dv, dv); }
+  StridedView<Scalar> result(Index head) const { return value_head(out, head); }
 
   /// Whether all maps read the same keys, which are then packed and streamed once.
   bool shared_keys() const {

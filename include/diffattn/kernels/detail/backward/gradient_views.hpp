@@ -71,21 +71,19 @@ DiffAttentionGradientViews<Scalar> gradient_views(const char* where, const DiffA
   return to;
 }
 
-/// Of one differential head, each map by itself, and dλ apart.
+/// Of one differential head, each map by itself; dλ apart.
 template <typename Scalar, typename Lambda>
-HeadGradients<Scalar, 2> resized_gradients(DiffAttentionGradients<Scalar, Lambda>& to, const CallSizes& sizes) {
-  HeadGradients<Scalar, 2> grad;
+void set_gradients(HeadGradients<Scalar, 2>& grad, DiffAttentionGradients<Scalar, Lambda>& to, const CallSizes& sizes) {
   Matrix<Scalar>* const dq[] = {&to.dq1, &to.dq2};
   Matrix<Scalar>* const dk[] = {&to.dk1, &to.dk2};
   for (Index map = 0; map < 2; ++map) {
     dq[map]->resize(sizes.n_q, sizes.d);
     dk[map]->resize(sizes.n_k, sizes.d);
-    grad.dq[map] = writable_view_of(*dq[map]);
-    grad.dk[map] = writable_view_of(*dk[map]);
+    grad.of_q[map] = writable_view_of(*dq[map]);
+    grad.of_k[map] = writable_view_of(*dk[map]);
   }
   to.dv.resize(sizes.n_k, sizes.dv);
-  grad.dv = writable_view_of(to.dv);
-  return grad;
+  grad.of_v = writable_view_of(to.dv);
 }
 
 /// 1 x 1 for a λ that is one number.
