@@ -27,6 +27,19 @@ void visit_parameters(Layer& layer, Visitor&& visitor) {
   std::remove_const_t<Layer>::visit(layer, visitor);
 }
 
+/// Visits the parameters of a part of a layer, their names prefixed with "<part>.": what the visit() of a layer or
+/// model calls for what it consists of.
+template <typename Part, typename Visitor>
+void visit_part(std::string_view part_name, Part& part, Visitor& visitor) {
+  visit_parameters(part, [&](std::string_view name, auto& parameter) {
+    visitor(std::string_view(std::string(part_name).append(".").append(name)), parameter);
+  });
+}
+
+namespace detail {
+using diffattn::visit_part;
+}
+
 /// How many numbers a layer learns.
 template <typename Layer>
 Index parameter_count(const Layer& layer) {
@@ -107,14 +120,6 @@ void check_gradient(const char* where, const Layer& layer, const Layer& gradient
     ++at;
   });
   if (at != expected.size()) throw_shape({where, ": the gradient lacks ", expected[at].name.c_str()});
-}
-
-/// Visits the parameters of a part of a layer, their names prefixed with "<part>.".
-template <typename Part, typename Visitor>
-void visit_part(std::string_view part_name, Part& part, Visitor& visitor) {
-  visit_parameters(part, [&](std::string_view name, auto& parameter) {
-    visitor(std::string_view(std::string(part_name).append(".").append(name)), parameter);
-  });
 }
 
 }  // namespace detail
