@@ -70,10 +70,10 @@ class MultiheadAttention : public AttentionLayer<MultiheadAttention<Scalar, Weig
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
-    detail::visit_part("q_proj", self.q_proj, visitor);
-    detail::visit_part("k_proj", self.k_proj, visitor);
-    detail::visit_part("v_proj", self.v_proj, visitor);
-    detail::visit_part("out_proj", self.out_proj, visitor);
+    visit_part("q_proj", self.q_proj, visitor);
+    visit_part("k_proj", self.k_proj, visitor);
+    visit_part("v_proj", self.v_proj, visitor);
+    visit_part("out_proj", self.out_proj, visitor);
   }
 
  private:
