@@ -27,17 +27,13 @@ void visit_parameters(Layer& layer, Visitor&& visitor) {
   std::remove_const_t<Layer>::visit(layer, visitor);
 }
 
-/// Visits the parameters of a part of a layer, their names prefixed with "<part>.": what the visit() of a layer or
-/// model calls for what it consists of.
+/// Visits the parameters of `part`, a layer inside a layer or model of yours, their names prefixed with "<name>.": what
+/// visit() of the whole calls for each of its parts. The order of the calls is the order in files and optimizers.
 template <typename Part, typename Visitor>
-void visit_part(std::string_view part_name, Part& part, Visitor& visitor) {
-  visit_parameters(part, [&](std::string_view name, auto& parameter) {
-    visitor(std::string_view(std::string(part_name).append(".").append(name)), parameter);
+void visit_part(std::string_view name, Part& part, Visitor&& visitor) {
+  visit_parameters(part, [&](std::string_view inner, auto& parameter) {
+    visitor(std::string_view(std::string(name).append(".").append(inner)), parameter);
   });
-}
-
-namespace detail {
-using diffattn::visit_part;
 }
 
 /// How many numbers a layer learns.
@@ -49,6 +45,8 @@ Index parameter_count(const Layer& layer) {
 }
 
 namespace detail {
+
+using diffattn::v0_1::visit_part;  // its old name
 
 /// Calls f(piece, values, count) for pieces of all parameters, numbered from 0, spread over the executor in one run.
 /// Where one ends and the next begins follows from the sizes alone. `begin` is told before how many there are.
