@@ -4,7 +4,7 @@
 // each with a variant of its own (attention_variant.hpp): they differ in what they compute, not in how they are called.
 //
 //   y = layer.forward(x);                     causal; or forward(x, mask), or (x, mask, lengths) for stacked sequences
-//   y = layer.forward(x, cache);              the tokens that follow those in a KvCache
+//   y = layer.forward(x, cache);              the tokens that follow those in a KvCache; or forward(x, cache, mask)
 //   y = layer.forward(x, mask, tape);         or (x, mask, lengths, tape): keeps what backward needs
 //   dx = layer.backward(dy, tape, grad);      from dy, the gradient of y
 //   layer.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
@@ -79,13 +79,14 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
     return y;
   }
 
-  /// y for the tokens that follow those in `cache`: appends them, and each attends to all up to itself (or to the last
-  /// `window`, if the cache has one). The same numbers whether a prompt comes whole, in chunks or token by token.
-  template <typename X, typename Storage>
-  Matrix<Scalar> forward(const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache) const {
+  /// y for the tokens that follow those in `cache`, which joins them: the same numbers whether a prompt comes whole, in
+  /// chunks or token by token. The mask is that of all tokens ever fed, as if they stood in one piece: CausalMask, or
+  /// any other, with or without a bias. The cache's window, if it has one, is joined with both().
+  template <typename X, typename Storage, AttentionMask Mask = CausalMask>
+  Matrix<Scalar> forward(const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache, const Mask& mask = {}) const {
     detail::ThreadWorkspace workspace;
     Matrix<Scalar> y(x.rows(), config_.embed_dim);
-    forward_into(y, x, cache, workspace);
+    forward_into(y, x, cache, mask, workspace);
     return y;
   }
 
@@ -134,9 +135,19 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
   template <typename Y, typename X, typename Storage, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
                     Workspace& workspace, E&& executor = {}) const {
+    forward_into(y, x, cache, CausalMask{}, workspace, executor);
+  }
+
+  /// forward(x, cache, mask) into y.
+  template <typename Y, typename X, typename Storage, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
+                    const Mask& mask, Workspace& workspace, E&& executor = {}) const {
     check_tokens(y, x);
+    if (x.rows() == 0) return;
+    const Index all_tokens = cache.position() + x.rows();
+    detail::check_mask(Variant::kName, mask, config_.num_heads, x.rows(), all_tokens);
     const detail::Readable<X> x_read(x.derived());
-    Passes::attend_to_cache(output_of(y), input_of(x_read), cache, workspace, executor);
+    Passes::attend_to_cache(output_of(y), input_of(x_read), cache, mask, workspace, executor);
   }
 
   /// forward(x, mask, tape) into y.

@@ -17,6 +17,8 @@
 #include "diffattn/kernels/backward.hpp"
 #include "diffattn/kernels/decode.hpp"
 #include "diffattn/kernels/diff_attention.hpp"
+#include "diffattn/kernels/gradients.hpp"
+#include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 #include "diffattn/layers/attention_variant.hpp"
 #include "diffattn/layers/detail/remembered_mask.hpp"
@@ -181,27 +183,39 @@ class AttentionPasses : public Variant {
   }
 
   /// y = layer(x) behind what the cache holds, in the cache's three steps: prepare, write, commit. What throws before
-  /// the last leaves it as it was.
-  template <typename Storage, typename E>
-  void attend_to_cache(const Output& y, const Input& x, KvCache<Storage>& cache, Workspace& workspace,
+  /// the last leaves it as it was. The mask is that of all tokens ever fed and of x's, in one piece.
+  template <typename Storage, typename Mask, typename E>
+  void attend_to_cache(const Output& y, const Input& x, KvCache<Storage>& cache, const Mask& mask, Workspace& workspace,
                        E& executor) const {
     const Index n = x.rows();
-    if (n == 0) return;
     cache.template prepare<Scalar>(Variant::kName, config_.num_kv_heads, Variant::kKeyMaps, config_.head_dim,
                                    Variant::value_dim(config_), n);
     const auto frame = workspace.frame();
     Parts parts = project(x, nullptr, workspace, executor);
     turn(parts.q, parts.k, 0, n, cache.position(), executor);
     cache.write(view_of(parts.k), view_of(parts.v), executor);
-    if constexpr (Variant::kLambda == LambdaSource::none) {
-      decode_attention_into(parts.attended, parts.q, cache.packed(n), heads(), cache.options().window,
-                            AttentionOptions{}, workspace, executor);
+    if constexpr (std::is_same_v<Mask, CausalMask>) {
+      decode(parts, cache, cache.window_mask(), workspace, executor);  // the same, and compiled once
+    } else if (cache.options().window) {
+      decode(parts, cache, both(mask, cache.window_mask()), workspace, executor);
     } else {
-      decode_diff_attention_into(parts.attended, parts.q, cache.packed(n), lambda_of_rows(parts.lambda, 0, n), heads(),
-                                 cache.options().window, AttentionOptions{}, workspace, executor);
+      decode(parts, cache, mask, workspace, executor);
     }
     finish(y, parts.attended, false, workspace, executor);
     cache.commit(n);
+  }
+
+  /// Fills parts.attended from what has been written to the cache.
+  template <typename Storage, typename Mask, typename E>
+  void decode(Parts& parts, const KvCache<Storage>& cache, const Mask& mask, Workspace& workspace, E& executor) const {
+    const Index n = parts.q.rows();
+    const auto pages = cache.packed(n);
+    if constexpr (Variant::kLambda == LambdaSource::none) {
+      decode_attention_into(parts.attended, parts.q, pages, heads(), mask, AttentionOptions{}, workspace, executor);
+    } else {
+      decode_diff_attention_into(parts.attended, parts.q, pages, lambda_of_rows(parts.lambda, 0, n), heads(), mask,
+                                 AttentionOptions{}, workspace, executor);
+    }
   }
 
   /// dx, and into grad, from dy: output, heads, attention, projections.
@@ -262,18 +276,18 @@ class AttentionPasses : public Variant {
         const auto dq = of(d.q), dk = of(d.k), dv = of(d.v), dattended = of(d.attended);
         const auto q = of(tape.q), k = of(tape.k), v = of(tape.v);
         if constexpr (Variant::kLambda == LambdaSource::none) {
-          multihead_attention_backward_into(dq, dk, dv, q, k, v, dattended, heads(), mask, AttentionOptions{}, share,
+          multihead_attention_backward_into({dq, dk, dv}, q, k, v, dattended, heads(), mask, AttentionOptions{}, share,
                                             own);
         } else {
-          const auto differentiate_heads = [&](auto&& dlambda) {
-            multihead_diff_attention_backward_into(dq, dk, dv, dlambda, q, k, v,
-                                                   lambda_of_rows(tape.lambda, rows.first, rows.count), dattended,
-                                                   heads(), mask, AttentionOptions{}, share, own);
+          const auto lambda_of_these = lambda_of_rows(tape.lambda, rows.first, rows.count);
+          const auto differentiate_heads = [&](const DiffAttentionGradientViews<Scalar>& gradients) {
+            multihead_diff_attention_backward_into(gradients, q, k, v, lambda_of_these, dattended, heads(), mask,
+                                                   AttentionOptions{}, share, own);
           };
           if constexpr (kLayerLambda) {
-            differentiate_heads(dlambdas[rows.number]);
+            differentiate_heads({dq, dk, dv, dlambdas[rows.number]});
           } else {
-            differentiate_heads(of(d.lambda));
+            differentiate_heads({dq, dk, dv, of(d.lambda)});
           }
         }
         turn(d.q, d.k, rows.first, rows.count, 0, own, Turn::back);
