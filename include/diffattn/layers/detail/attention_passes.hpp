@@ -197,7 +197,7 @@ class AttentionPasses : public Variant {
     if constexpr (std::is_same_v<Mask, CausalMask>) {
       decode(parts, cache, cache.window_mask(), workspace, executor);  // the same, and compiled once
     } else if (cache.options().window) {
-      decode(parts, cache, both(mask, cache.window_mask()), workspace, executor);
+      decode(parts, cache, both(MaskReference<Mask>{mask}, cache.window_mask()), workspace, executor);
     } else {
       decode(parts, cache, mask, workspace, executor);
     }

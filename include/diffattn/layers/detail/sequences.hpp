@@ -14,6 +14,7 @@
 #include "diffattn/core/row_blocks.hpp"
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/rotary.hpp"
 #include "diffattn/layers/sequences.hpp"
 
@@ -83,6 +84,17 @@ inline void check_tokens(const char* where, Index embed_dim, Index x_rows, Index
   if (x_cols != embed_dim) throw_shape(where, "x", x_rows, embed_dim, x_rows, x_cols);
   if (y_rows != x_rows || y_cols != embed_dim) throw_shape(where, "y", x_rows, embed_dim, y_rows, y_cols);
 }
+
+/// A mask that is not copied: a bias may hold memory, and decoding must not take any.
+template <typename Mask>
+struct MaskReference {
+  const Mask& mask;
+
+  KeyRange visible_keys(Index query, Index n_q, Index n_k) const { return mask.visible_keys(query, n_q, n_k); }
+  auto bias(Index head, Index query, Index key, Index n_q, Index n_k) const requires HasBias<Mask> {
+    return mask.bias(head, query, key, n_q, n_k);
+  }
+};
 
 /// A view as one type of matrix, whatever its strides: what is a template on it is compiled once.
 template <typename Scalar>
