@@ -15,7 +15,7 @@
 //   initialize(random)                initial values of its own parameters, in this order behind q_proj, k_proj, v_proj
 //   visit(self, visitor)              static: names them, in the order of the state dict, behind the same three
 //   kOutput                           pointer to the member that makes y of all heads' results: a Linear of
-//                                     embed_dim x num_heads · value_dim
+//                                     embed_dim x num_heads · value_dim (declare the member before)
 //
 // Its Config has the fields embed_dim, num_heads, num_kv_heads, head_dim, rotary, bias and seed, and what else it
 // wants.

@@ -8,7 +8,6 @@
 #include <array>
 #include <optional>
 #include <type_traits>
-#include <vector>
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
@@ -21,7 +20,7 @@
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 #include "diffattn/layers/attention_variant.hpp"
-#include "diffattn/layers/detail/remembered_mask.hpp"
+#include "diffattn/layers/detail/attention_tape.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/kv_cache.hpp"
 #include "diffattn/layers/linear.hpp"
@@ -48,24 +47,7 @@ class AttentionPasses : public Variant {
     Variant::visit(self, visitor);
   }
 
- protected:
-  /// What two layers have in common whose tapes and gradients fit each other.
-  struct Shape {
-    Index embed_dim = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0, parameters = 0;
-    bool operator==(const Shape&) const = default;
-  };
-
- public:
-  /// What backward needs of a forward pass.
-  struct Tape {
-    Matrix<Scalar> x, q, k, v;  ///< q and k turned
-    Matrix<Scalar> attended;    ///< the heads' results, before finish_heads
-    Matrix<Scalar> lambda;      ///< one a token and head, where the variant has them
-    std::vector<Index> lengths;
-    RememberedMask mask;
-    Shape shape;  ///< of the layer that filled it
-    bool filled = false;
-  };
+  struct Tape : AttentionTape<Scalar> {};
 
  protected:
   explicit AttentionPasses(const Config& config)
@@ -95,7 +77,7 @@ class AttentionPasses : public Variant {
   template <typename E>
   Parts project(const Input& x, Tape* tape, Workspace& workspace, E& executor) const {
     const Index n = x.rows();
-    const auto part = [&](Matrix<Scalar> Tape::*member, Index cols) {
+    const auto part = [&](Matrix<Scalar> AttentionTape<Scalar>::*member, Index cols) {
       if (tape == nullptr) return Rows(workspace.take<Scalar>(n * cols), n, cols);
       (tape->*member).resize(n, cols);
       return Rows((tape->*member).data(), n, cols);
@@ -140,8 +122,8 @@ class AttentionPasses : public Variant {
   /// The results of n tokens, one head a row.
   template <typename T>
   auto heads_of(T* results, Index n) const {
-    using Heads = std::conditional_t<std::is_const_v<T>, const Matrix<Scalar>, Matrix<Scalar>>;
-    return Eigen::Map<Heads>(results, n * config_.num_heads, Variant::value_dim(config_));
+    using Results = std::conditional_t<std::is_const_v<T>, const Matrix<Scalar>, Matrix<Scalar>>;
+    return Eigen::Map<Results>(results, n * config_.num_heads, Variant::value_dim(config_));
   }
 
   /// The λ of `count` tokens from `first` on: a number, or one for each of them and each head.
@@ -301,7 +283,7 @@ class AttentionPasses : public Variant {
   }
 
   Config config_;
-  Shape shape_;
+  AttentionShape shape_;
 
  public:
   Projection q_proj;  ///< num_heads · kQueryMaps · head_dim x embed_dim
