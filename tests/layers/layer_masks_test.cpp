@@ -140,7 +140,7 @@ TEMPLATE_TEST_CASE("A mask that does not fit is refused before any work", "[laye
   const Matrix<double> x = random_matrix<double>(9, 24, rng), more = random_matrix<double>(2, 24, rng);
   const auto five = with_bias(CausalMask{}, AlibiBias(diffattn::alibi_slopes(5)));
   const std::string slopes = ": the slopes of AlibiBias must be 4, one for every head, got 5";
-  const auto refused = [](const auto& f) { return thrown_by<std::invalid_argument>(f); };
+  const auto refused = [](const auto& f) { return thrown_by<diffattn::ShapeError>(f); };
   const auto ends_with = [](const std::string& text, const std::string& end) {
     return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
   };
