@@ -45,6 +45,12 @@ struct FailingCopy {
   FailingCopy(const FailingCopy& other) : left(other.left - 1), memory(other.memory) {
     if (left < 0) throw std::runtime_error("no copy");
   }
+  FailingCopy& operator=(const FailingCopy& other) {
+    const FailingCopy copy(other);
+    left = copy.left;
+    memory = copy.memory;
+    return *this;
+  }
   KeyRange visible_keys(Index query, Index n_q, Index n_k) const { return CausalMask{}.visible_keys(query, n_q, n_k); }
 
   int left;

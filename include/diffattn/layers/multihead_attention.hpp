@@ -103,7 +103,7 @@ class MultiheadAttention : public AttentionLayer<MultiheadAttention<Scalar, Weig
     run(y, x, nullptr, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v) {
       detail::rotate_rows(rotary_, q, heads, k, kv_heads, 0, n, cache.position(), executor);
       cache.write(detail::view_of(k), detail::view_of(v), executor);
-      decode_attention_into(attended, q, cache.packed(n), Heads{heads, kv_heads}, cache.options().window,
+      decode_attention_into(attended, q, cache.packed(n), Heads{heads, kv_heads}, cache.window_mask(),
                             AttentionOptions{}, workspace, executor);
     });
   }
@@ -139,7 +139,7 @@ class MultiheadAttention : public AttentionLayer<MultiheadAttention<Scalar, Weig
           tape.lengths, workspace, executor, [&](detail::SequenceRows rows, auto& share, auto& own) {
             const Index first = rows.first, tokens = rows.count;
             multihead_attention_backward_into(
-                rows_of(dq, first, tokens), rows_of(dk, first, tokens), rows_of(dv, first, tokens),
+                {rows_of(dq, first, tokens), rows_of(dk, first, tokens), rows_of(dv, first, tokens)},
                 rows_of(tape.q, first, tokens), rows_of(tape.k, first, tokens), rows_of(tape.v, first, tokens),
                 rows_of(dattended, first, tokens), Heads{heads, kv_heads}, mask, AttentionOptions{}, share, own);
             detail::rotate_rows(rotary_, dq, heads, dk, kv_heads, first, tokens, 0, own, Turn::back);

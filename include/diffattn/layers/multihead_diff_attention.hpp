@@ -126,7 +126,7 @@ class MultiheadDiffAttention : public AttentionLayer<MultiheadDiffAttention<Scal
       detail::rotate_rows(rotary_, q, 2 * heads, k, 2 * kv_heads, 0, n, cache.position(), executor);
       cache.write(detail::view_of(k), detail::view_of(v), executor);
       decode_diff_attention_into(attended, q, cache.packed(n), lambda.value(), Heads{heads, kv_heads},
-                                 cache.options().window, AttentionOptions{}, workspace, executor);
+                                 cache.window_mask(), AttentionOptions{}, workspace, executor);
     });
   }
 
@@ -175,11 +175,12 @@ class MultiheadDiffAttention : public AttentionLayer<MultiheadDiffAttention<Scal
       detail::for_each_sequence(
           tape.lengths, workspace, executor, [&](detail::SequenceRows rows, auto& share, auto& own) {
             const Index first = rows.first, tokens = rows.count;
-            multihead_diff_attention_backward_into(
-                rows_of(dq, first, tokens), rows_of(dk, first, tokens), rows_of(dv, first, tokens),
-                dlambdas[rows.number], rows_of(tape.q, first, tokens), rows_of(tape.k, first, tokens),
-                rows_of(tape.v, first, tokens), lambda_value, rows_of(dattended, first, tokens), Heads{heads, kv_heads},
-                mask, AttentionOptions{}, share, own);
+            multihead_diff_attention_backward_into({rows_of(dq, first, tokens), rows_of(dk, first, tokens),
+                                                    rows_of(dv, first, tokens), dlambdas[rows.number]},
+                                                   rows_of(tape.q, first, tokens), rows_of(tape.k, first, tokens),
+                                                   rows_of(tape.v, first, tokens), lambda_value,
+                                                   rows_of(dattended, first, tokens), Heads{heads, kv_heads}, mask,
+                                                   AttentionOptions{}, share, own);
             detail::rotate_rows(rotary_, dq, 2 * heads, dk, 2 * kv_heads, first, tokens, 0, own, Turn::back);
           });
     });

@@ -110,7 +110,7 @@ class MultiheadDiffAttentionV2 : public AttentionLayer<MultiheadDiffAttentionV2<
     run(y, x, nullptr, workspace, executor, [&](auto& attended, auto& q, auto& k, auto& v, auto& lambda) {
       detail::rotate_rows(rotary_, q, 2 * heads, k, kv_heads, 0, n, cache.position(), executor);
       cache.write(detail::view_of(k), detail::view_of(v), executor);
-      decode_diff_attention_into(attended, q, cache.packed(n), lambda, Heads{heads, kv_heads}, cache.options().window,
+      decode_diff_attention_into(attended, q, cache.packed(n), lambda, Heads{heads, kv_heads}, cache.window_mask(),
                                  AttentionOptions{}, workspace, executor);
     });
   }
@@ -147,11 +147,12 @@ class MultiheadDiffAttentionV2 : public AttentionLayer<MultiheadDiffAttentionV2<
       detail::for_each_sequence(
           tape.lengths, workspace, executor, [&](detail::SequenceRows rows, auto& share, auto& own) {
             const Index first = rows.first, tokens = rows.count;
-            multihead_diff_attention_backward_into(
-                rows_of(dq, first, tokens), rows_of(dk, first, tokens), rows_of(dv, first, tokens),
-                rows_of(dlambda, first, tokens), rows_of(tape.q, first, tokens), rows_of(tape.k, first, tokens),
-                rows_of(tape.v, first, tokens), rows_of(tape.lambda, first, tokens), rows_of(dattended, first, tokens),
-                Heads{heads, kv_heads}, mask, AttentionOptions{}, share, own);
+            multihead_diff_attention_backward_into({rows_of(dq, first, tokens), rows_of(dk, first, tokens),
+                                                    rows_of(dv, first, tokens), rows_of(dlambda, first, tokens)},
+                                                   rows_of(tape.q, first, tokens), rows_of(tape.k, first, tokens),
+                                                   rows_of(tape.v, first, tokens), rows_of(tape.lambda, first, tokens),
+                                                   rows_of(dattended, first, tokens), Heads{heads, kv_heads}, mask,
+                                                   AttentionOptions{}, share, own);
             detail::rotate_rows(rotary_, dq, 2 * heads, dk, kv_heads, first, tokens, 0, own, Turn::back);
           });
     });

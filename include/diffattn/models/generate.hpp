@@ -197,7 +197,7 @@ template <typename Storage>
 class CacheBefore {
  public:
   explicit CacheBefore(const DecoderCache<Storage>& cache) : position_(cache.position()) {
-    if (cache.options().window != 0 && position_ != 0) fork_.emplace(cache);
+    if (cache.options().window && position_ != 0) fork_.emplace(cache);
   }
 
   void restore(DecoderCache<Storage>& cache) noexcept {

@@ -54,15 +54,21 @@ class RememberedMask {
   };
 
  public:
-  /// Keeps a copy; no allocation if the last one was of the same type. What a bias reads in place must live on.
+  /// Keeps a copy; no allocation if the last one was of the same type and size. What a bias reads in place must live
+  /// on.
   template <typename Mask>
   void remember(const Mask& mask) {
-    // A copy that throws half way must not leave a destroyed mask in the holder.
-    if constexpr (std::is_nothrow_copy_constructible_v<Mask>) {
+    // A copy that throws half way must not leave a destroyed mask in the holder; one that is assigned may reuse memory.
+    constexpr bool constructs = std::is_nothrow_copy_constructible_v<Mask>;
+    if constexpr (constructs || std::is_copy_assignable_v<Mask>) {
       if (holder_ != nullptr && holder_->type == &kType<Mask>) {
         Mask& old = static_cast<HolderOf<Mask>&>(*holder_).mask;
-        std::destroy_at(&old);
-        std::construct_at(&old, mask);
+        if constexpr (constructs) {
+          std::destroy_at(&old);
+          std::construct_at(&old, mask);
+        } else {
+          old = mask;
+        }
         return;
       }
     }

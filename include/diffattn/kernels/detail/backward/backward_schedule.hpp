@@ -14,17 +14,6 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// The gradients of one call; columns as in HeadOperands. dk is the same view twice when the maps share their keys.
-template <typename Scalar, Index kMaps>
-struct HeadGradients {
-  StridedView<const Scalar> dout;
-  StridedView<Scalar> dq[kMaps];
-  StridedView<Scalar> dk[kMaps];
-  StridedView<Scalar> dv;
-
-  bool shared_keys() const { return dk[0].data == dk[kMaps - 1].data; }
-};
-
 /// The row blocks [begin, end) that one task walks, and keys that include all that they see.
 struct BlockPart {
   Index begin;
