@@ -208,6 +208,33 @@ TEST_CASE("A value that a window has left behind for some of the queries does no
   }
 }
 
+TEST_CASE("What a value holds that a bias hides does not reach a query", "[kernels][decode]") {
+  struct Hidden {
+    Index key;
+    double operator()(Index head, Index query, Index j, Index /*n_q*/, Index /*n_k*/) const {
+      return head == 1 && query == 0 && j == key ? -std::numeric_limits<double>::infinity() : 0.0;
+    }
+  };
+  Rng rng = make_rng();
+  const Index n_q = GENERATE(2, 20), n_k = 300, d = 8, heads = 2, bad = GENERATE(3, 270);
+  const auto q = random_matrix<float>(n_q, heads * 2 * d, rng), k = random_matrix<float>(n_k, 2 * d, rng);
+  auto v = random_matrix<float>(n_k, d, rng);
+  const auto decode = [&] {
+    const Pages<float> pages(k, v, 1, 2, rng);
+    Workspace workspace;
+    Matrix<float> out(n_q, heads * d);
+    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{heads, 1},
+                                         diffattn::with_bias(CausalMask{}, Hidden{bad}), {}, workspace);
+    return out;
+  };
+  const Matrix<float> clean = decode();
+  v.row(bad).setConstant(std::numeric_limits<float>::quiet_NaN());
+  const Matrix<float> out = decode();
+  CHECK(out.block(0, d, 1, d).isApprox(clean.block(0, d, 1, d), 1e-5f));
+  CHECK(out.leftCols(d).array().isNaN().all());
+  CHECK(out.bottomRows(n_q - 1).array().isNaN().all());
+}
+
 TEST_CASE("Decoding refuses what does not fit, before any work", "[kernels][decode]") {
   Rng rng = make_rng();
   const auto k = random_matrix<float>(10, 4 * 6, rng), v = random_matrix<float>(10, 2 * 5, rng);
