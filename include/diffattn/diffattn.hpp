@@ -1,6 +1,12 @@
 #pragma once
 
-// The table of contents: operator and layers. What needs more than Eigen (io) and whole models are included by name.
+// The table of contents: matrices, the operators and the layers. The rest is included by name:
+//
+//   core/parallel_threads.hpp, core/parallel_openmp.hpp   executors: a pool of threads, OpenMP
+//   models/decoder.hpp, models/generate.hpp               whole models, and text from them
+//   training/…                                            cross-entropy, AdamW, batches, …
+//   io/safetensors.hpp, io/parameters.hpp, …              files; these and hugging_face/ need nlohmann-json
+//   hugging_face/diffllama.hpp                            checkpoints of Hugging Face's DiffLlama
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"

@@ -3,10 +3,10 @@
 #include <diffattn/core/parallel_threads.hpp>
 #include <diffattn/kernels/decode.hpp>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "kernels/oracle.hpp"
+#include "kernels/pages.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/throws.hpp"
@@ -14,36 +14,10 @@
 
 using namespace support;
 using diffattn::Heads;
-using diffattn::KeyValuePages;
 using diffattn::ShapeError;
 using diffattn::Workspace;
 
 namespace {
-
-namespace detail = diffattn::detail;
-
-/// Keys and values of all heads in pages, packed a few rows at a time.
-template <typename Storage>
-struct Pages {
-  template <typename Scalar>
-  Pages(const Matrix<Scalar>& k, const Matrix<Scalar>& v, Index heads, Index key_maps, Rng& rng) {
-    packed.shape = {heads, key_maps, k.cols() / heads / key_maps, v.cols() / heads, detail::Tile<Scalar>::kCols};
-    packed.n_k = k.rows();
-    for (Index row = 0; row < k.rows();) {
-      if (row % detail::kPageKeys == 0) pages.push_back(std::make_shared<detail::Page<Storage>>(packed.shape));
-      const Index at = row % detail::kPageKeys, room = std::min(detail::kPageKeys - at, k.rows() - row);
-      const Index count = std::uniform_int_distribution<Index>(1, room)(rng), width = k.cols() / heads;
-      for (Index head = 0; head < heads; ++head) {
-        pack_into_page(*pages.back(), packed.shape, head, at, detail::view_of(k).block(row, head * width, count, width),
-                       detail::view_of(v).block(row, head * packed.shape.dv, count, packed.shape.dv));
-      }
-      row += count;
-    }
-    packed.pages = pages.data();
-  }
-  std::vector<std::shared_ptr<detail::Page<Storage>>> pages;
-  KeyValuePages<Storage> packed;
-};
 
 template <typename Storage, typename Scalar>
 Matrix<Scalar> stored(const Matrix<Scalar>& m) {
@@ -206,6 +180,33 @@ TEST_CASE("A value that a window has left behind for some of the queries does no
       }
     }
   }
+}
+
+TEST_CASE("What a value holds that a bias hides does not reach a query", "[kernels][decode]") {
+  struct Hidden {
+    Index key;
+    double operator()(Index head, Index query, Index j, Index /*n_q*/, Index /*n_k*/) const {
+      return head == 1 && query == 0 && j == key ? -std::numeric_limits<double>::infinity() : 0.0;
+    }
+  };
+  Rng rng = make_rng();
+  const Index n_q = GENERATE(2, 20), n_k = 300, d = 8, heads = 2, bad = GENERATE(3, 270);
+  const auto q = random_matrix<float>(n_q, heads * 2 * d, rng), k = random_matrix<float>(n_k, 2 * d, rng);
+  auto v = random_matrix<float>(n_k, d, rng);
+  const auto decode = [&] {
+    const Pages<float> pages(k, v, 1, 2, rng);
+    Workspace workspace;
+    Matrix<float> out(n_q, heads * d);
+    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{heads, 1},
+                                         diffattn::with_bias(CausalMask{}, Hidden{bad}), {}, workspace);
+    return out;
+  };
+  const Matrix<float> clean = decode();
+  v.row(bad).setConstant(std::numeric_limits<float>::quiet_NaN());
+  const Matrix<float> out = decode();
+  CHECK(out.block(0, d, 1, d).isApprox(clean.block(0, d, 1, d), 1e-5f));
+  CHECK(out.leftCols(d).array().isNaN().all());
+  CHECK(out.bottomRows(n_q - 1).array().isNaN().all());
 }
 
 TEST_CASE("Decoding refuses what does not fit, before any work", "[kernels][decode]") {

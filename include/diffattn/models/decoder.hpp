@@ -234,10 +234,10 @@ class Decoder {
   static void visit(Self& self, Visitor& visitor) {
     visitor("embed_tokens.weight", self.embedding);
     for (std::size_t layer = 0; layer < self.blocks.size(); ++layer) {
-      detail::visit_part("layers." + std::to_string(layer), self.blocks[layer], visitor);
+      visit_part("layers." + std::to_string(layer), self.blocks[layer], visitor);
     }
-    detail::visit_part("norm", self.norm, visitor);
-    if (self.head) detail::visit_part("lm_head", *self.head, visitor);
+    visit_part("norm", self.norm, visitor);
+    if (self.head) visit_part("lm_head", *self.head, visitor);
   }
 
  private:

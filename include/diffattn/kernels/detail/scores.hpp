@@ -55,12 +55,20 @@ Scalar biased_score(Scalar product, const ScoreScale<Scalar>& scale, Scalar bias
   return std::max(product * scale.of_products + bias, std::numeric_limits<Scalar>::lowest());
 }
 
+/// Whether every row sees all of `columns`, which are keys counted from first_key, and no bias is added to them.
+template <typename Mask>
+bool sees_all(const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
+  const KeyRange all = rows.keys_of_all();
+  return !HasBias<Mask> && first_key + columns.begin >= all.begin && first_key + columns.end <= all.end;
+}
+
 /// Products of queries and keys, in place, become scores: -inf for what a row does not see, with a bias for what it
-/// does. `products` has a row for each of `rows`, `stride` apart, and in its columns the keys from first_key on; of
-/// those `columns` are looked at.
+/// does. `products` has a row for each of `rows`, `stride` apart; of its columns, keys counted from first_key, those in
+/// `columns` are looked at.
 template <typename Scalar, typename Mask>
 void finish_scores(Scalar* products, Index stride, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns,
                    const ScoreScale<Scalar>& scale) {
+  if (sees_all(rows, first_key, columns)) return;
   for_each_row(rows, first_key, columns, [&](Index r, const KeyRange& seen) {
     Scalar* const row = products + r * stride;
     fill_unseen(row, columns, seen, kMinusInfinity<Scalar>);
@@ -77,6 +85,7 @@ void finish_scores(Scalar* products, Index stride, const RowRange<Mask>& rows, I
 /// gradients of weights, since 0 · (NaN − D) would not be 0.
 template <typename Scalar, typename Mask>
 void clear_hidden(Scalar* values, Index stride, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
+  if (sees_all(rows, first_key, columns)) return;
   for_each_row(rows, first_key, columns, [&](Index r, const KeyRange& seen) {
     Scalar* const row = values + r * stride;
     fill_unseen(row, columns, seen, Scalar(0));

@@ -34,7 +34,6 @@ EIGEN_ALWAYS_INLINE simd::Packet<Scalar> exponentiate(Scalar* to, const Scalar* 
                                                       Scalar base, const ScaledExp2<Scalar>& exp2,
                                                       simd::Packet<Scalar> sums) {
   const auto row_base = simd::broadcast(base);
-#pragma GCC unroll 4
   for (Index c = begin; c < end; c += simd::kLanes<Scalar>) {
     const auto weight = exp2(simd::sub(simd::load(from + c), row_base));
     simd::store(to + c, weight);
@@ -53,7 +52,8 @@ struct BaseAndSum {
 /// The scores of a row in columns [begin, end), whole packets, become weights relative to the largest of them, in
 /// place.
 template <typename Scalar>
-BaseAndSum<Scalar> exponentiate_row(Scalar* scores, Index begin, Index end, const ScaledExp2<Scalar>& exp2) {
+EIGEN_ALWAYS_INLINE BaseAndSum<Scalar> exponentiate_row(Scalar* scores, Index begin, Index end,
+                                                        const ScaledExp2<Scalar>& exp2) {
   auto largest = simd::broadcast(kNoBase<Scalar>);
   for (Index c = begin; c < end; c += simd::kLanes<Scalar>) largest = simd::max(simd::load(scores + c), largest);
   const Scalar base = simd::reduce_max(largest);

@@ -65,9 +65,10 @@ class SmallProblem {
     for (Index map = 0; map < kMaps; ++map) set_scores(map);
     for (Index map = 0; map < kMaps; ++map) set_weights(map);
     if constexpr (kMaps == 2) {
+      const Index width = width_;
       for (Index row = 0; row < rows_.count; ++row) {
         Scalar* const p1 = weights(0, row);
-        combine_maps(p1, weights(1, row), -in_.lambda(row, rows_.head), p1, Scalar(1), 0, width_);
+        combine_maps(p1, weights(1, row), -in_.lambda(row, rows_.head), p1, Scalar(1), 0, width);
       }
     }
     Index row = 0;
@@ -82,9 +83,11 @@ class SmallProblem {
     for (; row < rows_.count; ++row) set_products<1>(weights(map, row), q, k, row);
     if constexpr (!HasBias<Mask>) {
       // As if the queries had been multiplied. What lies between the keys of two rows is overwritten next.
+      const Scalar factor = scale_.of_queries;
       for (row = 0; row < rows_.count; ++row) {
+        Scalar* const products = weights(map, row);
         const KeyRange keys = rows_.keys_of(row);
-        for (Index key = keys.begin; key < keys.end; ++key) weights(map, row)[key] *= scale_.of_queries;
+        for (Index key = keys.begin; key < keys.end; ++key) products[key] *= factor;
       }
     }
     finish_scores(weights_[map], width_, rows_, 0, {0, width_}, scale_);
@@ -92,8 +95,8 @@ class SmallProblem {
 
   /// q · k for kCount rows, which read what any of them sees of the keys together.
   template <Index kCount>
-  void set_products(Scalar* products, const StridedView<const Scalar>& q, const StridedView<const Scalar>& k,
-                    Index row) const {
+  EIGEN_ALWAYS_INLINE void set_products(Scalar* products, const StridedView<const Scalar>& q,
+                                        const StridedView<const Scalar>& k, Index row) const {
     Index key = rows_.keys_of(row).begin;
     const Index end = rows_.keys_of(row + kCount - 1).end;
     if (q.col_stride == 1 && k.col_stride == 1) {
@@ -143,31 +146,44 @@ class SmallProblem {
 
   /// Scores become probabilities, in place; all 0 for a row that sees no key.
   void set_weights(Index map) {
+    const Index width = width_;
+    const ScaledExp2<Scalar> exp2 = exp2_;  // a copy, for which stores to weights need no reload
     for (Index row = 0; row < rows_.count; ++row) {
-      const auto base_and_sum = exponentiate_row(weights(map, row), 0, width_, exp2_);
+      const auto base_and_sum = exponentiate_row(weights(map, row), 0, width, exp2);
       if (in_.lse[map].data != nullptr) in_.lse[map](row, rows_.head) = log_sum_exp(base_and_sum, scale_.of_exponent);
-      scale_row(weights(map, row), 0, width_, normaliser(base_and_sum.sum));
+      scale_row(weights(map, row), 0, width, normaliser(base_and_sum.sum));
     }
   }
 
-  /// The keys that some rows see: by each of them; and by all of them, with no key that a bias hides.
+  /// The keys that kPresent rows see: those that all of them do and no bias hides, and what each sees before and after.
   template <Index kPresent>
   struct SeenKeys {
-    KeyRange by[kPresent];
+    KeyRange before[kPresent];
     KeyRange by_all;
+    KeyRange after[kPresent];
   };
+
+  template <Index kPresent>
+  SeenKeys<kPresent> seen_from(Index row) const {
+    SeenKeys<kPresent> seen;
+    seen.by_all = {0, rows_.n_k};
+    for (Index r = 0; r < kPresent; ++r) {
+      const KeyRange keys = rows_.keys_of(row + r);
+      seen.by_all = {std::max(seen.by_all.begin, keys.begin), std::min(seen.by_all.end, keys.end)};
+    }
+    if (HasBias<Mask> || seen.by_all.end < seen.by_all.begin) seen.by_all.end = seen.by_all.begin;
+    for (Index r = 0; r < kPresent; ++r) {
+      const KeyRange keys = rows_.keys_of(row + r);
+      seen.before[r] = {keys.begin, std::min(seen.by_all.begin, keys.end)};
+      seen.after[r] = {std::max(seen.by_all.end, keys.begin), keys.end};
+    }
+    return seen;
+  }
 
   /// kPresent rows of the result, from `row` on.
   template <Index kPresent>
   void add_values(Index row) {
-    SeenKeys<kPresent> seen;
-    seen.by_all = {0, rows_.n_k};
-    for (Index r = 0; r < kPresent; ++r) {
-      seen.by[r] = rows_.keys_of(row + r);
-      seen.by_all = {std::max(seen.by_all.begin, seen.by[r].begin), std::min(seen.by_all.end, seen.by[r].end)};
-    }
-    if (HasBias<Mask> || seen.by_all.end < seen.by_all.begin) seen.by_all.end = seen.by_all.begin;
-
+    const SeenKeys<kPresent> seen = seen_from<kPresent>(row);
     const StridedView<const Scalar> v = in_.values(in_.kv_head(rows_.head));
     const StridedView<Scalar> out = in_.result(rows_.head).middle_rows(row, kPresent);
     Index c = 0;
@@ -182,31 +198,32 @@ class SmallProblem {
   /// what a row sees is touched. kWhole: packets lie in the rows of v and out as they are; else they are gathered, so
   /// that the arithmetic is the same whatever the strides.
   template <Index kPackets, bool kWhole, Index kPresent>
-  void add_columns(const StridedView<Scalar>& out, const StridedView<const Scalar>& v, const SeenKeys<kPresent>& seen,
-                   Index row, Index c) {
+  EIGEN_ALWAYS_INLINE void add_columns(const StridedView<Scalar>& out, const StridedView<const Scalar>& v,
+                                       const SeenKeys<kPresent>& seen, Index row, Index c) {
     simd::Packet<Scalar> sums[kPresent][kPackets];
     const Scalar* const weights = this->weights(0, row);
+    const Index width = width_;
     const auto add = [&](Index r, Index key) {
-      const auto weight = simd::broadcast(weights[r * width_ + key]);
+      const auto weight = simd::broadcast(weights[r * width + key]);
       for (Index p = 0; p < kPackets; ++p) {
         sums[r][p] = simd::fma(weight, values_at<kWhole>(v, key, c + p * kLanes), sums[r][p]);
       }
     };
-    const auto add_seen = [&](Index r, Index begin, Index end) {
-      for (Index key = std::max(begin, seen.by[r].begin); key < std::min(end, seen.by[r].end); ++key) {
+    const auto add_seen = [&](Index r, const KeyRange& keys) {
+      for (Index key = keys.begin; key < keys.end; ++key) {
         if (bias_shows(rows_.mask, rows_.head, row + r, key, rows_.n_q, rows_.n_k)) add(r, key);
       }
     };
     for (Index r = 0; r < kPresent; ++r) {
       for (auto& sum : sums[r]) sum = simd::broadcast(Scalar(0));
-      add_seen(r, 0, seen.by_all.begin);
+      add_seen(r, seen.before[r]);
     }
     for (Index key = seen.by_all.begin; key < seen.by_all.end; ++key) {
 #pragma GCC unroll 4
       for (Index r = 0; r < kPresent; ++r) add(r, key);
     }
     for (Index r = 0; r < kPresent; ++r) {
-      add_seen(r, seen.by_all.end, rows_.n_k);
+      add_seen(r, seen.after[r]);
       for (Index p = 0; p < kPackets; ++p) store_at<kWhole>(out, r, c + p * kLanes, sums[r][p]);
     }
   }

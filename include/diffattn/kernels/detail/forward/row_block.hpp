@@ -106,9 +106,7 @@ void score_chunk(Scalar* scores, const LeftOperand<Scalar>& q, const Scalar* key
     add_product(scores + c, kChunk, false, q, keys + c * d, d, rows.count, columns.end - c,
                 ahead.of_chunk(c * d, kCols * d), ahead.of_panel(c, kChunk), kScoreChain);
   }
-  const KeyRange all = rows.keys_of_all();
-  const bool edge = first_key + columns.begin < all.begin || first_key + columns.end > all.end;
-  if (edge || HasBias<Mask>) finish_scores(scores, kChunk, rows, first_key, columns, scale);
+  finish_scores(scores, kChunk, rows, first_key, columns, scale);
 }
 
 /// The same as add_weighted_values for values that are not all finite. A weight of 0 does not keep a NaN or Inf out, so
