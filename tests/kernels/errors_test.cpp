@@ -133,7 +133,8 @@ TEST_CASE("What is likely to have been turned is named") {
       attend(ones(4, 7), ones(4, 7), ones(8, 7)));
   says("attention: k must be 7 x 1, got 7 x 4; q is 4 x 1: a single query is a row, did you mean q.transpose()?",
        attend(ones(4, 1), k, v));
-  // Nothing that a transpose would mend is not called one.
+  // What a transpose alone would not mend is not said to be turned.
+  says("attention: k must be 5 x 4, got 5 x 5", attend(q, ones(5, 5), v));
   says("attention: k must be 7 x 4, got 7 x 3", attend(q, ones(7, 3), v));
   says("attention: v must be 7 x 6, got 8 x 6", attend(q, k, ones(8, 6)));
 

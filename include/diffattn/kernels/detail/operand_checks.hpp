@@ -83,7 +83,8 @@ inline Index output_cols(const char* where, Heads heads, const Operand& v) {
                          {checked_width(where, v, heads.num_kv_heads), heads.num_heads});
 }
 
-/// Which of q, k and v somebody who keeps a token in a column has likely forgotten to transpose.
+/// Which of q, k and v somebody who keeps a token in a column has likely forgotten to transpose: that, and only that,
+/// would make them fit.
 enum class Turned { none, query_column, q, k, v, all };
 
 /// `sizes` are those that q and v, as they came, would give.
@@ -101,8 +102,8 @@ inline Turned turned_operand(const CallSizes& sizes, const Operand& q, const Ope
     return columns && v.rows % k.rows == 0 ? Turned::all : Turned::none;
   }
   if (fits(q.rows, k.rows) && v.cols == k.cols) return Turned::all;
-  if (fits(q.rows, k.cols)) return q.cols == 1 ? Turned::query_column : Turned::q;
-  return fits(q.cols, k.rows) ? Turned::k : Turned::none;
+  if (fits(q.rows, k.cols) && v.rows == k.rows) return q.cols == 1 ? Turned::query_column : Turned::q;
+  return fits(q.cols, k.rows) && v.rows == k.cols ? Turned::k : Turned::none;
 }
 
 /// k or v does not fit.
