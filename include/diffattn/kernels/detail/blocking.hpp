@@ -19,9 +19,8 @@
 namespace diffattn::inline v0_1::detail {
 
 /// Keys in a chunk, and in a page of a cache. A tile of scores, kRows x kChunk, stays in the L1 cache beside a strip of
-/// keys or values; fewer keys would fill and empty the registers more often. A multiple of every kCols, and the longest
-/// sum that a chain of products is part of. A page is a chunk, so that a chunk never lies in two pages and a few rows
-/// read a page by itself.
+/// keys or values; fewer keys would make more calls of a tile, each of which reads and writes its sums. A multiple of
+/// every kCols. A page is a chunk, so that a chunk never lies in two pages and few rows take a page by itself.
 inline constexpr Index kChunk = 256;
 inline constexpr Index kPageKeys = kChunk;
 
@@ -45,8 +44,9 @@ inline constexpr Index kNearBytes = Index{2} << 20;
 /// most of the error of attention is that of its scores.
 inline constexpr Index kScoreChain = 32;
 
-/// Up to as many query rows are decoded row by row, against pages in place (few_rows/), and the rows that share a key
-/// head against keys and values that are not packed: so few are bound by reading memory once, and more gain from tiles.
+/// So few rows take as long as reading keys and values once, and have a path that does just that (few_rows/); more gain
+/// from tiles. Against pages it counts the queries, against keys that are not packed the rows of a key head: queries
+/// times sharers.
 inline constexpr Index kFewRows = 4;
 
 /// Places in memory that few rows read side by side: one stream does not use all of the bandwidth that a core has.
@@ -55,7 +55,8 @@ inline constexpr Index kStreams = 4;
 /// Pairs of a query and a key too few to be worth a task, or any preparation (few_rows/small_problem.hpp).
 inline constexpr Index kTinyPairs = 6 * 6;
 
-/// Weights of one map that a small problem keeps on the stack, rows padded to whole packets.
+/// Weights of one map that a small problem keeps on the stack, rows padded to whole packets: kTinyPairs queries of one
+/// key, with packets of 16, are 576.
 inline constexpr Index kMostSmallWeights = 640;
 
 }  // namespace diffattn::inline v0_1::detail

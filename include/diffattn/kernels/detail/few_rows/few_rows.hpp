@@ -44,14 +44,29 @@ struct FewRowsState {
   Scalar* all_weights;
   Scalar* all_sums;
 
+  FewRowsState(const HeadOperands<Scalar, kMaps>& operands, Index num_keys, const Mask& visible, Workspace& workspace)
+      : in(operands), mask(visible), n_q(in.n_q()), n_k(num_keys) {
+    rows = n_q * in.heads_per_kv_head();
+    width = round_up(in.dv, kCols);
+    first = mask.visible_keys(0, n_q, n_k).begin / kChunk;
+    chunks = std::max<Index>(divide_up(mask.visible_keys(n_q - 1, n_q, n_k).end, kChunk) - first, 0);
+    const Index slots = chunks * in.heads.num_kv_heads;
+    queries = workspace.take<Scalar>(in.heads.num_kv_heads * kMaps * rows * in.d);
+    all_weights = workspace.take<Scalar>(slots * kMaps * rows * kWeightStride);
+    all_sums = workspace.take<Scalar>(slots * rows * width);
+  }
+
   Index query(Index row) const { return row % n_q; }
   Index query_head(Index head, Index row) const { return head * in.heads_per_kv_head() + row / n_q; }
-  /// All queries of the query head that a row is of.
-  RowRange<Mask> queries_of(Index query_head) const { return {mask, query_head, 0, n_q, n_q, n_k}; }
+  /// All queries of a query head, with what they see.
+  RowRange<Mask> queries_of(Index head) const { return {mask, head, 0, n_q, n_q, n_k}; }
   Index slot(Index chunk, Index head) const { return chunk * in.heads.num_kv_heads + head; }
   Index index(Index chunk, Index head, Index map, Index row) const {
     return (slot(chunk, head) * kMaps + map) * rows + row;
   }
+
+  /// How many indices there are.
+  Index size() const { return index(chunks, 0, 0, 0); }
 
   /// [head][map][row][d], multiplied by scale.of_queries.
   Scalar* q(Index head, Index map) const { return queries + (head * kMaps + map) * rows * in.d; }
@@ -89,9 +104,9 @@ struct FewRowsState {
 template <typename Scalar, Index kMaps, typename Mask, typename Source>
 class FewRows {
   using State = FewRowsState<Scalar, kMaps, Mask>;
-  static constexpr Index kLanes = simd::kLanes<Scalar>;
 
  public:
+  /// Attention of all heads; n_k is told apart from `in`, which has no keys when they are in pages.
   template <Executor E>
   static void run(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
                   Workspace& workspace, E& executor) {
@@ -115,24 +130,12 @@ class FewRows {
  private:
   FewRows(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
           Workspace& workspace)
-      : source_(source), scale_(split_scale<Mask>(in.scale)), exp2_(scale_.of_exponent), state_{in,       mask,
-                                                                                                in.n_q(), n_k,
-                                                                                                0,        0,
-                                                                                                0,        0,
-                                                                                                nullptr,  nullptr,
-                                                                                                nullptr} {
-    State& s = state_;
-    s.rows = s.n_q * in.heads_per_kv_head();
-    s.width = round_up(in.dv, State::kCols);
-    s.first = mask.visible_keys(0, s.n_q, n_k).begin / kChunk;
-    s.chunks = std::max<Index>(divide_up(mask.visible_keys(s.n_q - 1, s.n_q, n_k).end, kChunk) - s.first, 0);
-    const Index heads = in.heads.num_kv_heads, slots = s.chunks * heads;
-    s.queries = workspace.take<Scalar>(heads * kMaps * s.rows * in.d);
-    s.all_weights = workspace.take<Scalar>(slots * kMaps * s.rows * State::kWeightStride);
-    s.all_sums = workspace.take<Scalar>(slots * s.rows * s.width);
-    factor_ = workspace.take<Scalar>(slots * kMaps * s.rows);
-    weight_sum_ = workspace.take<Scalar>(slots * kMaps * s.rows);
-  }
+      : source_(source),
+        scale_(split_scale<Mask>(in.scale)),
+        exp2_(scale_.of_exponent),
+        state_(in, n_k, mask, workspace),
+        factor_(workspace.take<Scalar>(state_.size())),
+        weight_sum_(workspace.take<Scalar>(state_.size())) {}
 
   void pack_queries(Index head) {
     const State& s = state_;
