@@ -1,0 +1,3 @@
+#pragma once
+
+#include "diffattn/layers/circle.hpp"

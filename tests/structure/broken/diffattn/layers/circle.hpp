@@ -1,0 +1,15 @@
+#pragma once
+
+#include "diffattn/kernels/detail/basement.hpp"
+#include "diffattn/layers/other_half.hpp"
+#include "diffattn/layers/nowhere.hpp"
+
+namespace diffattn {
+
+inline void shows_detail(const detail::Basement& basement = {}) { use(basement); }
+
+class Private {
+  detail::Basement hides_it();
+};
+
+}  // namespace diffattn
