@@ -15,6 +15,7 @@
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 #include "diffattn/kernels/reference.hpp"
+#include "diffattn/layers/attention_layer.hpp"
 #include "diffattn/layers/kv_cache.hpp"
 #include "diffattn/layers/lambda.hpp"
 #include "diffattn/layers/linear.hpp"

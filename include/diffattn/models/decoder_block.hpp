@@ -45,10 +45,10 @@ struct DecoderBlock {
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
-    detail::visit_part("input_layernorm", self.attention_norm, visitor);
-    detail::visit_part("self_attn", self.attention, visitor);
-    detail::visit_part("post_attention_layernorm", self.feed_forward_norm, visitor);
-    detail::visit_part("mlp", self.feed_forward, visitor);
+    visit_part("input_layernorm", self.attention_norm, visitor);
+    visit_part("self_attn", self.attention, visitor);
+    visit_part("post_attention_layernorm", self.feed_forward_norm, visitor);
+    visit_part("mlp", self.feed_forward, visitor);
   }
 
   /// x = block(x), in place: the tokens of one sequence under a CausalMask, or those that follow what the layer's

@@ -139,9 +139,9 @@ class FeedForward {
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
-    detail::visit_part("gate_proj", self.gate_proj, visitor);
-    detail::visit_part("up_proj", self.up_proj, visitor);
-    detail::visit_part("down_proj", self.down_proj, visitor);
+    visit_part("gate_proj", self.gate_proj, visitor);
+    visit_part("up_proj", self.up_proj, visitor);
+    visit_part("down_proj", self.down_proj, visitor);
   }
 
  private:
