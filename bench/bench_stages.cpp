@@ -127,7 +127,7 @@ void time_blocks(benchmark::State& state, Index n, Index block_rows, const Run& 
   Index first = n / block_rows * block_rows;
   const auto run_next = [&] {
     first = (first == 0 ? n / block_rows * block_rows : first) - block_rows;
-    run(RowRange<FullMask>{FullMask{}, first, block_rows, n, n});
+    run(RowRange<FullMask>{FullMask{}, 0, first, block_rows, n, n});
   };
   run_next();
   for (auto _ : state) run_next();

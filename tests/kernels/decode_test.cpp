@@ -14,6 +14,7 @@
 
 using namespace support;
 using diffattn::Heads;
+using diffattn::KeyValuePages;
 using diffattn::ShapeError;
 using diffattn::Workspace;
 
@@ -76,8 +77,8 @@ void check(const Shape& shape, Index num_heads, Index num_kv_heads, Index key_ma
   for (AnyExecutor executor : {AnyExecutor(serial), AnyExecutor(pool), AnyExecutor(backwards)}) {
     Workspace workspace;
     Matrix<Scalar> out = Matrix<Scalar>::Constant(shape.n_q, num_heads * dv, Scalar(7));
-    diffattn::decode_diff_attention_into(out, q, pages.packed, lambda, Heads{num_heads, num_kv_heads}, window, {},
-                                         workspace, executor);
+    diffattn::decode_diff_attention_into(out, q, pages.packed, lambda, Heads{num_heads, num_kv_heads}, mask_of(window),
+                                         {}, workspace, executor);
     if (first.size() == 0) first = out;
     CHECK(identical(out, first));
   }
@@ -97,7 +98,7 @@ void check(const Shape& shape, Index num_heads, Index num_kv_heads, Index key_ma
   Workspace workspace;
   const Index heads = 2 * num_heads;
   Matrix<Scalar> out(shape.n_q, heads * dv);
-  diffattn::decode_attention_into(out, q, pages.packed, Heads{heads, num_kv_heads}, window, {}, workspace);
+  diffattn::decode_attention_into(out, q, pages.packed, Heads{heads, num_kv_heads}, mask_of(window), {}, workspace);
   for (Index h = 0; h < heads; ++h) {
     const Index g = h / (heads / num_kv_heads);
     Operands<Scalar> x;
@@ -150,7 +151,7 @@ TEST_CASE("What a later key or value holds does not reach an earlier query", "[k
     const Pages<float> pages(k, v, heads, 2, rng);
     Workspace workspace;
     Matrix<float> out(n_q, heads * d);
-    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{heads, heads}, 0, {}, workspace);
+    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{heads, heads}, CausalMask{}, {}, workspace);
     return out;
   };
   const Matrix<float> clean = decode();
@@ -188,7 +189,7 @@ TEST_CASE("A value that a window has left behind for some of the queries does no
       const Pages<float> pages(k, v, 1, 2, rng);
       Workspace workspace;
       Matrix<float> out(c.n_q, d);
-      diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{1, 1}, c.window, {}, workspace);
+      diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{1, 1}, mask_of(c.window), {}, workspace);
       return out;
     };
     const Matrix<float> clean = decode();
@@ -213,34 +214,34 @@ TEST_CASE("Decoding refuses what does not fit, before any work", "[kernels][deco
   const Pages<float> two_maps(k, v, 2, 2, rng);
   Workspace workspace;
   Matrix<float> out = Matrix<float>::Constant(3, 10, 7.0f);
-  const auto run = [&](Index q_cols, Heads heads, Index window, Index lambda_cols = 2) {
+  const auto run = [&](Index q_cols, Heads heads, const RangeMask& mask, Index lambda_cols = 2) {
     diffattn::decode_diff_attention_into(out, Matrix<float>(Matrix<float>::Ones(3, q_cols)), two_maps.packed,
-                                         Matrix<float>(Matrix<float>::Ones(3, lambda_cols)), heads, window, {},
+                                         Matrix<float>(Matrix<float>::Ones(3, lambda_cols)), heads, mask, {},
                                          workspace);
   };
   CHECK(thrown_by<ShapeError>([&] {
-          run(23, {2, 2}, 0);
+          run(23, {2, 2}, {CausalMask{}});
         }) == "decode_diff_attention: the columns of q must be a positive multiple of 4, got 23");
   CHECK(thrown_by<ShapeError>([&] {
-          run(20, {2, 2}, 0);
+          run(20, {2, 2}, {CausalMask{}});
         }).find("decode_diff_attention: the cache must hold 2 heads of width 5") == 0);
   CHECK(thrown_by<ShapeError>([&] {
-          run(24, {2, 1}, 0);
+          run(24, {2, 1}, {CausalMask{}});
         }).find("decode_diff_attention: the cache must hold 1 heads of width 6") == 0);
   CHECK(thrown_by<std::invalid_argument>([&] {
-          run(24, {2, 2}, -3);
-        }) == "decode_diff_attention: the window must be 0 or more, got -3");
+          run(24, {2, 2}, {SlidingWindowMask{-3}});
+        }) == "decode_diff_attention: the window of SlidingWindowMask must be 0 or more, got -3");
   CHECK(thrown_by<ShapeError>([&] {
-          run(24, {2, 2}, 0, 3);
+          run(24, {2, 2}, {CausalMask{}}, 3);
         }) == "decode_diff_attention: lambda must be 3 x 2, got 3 x 3");
   CHECK(thrown_by<ShapeError>([&] {
           diffattn::decode_attention_into(out, Matrix<float>(Matrix<float>::Ones(3, 12)), two_maps.packed, Heads{2, 2},
-                                          0, {}, workspace);
+                                          CausalMask{}, {}, workspace);
         }) == "decode_attention: the cache must hold one map of keys, got two");
   Matrix<float> narrow(3, 9);
   CHECK(thrown_by<ShapeError>([&] {
           diffattn::decode_diff_attention_into(narrow, Matrix<float>(Matrix<float>::Ones(3, 24)), two_maps.packed, 1.0,
-                                               Heads{2, 2}, 0, {}, workspace);
+                                               Heads{2, 2}, CausalMask{}, {}, workspace);
         }) == "decode_diff_attention: out must be 3 x 10, got 3 x 9");
   CHECK((out.array() == 7.0f).all());
 }

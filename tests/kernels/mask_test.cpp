@@ -50,20 +50,18 @@ TEST_CASE("The last query stands at the last key") {
 }
 
 TEST_CASE("Biases add what they say, and nest") {
-  CHECK(AlibiBias{0.5}(4, 4, 5, 5) == 0);
-  CHECK(AlibiBias{0.5}(4, 1, 5, 5) == -1.5);
-  CHECK(AlibiBias{0.5}(0, 3, 1, 6) == -1);
-  CHECK(AlibiBias{0.5}(1, 4, 5, 5) == -1.5);  // ahead of the query, as far as behind it
-  CHECK(with_bias(FullMask{}, AlibiBias{0.5}).bias(0, 2, 5, 6) == -0.5);
-  CHECK(PaddingBias{3}(0, 2, 1, 6) == 0);
-  CHECK(PaddingBias{3}(0, 3, 1, 6) == -std::numeric_limits<double>::infinity());
+  CHECK(AlibiBias{0.5}(0, 4, 4, 5, 5) == 0);
+  CHECK(AlibiBias{0.5}(0, 4, 1, 5, 5) == -1.5);
+  CHECK(AlibiBias{0.5}(0, 0, 3, 1, 6) == -1);
+  CHECK(AlibiBias{0.5}(0, 1, 4, 5, 5) == -1.5);  // ahead of the query, as far as behind it
+  CHECK(with_bias(FullMask{}, AlibiBias{0.5}).bias(0, 0, 2, 5, 6) == -0.5);
   const Eigen::MatrixXd matrix = Eigen::MatrixXd::Random(4, 6);  // column-major
-  CHECK(MatrixBias(matrix)(3, 2, 4, 6) == matrix(3, 2));
-  CHECK(MatrixBias(matrix.block(1, 2, 2, 3))(1, 2, 2, 3) == matrix(2, 4));
+  CHECK(MatrixBias(matrix)(0, 3, 2, 4, 6) == matrix(3, 2));
+  CHECK(MatrixBias(matrix.block(1, 2, 2, 3))(0, 1, 2, 2, 3) == matrix(2, 4));
 
   const auto nested = with_bias(with_bias(CausalMask{}, AlibiBias{0.5}), MatrixBias(matrix));
   CHECK(nested.visible_keys(1, 4, 6).end == 4);
-  CHECK(nested.bias(1, 2, 4, 6) == -0.5 + matrix(1, 2));
+  CHECK(nested.bias(0, 1, 2, 4, 6) == -0.5 + matrix(1, 2));
 }
 
 TEST_CASE("Every mask works as itself") {
@@ -84,8 +82,8 @@ TEST_CASE("Every mask works as itself") {
     check(SlidingWindowMask{6}, range({SlidingWindowMask{6}}));
     check(with_bias(SlidingWindowMask{9}, MatrixBias(matrix)),
           range({SlidingWindowMask{9}}) + added({MatrixBias(matrix)}));
-    check(with_bias(with_bias(CausalMask{}, AlibiBias{0.125}), PaddingBias{shape.n_k - 4}),
-          range({CausalMask{}}) + added({AlibiBias{0.125}}) + added({PaddingBias{shape.n_k - 4}}));
+    check(with_bias(with_bias(CausalMask{}, AlibiBias{0.125}), HidingBias{shape.n_k - 4}),
+          range({CausalMask{}}) + added({AlibiBias{0.125}}) + added({HidingBias{shape.n_k - 4}}));
   }
 }
 

@@ -25,6 +25,8 @@ inline Matrix<Exact> dense(const RangeMask& mask, Index n_q, Index n_k) {
       if (const auto* sliding = std::get_if<SlidingWindowMask>(&mask.any)) {
         visible = ahead <= 0 && ahead > -sliding->window;
       }
+      if (const auto* prefix = std::get_if<PrefixMask>(&mask.any)) visible = ahead <= 0 || j < prefix->prefix;
+      if (const auto* padding = std::get_if<PaddingMask>(&mask.any)) visible = j < padding->num_valid;
       if (!visible) bias(i, j) = kHidden;
     }
   }
@@ -32,16 +34,16 @@ inline Matrix<Exact> dense(const RangeMask& mask, Index n_q, Index n_k) {
 }
 
 template <typename Scalar>
-Matrix<Exact> dense(const AnyBias<Scalar>& added, Index n_q, Index n_k) {
+Matrix<Exact> dense(const AnyBias<Scalar>& added, Index n_q, Index n_k, Index head = 0) {
   Matrix<Exact> bias(n_q, n_k);
   for (Index i = 0; i < n_q; ++i) {
     for (Index j = 0; j < n_k; ++j) {
       if (const auto* alibi = std::get_if<AlibiBias>(&added.any)) {
-        bias(i, j) = -static_cast<Exact>(alibi->slope) * static_cast<Exact>(std::abs(i + n_k - n_q - j));
-      } else if (const auto* padding = std::get_if<PaddingBias>(&added.any)) {
-        bias(i, j) = j < padding->num_valid ? 0 : kHidden;
+        bias(i, j) = -static_cast<Exact>(alibi->slope(head)) * static_cast<Exact>(std::abs(i + n_k - n_q - j));
+      } else if (const auto* hiding = std::get_if<HidingBias>(&added.any)) {
+        bias(i, j) = j < hiding->shown ? 0 : kHidden;
       } else {
-        bias(i, j) = static_cast<Exact>(added(i, j, n_q, n_k));
+        bias(i, j) = static_cast<Exact>(added(head, i, j, n_q, n_k));
       }
     }
   }

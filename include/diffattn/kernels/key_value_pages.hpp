@@ -63,12 +63,14 @@ struct Page {
 
 }  // namespace detail
 
-/// The first n_k tokens of some pages, to be read.
+/// The first n_k tokens of some pages, to be read. They are those of positions [first_key, first_key + n_k): what stood
+/// before has been dropped.
 template <typename Storage>
 struct KeyValuePages {
   const std::shared_ptr<detail::Page<Storage>>* pages = nullptr;
   PageShape shape;
   Index n_k = 0;
+  Index first_key = 0;
 
   const Storage* keys(Index page, Index head, Index map) const {
     return pages[page]->data.get() + shape.keys_offset(head, map);

@@ -94,7 +94,7 @@ class CacheTransaction {
 
   explicit CacheTransaction(DecoderCache<Storage>& cache, Calls calls = Calls::one)
       : cache_(cache), before_(cache.position()), holds_(calls == Calls::one) {
-    if (!holds_ && cache.options().window != 0 && before_ != 0) fork_.emplace(cache);
+    if (!holds_ && cache.options().window && before_ != 0) fork_.emplace(cache);
     if (!holds_) return;
     for (KvCache<Storage>& layer : cache_.layers) layer.hold();
   }

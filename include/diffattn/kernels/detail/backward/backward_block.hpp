@@ -148,7 +148,7 @@ class BackwardBlock {
     }
     const KeyRange all = rows.keys_of_all();
     if (HasBias<Mask> || first_key + columns.begin < all.begin || first_key + columns.end > all.end) {
-      clear_hidden(da, rows, first_key, columns);
+      clear_hidden(da, kChunk, rows, first_key, columns);
     }
     for (Index map = 0; map < kMaps; ++map) {
       Scalar* const weights = panel(chunk, map) + at;

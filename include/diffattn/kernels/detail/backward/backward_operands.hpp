@@ -4,9 +4,20 @@
 // read, the sums that its blocks add to, and the rows of one block.
 
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/kernels/options.hpp"
+#include "diffattn/kernels/detail/lambda_view.hpp"
 
 namespace diffattn::inline v0_1::detail {
+
+/// The gradients of one call; columns as in HeadOperands. dk is the same view twice when the maps share their keys.
+template <typename Scalar, Index kMaps>
+struct HeadGradients {
+  StridedView<const Scalar> dout;
+  StridedView<Scalar> dq[kMaps];
+  StridedView<Scalar> dk[kMaps];
+  StridedView<Scalar> dv;
+
+  bool shared_keys() const { return dk[0].data == dk[kMaps - 1].data; }
+};
 
 /// Keys and values of one head, packed once and read by every block of its query rows.
 template <typename Scalar, Index kMaps>

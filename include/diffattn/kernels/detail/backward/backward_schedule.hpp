@@ -14,17 +14,6 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// The gradients of one call; columns as in HeadOperands. dk is the same view twice when the maps share their keys.
-template <typename Scalar, Index kMaps>
-struct HeadGradients {
-  StridedView<const Scalar> dout;
-  StridedView<Scalar> dq[kMaps];
-  StridedView<Scalar> dk[kMaps];
-  StridedView<Scalar> dv;
-
-  bool shared_keys() const { return dk[0].data == dk[kMaps - 1].data; }
-};
-
 /// The row blocks [begin, end) that one task walks, and keys that include all that they see.
 struct BlockPart {
   Index begin;
@@ -120,17 +109,17 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
   const Index slots = std::min(wave * parts, workers);  // tasks at a time, each with sums of its own
   const Index pieces = divide_up(n_k, kPieceRows), key_maps = in.shared_keys() ? 1 : kMaps;
 
-  const auto row_range = [&](Index block) {
+  const auto row_range = [&](Index head, Index block) {
     const Index first = block * Block::kBlockRows;
-    return RowRange<Mask>{mask, first, std::min(Block::kBlockRows, n_q - first), n_q, n_k};
+    return RowRange<Mask>{mask, head, first, std::min(Block::kBlockRows, n_q - first), n_q, n_k};
   };
   Index max_keys = 0;
   for (Index block = 0; block < blocks; ++block) {
-    const KeyRange keys = row_range(block).keys_of_any();
+    const KeyRange keys = row_range(0, block).keys_of_any();
     max_keys = std::max(max_keys, keys.end - keys.begin);
   }
   auto* const part_of = workspace.take<BlockPart>(parts);
-  split_blocks(part_of, parts, all_blocks, [&](Index b) { return row_range(b % blocks).keys_of_any(); });
+  split_blocks(part_of, parts, all_blocks, [&](Index b) { return row_range(0, b % blocks).keys_of_any(); });
 
   typename Block::Head shape;
   shape.n_k = n_k;
@@ -202,7 +191,7 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
         }
         for (Index b = part_of[part].begin; b < part_of[part].end; ++b) {
           const Index head = (first_head + i) * group + b / blocks;
-          const RowRange<Mask> rows = row_range(b % blocks);
+          const RowRange<Mask> rows = row_range(head, b % blocks);
           typename Block::Rows block;
           for (Index map = 0; map < kMaps; ++map) {
             block.q[map] = in.q[map].block(rows.first, head * in.q_step, rows.count, in.d);
