@@ -5,7 +5,8 @@
 // safetensors_header.hpp's business.
 //
 // Errors   by the caller's fail(why). Equal keys at once; else the first problem, once the whole text is known to be
-// JSON. Cost     one pass and no tree: time and memory grow with the length of the header, whatever is in it.
+//          JSON.
+// Cost     one pass and no tree: time and memory grow with the length of the header, whatever is in it.
 
 #include <algorithm>
 #include <bit>
