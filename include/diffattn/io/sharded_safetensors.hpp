@@ -12,6 +12,8 @@
 //          file, the tensor and the rule. std::runtime_error: a file cannot be opened, or the directory has no
 //          safetensors; the message says what it has instead and what to do with it. The index may name files of the
 //          directory only: no path in it leads out.
+//
+// Tested by tests/hugging_face/diffllama_checkpoint_test.cpp and diffllama_test.cpp.
 
 #include <algorithm>
 #include <filesystem>
