@@ -151,6 +151,31 @@ TEMPLATE_TEST_CASE("A decoder's tokens see what the mask lets them see", "[model
   check(diffattn::SlidingWindowMask{2});
 }
 
+TEMPLATE_TEST_CASE("Behind a cache a mask is that of all tokens", "[models][decoder]", MultiheadDiffAttention<double>,
+                   MultiheadDiffAttentionV2<double>, MultiheadAttention<double>) {
+  Decoder<double, TestType> model(small<TestType>(true));
+  randomize_norms(model);
+  const std::vector<int> tokens = {0, 30, 7, 7, 12, 1, 29};
+  const auto check = [&](const auto& mask) {
+    const Matrix<double> whole = model.logits(tokens, mask);
+    CHECK_FALSE(identical(whole, model.logits(tokens)));
+    for (const std::size_t first : {std::size_t{0}, std::size_t{4}}) {  // token by token, or behind four at once
+      auto cache = model.make_cache();
+      diffattn::Workspace workspace;
+      Matrix<double> last(1, 31);
+      if (first != 0) model.logits(std::span(tokens).first(first), cache, mask);
+      for (std::size_t i = first; i < tokens.size(); ++i) {
+        model.last_logits_into(last, std::span(tokens).subspan(i, 1), cache, mask, 1, workspace);
+        CHECK((last - whole.row(static_cast<Index>(i))).cwiseAbs().maxCoeff() < 1e-12 * whole.cwiseAbs().maxCoeff());
+      }
+    }
+  };
+  check(diffattn::SlidingWindowMask{2});
+  check(with_bias(diffattn::CausalMask{}, [](Index head, Index query, Index key, Index n_q, Index n_k) {
+    return -0.3 * static_cast<double>((head + 1) * (query + n_k - n_q - key));
+  }));
+}
+
 TEST_CASE("Cached logits go into a matrix of yours, the same for any threads, without the heap", "[models][decoder]") {
   using Attention = MultiheadDiffAttention<float>;
   const Decoder<float, Attention> model(small<Attention>(false));
@@ -183,16 +208,16 @@ TEST_CASE("Cached logits go into a matrix of yours, the same for any threads, wi
   const std::vector<int> all = {3, 1, 4, 1, 5, 9, 2};
   for (const Index chunk : {1, 3, 7, 100}) {
     cache.clear();
-    model.last_logits_into(last, all, cache, chunk, workspace, pool);
+    model.last_logits_into(last, all, cache, diffattn::CausalMask{}, chunk, workspace, pool);
     CHECK(cache.position() == 7);
     CHECK((last - second.bottomRows(1)).cwiseAbs().maxCoeff() < 1e-5f);
   }
   cache.truncate(6);
   const std::vector<int> token = {2};
-  model.last_logits_into(last, token, cache, 1, workspace, pool);
+  model.last_logits_into(last, token, cache, diffattn::CausalMask{}, 1, workspace, pool);
   cache.truncate(6);
   before = support::allocations();
-  model.last_logits_into(last, token, cache, 1, workspace, pool);
+  model.last_logits_into(last, token, cache, diffattn::CausalMask{}, 1, workspace, pool);
   CHECK(support::allocations() == before);
   CHECK(model.make_cache<Eigen::bfloat16>().layers.size() == 3);
 }
@@ -220,16 +245,18 @@ TEST_CASE("Cached logits refuse what does not fit, and the cache is as before", 
         "Decoder: logits must be 2 x 31, got 3 x 31");
   CHECK(refusal([&] { model.logits_into(y, three, of_another, workspace); }) ==
         "Decoder: the cache must have 3 layers, got 2");
-  CHECK(refusal([&] { model.last_logits_into(row, three, cache, 1, workspace); }) ==
+  CHECK(refusal([&] { model.last_logits_into(row, three, cache, diffattn::CausalMask{}, 1, workspace); }) ==
         "Decoder: the cache holds at most 4 tokens and has 2, cannot append 3");
-  CHECK(refusal([&] { model.last_logits_into(row, unknown, cache, 1, workspace); }) ==
+  CHECK(refusal([&] { model.last_logits_into(row, unknown, cache, diffattn::CausalMask{}, 1, workspace); }) ==
         "Decoder: token 1 is 31, outside the vocabulary of 31");
-  CHECK(refusal([&] { model.last_logits_into(row, two, cache, 0, workspace); }) ==
+  CHECK(refusal([&] { model.last_logits_into(row, two, cache, diffattn::CausalMask{}, 0, workspace); }) ==
         "Decoder: chunk must be at least 1, got 0");
-  CHECK(support::thrown_by<Shape>([&] { model.last_logits_into(y, two, cache, 1, workspace); }) ==
-        "Decoder: logits must be 1 x 31, got 3 x 31");
-  CHECK(refusal([&] { model.last_logits_into(row, std::vector<int>{}, cache, 1, workspace); }) ==
-        "Decoder: there is no last one of no tokens");
+  CHECK(support::thrown_by<Shape>([&] {
+          model.last_logits_into(y, two, cache, diffattn::CausalMask{}, 1, workspace);
+        }) == "Decoder: logits must be 1 x 31, got 3 x 31");
+  CHECK(refusal([&] {
+          model.last_logits_into(row, std::vector<int>{}, cache, diffattn::CausalMask{}, 1, workspace);
+        }) == "Decoder: there is no last one of no tokens");
 }
 
 TEST_CASE("A prompt in chunks that fails half way leaves a cache with a window as it was", "[models][decoder]") {
@@ -244,7 +271,7 @@ TEST_CASE("A prompt in chunks that fails half way leaves a cache with a window a
   int failures = 5;
   for (;; failures += 7) {
     try {
-      model.last_logits_into(y, more, cache, 100, workspace, FailingExecutor{failures});
+      model.last_logits_into(y, more, cache, diffattn::CausalMask{}, 100, workspace, FailingExecutor{failures});
       break;
     } catch (const std::runtime_error&) {
       REQUIRE(cache.position() == 600);
@@ -253,7 +280,7 @@ TEST_CASE("A prompt in chunks that fails half way leaves a cache with a window a
     }
   }
   CHECK(failures > 40);
-  model.last_logits_into(expected, more, untouched, 100, workspace);
+  model.last_logits_into(expected, more, untouched, diffattn::CausalMask{}, 100, workspace);
   CHECK(identical(y, expected));
 }
 

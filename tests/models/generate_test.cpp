@@ -59,6 +59,23 @@ TEST_CASE("Greedy text is the best token of the uncached logits, step by step", 
   CHECK(halves == expected);
 }
 
+TEST_CASE("Text under a mask is the best token under that mask, step by step", "[models][generate]") {
+  const diffattn::SlidingWindowMask mask{3};
+  const Tokens prompt = {3, 1, 4, 1, 5, 9, 2, 6};
+  Tokens expected = prompt;
+  for (int i = 0; i < 12; ++i) {
+    Index best = 0;
+    model().logits(expected, mask).bottomRows(1).row(0).maxCoeff(&best);
+    expected.push_back(best);
+  }
+  expected.erase(expected.begin(), expected.begin() + 8);
+  CHECK(expected != generate(model(), prompt, {.max_new_tokens = 12}));
+  for (const Index chunk : {1, 3, 512}) {
+    DecoderCache<float> cache = model().make_cache();
+    CHECK(generate(model(), prompt, {.max_new_tokens = 12, .prefill_chunk = chunk}, cache, mask) == expected);
+  }
+}
+
 TEST_CASE("A model that gives NaN is told so, and the cache is as before", "[models][generate]") {
   Model broken = model();
   broken.embedding(5, 3) = std::numeric_limits<float>::quiet_NaN();

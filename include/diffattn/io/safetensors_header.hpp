@@ -5,6 +5,8 @@
 // data_offsets}} with an optional "__metadata__" of strings; then the data, which the tensors must cover without gap or
 // overlap. What a reader of ours may be handed is anybody's file, so every rule is checked before a single offset is
 // believed.
+//
+// Tested by tests/io/bad_files_test.cpp, mutations_test.cpp and tests/fuzz.
 
 #include <algorithm>
 #include <cstddef>

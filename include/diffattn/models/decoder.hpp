@@ -28,6 +28,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <span>
+#include <type_traits>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
@@ -72,12 +73,13 @@ class Decoder : public DecoderStack<Scalar, Attention> {
   }
   Matrix<Scalar> logits(std::initializer_list<Index> tokens) const { return logits(std::span(tokens)); }
 
-  /// The same for the tokens that follow those in `cache`, which they join; whatever is thrown, it is as before.
-  template <typename Tokens, typename Storage>
-  Matrix<Scalar> logits(const Tokens& tokens, DecoderCache<Storage>& cache) const {
+  /// The same for the tokens that follow those in `cache`, which they join; whatever is thrown, it is as before. The
+  /// mask is that of all tokens ever fed, as if they stood in one piece.
+  template <typename Tokens, typename Storage, AttentionMask Mask = CausalMask>
+  Matrix<Scalar> logits(const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask = {}) const {
     Workspace workspace;
     Matrix<Scalar> result(size_of(tokens), config().vocab_size);
-    logits_into(result, tokens, cache, workspace);
+    logits_into(result, tokens, cache, mask, workspace);
     return result;
   }
   template <typename Storage>
@@ -95,10 +97,14 @@ class Decoder : public DecoderStack<Scalar, Attention> {
   /// The logits of sequences stacked in `tokens`, `lengths` long, none of which sees another; what backward needs of
   /// this pass goes into `tape`.
   template <typename Tokens>
-  Matrix<Scalar> logits(const Tokens& tokens, std::span<const Index> lengths, Tape& tape) const {
+  Matrix<Scalar> logits(const Tokens& tokens, const SequenceLengths& lengths, Tape& tape) const {
+    return logits(tokens, CausalMask{}, lengths, tape);
+  }
+  template <typename Tokens, AttentionMask Mask>
+  Matrix<Scalar> logits(const Tokens& tokens, const Mask& mask, const SequenceLengths& lengths, Tape& tape) const {
     Workspace workspace;
     Matrix<Scalar> result(size_of(tokens), config().vocab_size);
-    logits_into(result, tokens, lengths, tape, workspace);
+    logits_into(result, tokens, mask, lengths, tape, workspace);
     return result;
   }
 
@@ -127,15 +133,20 @@ class Decoder : public DecoderStack<Scalar, Attention> {
     head_into(y, x, workspace, executor);
   }
 
-  /// The same for the tokens that follow those in `cache`, which they join; whatever is thrown, it is as before.
+  /// logits(tokens, cache) and logits(tokens, cache, mask) into y.
   template <typename Y, typename Tokens, typename Storage, Executor E = Serial>
   void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache,
+                   Workspace& workspace, E&& executor = {}) const {
+    logits_into(y, tokens, cache, CausalMask{}, workspace, executor);
+  }
+  template <typename Y, typename Tokens, typename Storage, AttentionMask Mask, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask,
                    Workspace& workspace, E&& executor = {}) const {
     detail::check_shape(kName, "logits", y, size_of(tokens), config().vocab_size);
     const auto frame = workspace.frame();
     auto x = Stack::rows(size_of(tokens), workspace);
     detail::CacheTransaction transaction(cache);
-    hidden_into(x, tokens, cache, workspace, executor);
+    hidden_into(x, tokens, cache, mask, workspace, executor);
     head_into(y, x, workspace, executor);
     transaction.keep();
   }
@@ -143,9 +154,9 @@ class Decoder : public DecoderStack<Scalar, Attention> {
   /// y (1 x vocab_size): the logits behind the last of `tokens` alone, which follow those in `cache` and are fed
   /// `chunk` (1 or more) at a time, so that scratch grows with the chunk and not with the tokens. There must be one
   /// token at least. Whatever is thrown, the cache is as before.
-  template <typename Y, typename Tokens, typename Storage, Executor E = Serial>
-  void last_logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache, Index chunk,
-                        Workspace& workspace, E&& executor = {}) const {
+  template <typename Y, typename Tokens, typename Storage, AttentionMask Mask, Executor E = Serial>
+  void last_logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache,
+                        const Mask& mask, Index chunk, Workspace& workspace, E&& executor = {}) const {
     const Index n = size_of(tokens);
     if (n < 1) detail::throw_invalid({kName, ": there is no last one of no tokens"});
     detail::check_positive(kName, "chunk", chunk);
@@ -159,22 +170,30 @@ class Decoder : public DecoderStack<Scalar, Attention> {
       const auto frame = workspace.frame();
       auto x = Stack::rows(count, workspace);
       Stack::embed(x, std::data(tokens) + at);
-      Stack::run_cached(x, cache, workspace, executor);
+      Stack::run_cached(x, cache, mask, workspace, executor);
       if (at + count == n) head_into(y, detail::rows_of(x, count - 1, 1), workspace, executor);
     }
     transaction.keep();
   }
 
-  /// logits(tokens, lengths, tape) into y.
+  /// logits(tokens, lengths, tape) and logits(tokens, mask, lengths, tape) into y.
   template <typename Y, typename Tokens, Executor E = Serial>
-  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, std::span<const Index> lengths, Tape& tape,
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, const SequenceLengths& lengths, Tape& tape,
                    Workspace& workspace, E&& executor = {}) const {
+    logits_into(y, tokens, CausalMask{}, lengths, tape, workspace, executor);
+  }
+  template <typename Y, typename Tokens, AttentionMask Mask, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, const Mask& mask,
+                   const SequenceLengths& lengths, Tape& tape, Workspace& workspace, E&& executor = {}) const {
     const Index n = size_of(tokens);
+    if (!std::is_same_v<Mask, CausalMask> && tape.recompute) {
+      detail::throw_invalid({kName, ": a tape with recompute takes a CausalMask only"});
+    }
     detail::check_shape(kName, "logits", y, n, config().vocab_size);
     detail::check_lengths(kName, lengths, n);
     check_tokens(tokens);
     tape.begin(tokens, lengths, blocks.size(), embedding.cols());
-    Stack::run_on_tape(tape, workspace, executor);
+    Stack::run_on_tape(mask, tape, workspace, executor);
     head_into(y, tape.hidden, workspace, executor);
     tape.filled = true;
   }
@@ -183,7 +202,9 @@ class Decoder : public DecoderStack<Scalar, Attention> {
   template <typename DY, Executor E = Serial>
   void backward(const Eigen::MatrixBase<DY>& dlogits, Tape& tape, Decoder& grad, Workspace& workspace,
                 E&& executor = {}) const {
-    check_backward(dlogits, tape, grad);
+    tape.check(kName, blocks.size(), embedding.cols());
+    detail::check_shape(kName, "dlogits", dlogits, tape.hidden.rows(), config().vocab_size);
+    detail::check_gradient(kName, *this, grad);
     const auto frame = workspace.frame();
     auto dx = Stack::rows(dlogits.rows(), workspace);
     if (head) {
@@ -219,12 +240,17 @@ class Decoder : public DecoderStack<Scalar, Attention> {
   template <typename Tokens, typename Storage, Executor E = Serial>
   void hidden_into(MatrixMap<Scalar>& x, const Tokens& tokens, DecoderCache<Storage>& cache, Workspace& workspace,
                    E&& executor = {}) const {
+    hidden_into(x, tokens, cache, CausalMask{}, workspace, executor);
+  }
+  template <typename Tokens, typename Storage, AttentionMask Mask, Executor E = Serial>
+  void hidden_into(MatrixMap<Scalar>& x, const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask,
+                   Workspace& workspace, E&& executor = {}) const {
     detail::check_shape(kName, "x", x, size_of(tokens), embedding.cols());
     check_tokens(tokens);
     check_cache(cache, x.rows());
     detail::CacheTransaction transaction(cache);
     Stack::embed(x, std::data(tokens));
-    Stack::run_cached(x, cache, workspace, executor);
+    Stack::run_cached(x, cache, mask, workspace, executor);
     transaction.keep();
   }
 
@@ -262,18 +288,6 @@ class Decoder : public DecoderStack<Scalar, Attention> {
   template <typename Tokens>
   static Index size_of(const Tokens& tokens) {
     return static_cast<Index>(std::size(tokens));
-  }
-
-  template <typename DY>
-  void check_backward(const Eigen::MatrixBase<DY>& dlogits, const Tape& tape, const Decoder& grad) const {
-    if (!tape.filled) {
-      detail::throw_invalid({kName, ": backward needs a tape that logits(tokens, lengths, tape) has filled"});
-    }
-    if (!tape.fits(blocks.size(), embedding.cols())) {
-      detail::throw_invalid({kName, ": the tape was filled by a decoder of another configuration"});
-    }
-    detail::check_shape(kName, "dlogits", dlogits, tape.hidden.rows(), config().vocab_size);
-    detail::check_gradient(kName, *this, grad);
   }
 };
 

@@ -15,6 +15,7 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/linear.hpp"
@@ -102,20 +103,21 @@ class DecoderStack {
   }
 
   /// The same behind a cache, in a transaction of the caller's.
-  template <typename Storage, Executor E>
-  void run_cached(MatrixMap<Scalar>& x, DecoderCache<Storage>& cache, Workspace& workspace, E& executor) const {
+  template <typename Storage, typename Mask, Executor E>
+  void run_cached(MatrixMap<Scalar>& x, DecoderCache<Storage>& cache, const Mask& mask, Workspace& workspace,
+                  E& executor) const {
     for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
-      blocks[layer].forward_in_place(x, cache.layers[layer], workspace, executor);
+      blocks[layer].forward_in_place(x, cache.layers[layer], mask, workspace, executor);
     }
     norm.forward_rows(x.data(), x.data(), x.rows(), executor);
   }
 
   /// The same for the tokens of a tape that was begun: from its first input to its `hidden`.
-  template <Executor E>
-  void run_on_tape(Tape& tape, Workspace& workspace, E& executor) const {
+  template <typename Mask, Executor E>
+  void run_on_tape(const Mask& mask, Tape& tape, Workspace& workspace, E& executor) const {
     embed(tape.inputs[0], tape.tokens.data());
     for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
-      run_on_tape(layer, tape, workspace, executor);
+      run_on_tape(layer, mask, tape, workspace, executor);
     }
     norm.forward_rows(tape.hidden.data(), tape.inputs.back().data(), tape.hidden.rows(), executor);
   }
@@ -128,7 +130,7 @@ class DecoderStack {
                        Store::overwrite, workspace, executor);
     for (std::size_t layer = blocks.size(); layer-- > 0;) {
       // The output goes where the next block's input was, which it is, bit for bit.
-      if (tape.recompute) run_on_tape(layer, tape, workspace, executor);
+      if (tape.recompute) run_on_tape(layer, CausalMask{}, tape, workspace, executor);
       blocks[layer].backward_in_place(dx, tape.inputs[layer], tape.block(layer), grad.blocks[layer], workspace,
                                       executor);
     }
@@ -138,10 +140,10 @@ class DecoderStack {
   }
 
  private:
-  template <Executor E>
-  void run_on_tape(std::size_t layer, Tape& tape, Workspace& workspace, E& executor) const {
-    blocks[layer].forward_into(tape.inputs[layer + 1], tape.inputs[layer], tape.lengths, tape.block(layer), workspace,
-                               executor);
+  template <typename Mask, Executor E>
+  void run_on_tape(std::size_t layer, const Mask& mask, Tape& tape, Workspace& workspace, E& executor) const {
+    blocks[layer].forward_into(tape.inputs[layer + 1], tape.inputs[layer], mask, tape.lengths, tape.block(layer),
+                               workspace, executor);
   }
 };
 

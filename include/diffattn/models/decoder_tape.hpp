@@ -5,14 +5,16 @@
 // A tape is filled by decoder.logits(tokens, lengths, tape), read by decoder.backward(dlogits, tape, grad), and used
 // again for the next batch: for as many tokens without allocation. With `recompute` it keeps but the input of every
 // block, and backward runs each block forward once more (activation checkpointing, Chen et al., arXiv 1604.06174):
-// about a third more work, one block's memory instead of all blocks', and the same gradients bit for bit.
+// about a third more work, one block's memory instead of all blocks', and the same gradients bit for bit. That is for a
+// CausalMask only.
 
 #include <cstddef>
 #include <iterator>
-#include <span>
 #include <vector>
 
+#include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/layers/sequences.hpp"
 #include "diffattn/models/decoder_block.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -33,10 +35,11 @@ struct DecoderTape {
 
   /// Empties the tape for a forward pass of `num_layers` blocks on these tokens; nothing grows after the largest one.
   template <typename Tokens>
-  void begin(const Tokens& new_tokens, std::span<const Index> new_lengths, std::size_t num_layers, Index embed_dim) {
+  void begin(const Tokens& new_tokens, const SequenceLengths& new_lengths, std::size_t num_layers, Index embed_dim) {
     filled = false;
     tokens.assign(std::begin(new_tokens), std::end(new_tokens));
-    lengths.assign(new_lengths.begin(), new_lengths.end());
+    lengths.clear();
+    for (Index s = 0; s < new_lengths.size(); ++s) lengths.push_back(new_lengths[s]);
     blocks.resize(recompute ? 1 : num_layers);
     inputs.resize(num_layers + 1);
     const auto n = static_cast<Index>(tokens.size());
@@ -44,10 +47,15 @@ struct DecoderTape {
     hidden.resize(n, embed_dim);
   }
 
-  /// Whether a decoder of this many blocks and this width may have filled it.
-  bool fits(std::size_t num_layers, Index embed_dim) const {
-    return inputs.size() == num_layers + 1 && blocks.size() == (recompute ? 1 : num_layers) &&
-           hidden.cols() == embed_dim;
+  /// Throws std::invalid_argument, naming `where`, unless a decoder of this many blocks and this width has filled it.
+  void check(const char* where, std::size_t num_layers, Index embed_dim) const {
+    if (!filled) {
+      detail::throw_invalid({where, ": backward needs a tape that logits(tokens, lengths, tape) has filled"});
+    }
+    if (inputs.size() != num_layers + 1 || blocks.size() != (recompute ? 1 : num_layers) ||
+        hidden.cols() != embed_dim) {
+      detail::throw_invalid({where, ": the tape was filled by a decoder of another configuration"});
+    }
   }
 };
 

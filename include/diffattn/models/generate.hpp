@@ -30,6 +30,7 @@
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/mask.hpp"
 #include "diffattn/models/decoder.hpp"
 #include "diffattn/models/decoder_cache.hpp"
 #include "diffattn/models/generate_options.hpp"
@@ -83,6 +84,15 @@ std::vector<Index> generate(const Decoder<Scalar, Attention>& model, std::initia
 template <typename Scalar, typename Attention, typename Tokens, typename Storage, Executor E = Serial>
 std::vector<Index> generate(const Decoder<Scalar, Attention>& model, const Tokens& prompt,
                             const GenerateOptions& options, DecoderCache<Storage>& cache, E&& executor = {}) {
+  return generate(model, prompt, options, cache, CausalMask{}, executor);
+}
+
+/// The same under the mask that the model was trained with, which is that of all tokens, as if they stood in one piece.
+template <typename Scalar, typename Attention, typename Tokens, typename Storage, AttentionMask Mask,
+          Executor E = Serial>
+std::vector<Index> generate(const Decoder<Scalar, Attention>& model, const Tokens& prompt,
+                            const GenerateOptions& options, DecoderCache<Storage>& cache, const Mask& mask,
+                            E&& executor = {}) {
   TokenSampler sampler(options);
   std::vector<Index> tokens(std::data(prompt), std::data(prompt) + std::size(prompt));
   const std::size_t prompt_size = tokens.size();
@@ -93,10 +103,10 @@ std::vector<Index> generate(const Decoder<Scalar, Attention>& model, const Token
   const std::span<const Scalar> scores(logits.data(), static_cast<std::size_t>(logits.size()));
   using Transaction = detail::CacheTransaction<Storage>;
   Transaction transaction(cache, Transaction::Calls::several);
-  model.last_logits_into(logits, tokens, cache, options.prefill_chunk, workspace, executor);
+  model.last_logits_into(logits, tokens, cache, mask, options.prefill_chunk, workspace, executor);
   while (tokens.size() < most_tokens) {
     if (tokens.size() > prompt_size) {
-      model.last_logits_into(logits, std::span(&tokens.back(), 1), cache, 1, workspace, executor);
+      model.last_logits_into(logits, std::span(&tokens.back(), 1), cache, mask, 1, workspace, executor);
     }
     tokens.push_back(sampler.next(scores, std::span<const Index>(tokens)));
     if (!detail::goes_on(options, tokens.back())) break;
