@@ -1,7 +1,7 @@
 #pragma once
 
-// The table of contents of what the operator and its layers are: core, kernels, layers and analysis. It needs Eigen alone, and
-// brings ThreadPool, an executor on threads of its own.
+// The table of contents of what the operator and its layers are: core, kernels, layers and analysis. It needs Eigen
+// alone, and brings ThreadPool, an executor on threads of its own.
 //
 // What else there is, each header by its name:
 //
