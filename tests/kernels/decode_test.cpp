@@ -3,10 +3,10 @@
 #include <diffattn/core/parallel_threads.hpp>
 #include <diffattn/kernels/decode.hpp>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "kernels/oracle.hpp"
+#include "kernels/pages.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/throws.hpp"
@@ -14,36 +14,10 @@
 
 using namespace support;
 using diffattn::Heads;
-using diffattn::KeyValuePages;
 using diffattn::ShapeError;
 using diffattn::Workspace;
 
 namespace {
-
-namespace detail = diffattn::detail;
-
-/// Keys and values of all heads in pages, packed a few rows at a time.
-template <typename Storage>
-struct Pages {
-  template <typename Scalar>
-  Pages(const Matrix<Scalar>& k, const Matrix<Scalar>& v, Index heads, Index key_maps, Rng& rng) {
-    packed.shape = {heads, key_maps, k.cols() / heads / key_maps, v.cols() / heads, detail::Tile<Scalar>::kCols};
-    packed.n_k = k.rows();
-    for (Index row = 0; row < k.rows();) {
-      if (row % detail::kPageKeys == 0) pages.push_back(std::make_shared<detail::Page<Storage>>(packed.shape));
-      const Index at = row % detail::kPageKeys, room = std::min(detail::kPageKeys - at, k.rows() - row);
-      const Index count = std::uniform_int_distribution<Index>(1, room)(rng), width = k.cols() / heads;
-      for (Index head = 0; head < heads; ++head) {
-        pack_into_page(*pages.back(), packed.shape, head, at, detail::view_of(k).block(row, head * width, count, width),
-                       detail::view_of(v).block(row, head * packed.shape.dv, count, packed.shape.dv));
-      }
-      row += count;
-    }
-    packed.pages = pages.data();
-  }
-  std::vector<std::shared_ptr<detail::Page<Storage>>> pages;
-  KeyValuePages<Storage> packed;
-};
 
 template <typename Storage, typename Scalar>
 Matrix<Scalar> stored(const Matrix<Scalar>& m) {

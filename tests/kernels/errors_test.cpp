@@ -125,19 +125,27 @@ TEST_CASE("Heads that cannot be grouped are refused") {
   }
 }
 
-TEST_CASE("A negative window is refused") {
+TEST_CASE("A mask of a negative size is refused") {
   const Matrix<float> x = ones(5, 4);
-  const SlidingWindowMask mask{-3};
   Matrix<float> out = Matrix<float>::Constant(5, 4, 7);
-  const auto check = [&](const auto& call) {
-    CHECK_THAT(thrown_by<std::invalid_argument>(call), ContainsSubstring("window") && ContainsSubstring("-3"));
-    CHECK((out.array() == 7).all());
+  const auto refused = [&](const RangeMask& mask, const std::string& what) {
+    const auto biased = with_bias(mask, AnyBias<float>{AlibiBias{1}});
+    const auto check = [&](const auto& call) {
+      CHECK_THAT(thrown_by<std::invalid_argument>(call), ContainsSubstring(what + " must be 0 or more, got -3"));
+      CHECK((out.array() == 7).all());
+    };
+    check([&] { diffattn::attention_into(out, x, x, x, mask); });
+    check([&] { diffattn::diff_attention_into(out, x, x, x, x, x, 0.5, mask); });
+    check([&] { diffattn::diff_attention_into(out, x, x, x, x, x, 0.5, biased); });
+    check([&] { (void)diffattn::attention_backward(x, x, x, x, mask); });
+    check([&] { (void)diffattn::reference::attention(x, x, x, mask); });
+    check([&] { (void)diffattn::reference::diff_attention(x, x, x, x, x, 0.5, biased); });
   };
-  check([&] { diffattn::attention_into(out, x, x, x, mask); });
-  check([&] { diffattn::diff_attention_into(out, x, x, x, x, x, 0.5, mask); });
-  check([&] { diffattn::diff_attention_into(out, x, x, x, x, x, 0.5, with_bias(mask, AlibiBias{1})); });
-  check([&] { (void)diffattn::reference::attention(x, x, x, mask); });
-  check([&] { (void)diffattn::reference::diff_attention(x, x, x, x, x, 0.5, with_bias(mask, AlibiBias{1})); });
+  refused({SlidingWindowMask{-3}}, "the window of SlidingWindowMask");
+  refused({PrefixMask{-3}}, "the prefix of PrefixMask");
+  refused({PaddingMask{-3}}, "the num_valid of PaddingMask");
+  refused({both(SlidingWindowMask{2}, PaddingMask{-3})}, "the num_valid of PaddingMask");
+  refused({both(PrefixMask{-3}, SlidingWindowMask{2})}, "the prefix of PrefixMask");
 }
 
 TEST_CASE("A bias matrix of another shape is refused") {

@@ -22,9 +22,12 @@ using diffattn::PrefixMask;
 using diffattn::SlidingWindowMask;
 using diffattn::with_bias;
 
+using WindowOfPadding = diffattn::BothMasks<SlidingWindowMask, PaddingMask>;
+using WindowOfPrefix = diffattn::BothMasks<PrefixMask, SlidingWindowMask>;
+
 /// Any of the shipped masks without a bias: the kernels are compiled once for them all.
 struct RangeMask {
-  std::variant<FullMask, CausalMask, SlidingWindowMask, PrefixMask, PaddingMask> any;
+  std::variant<FullMask, CausalMask, SlidingWindowMask, PrefixMask, PaddingMask, WindowOfPadding, WindowOfPrefix> any;
 
   KeyRange visible_keys(Index query, Index n_q, Index n_k) const {
     return std::visit([&](const auto& mask) { return mask.visible_keys(query, n_q, n_k); }, any);

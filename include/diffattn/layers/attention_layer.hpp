@@ -11,8 +11,9 @@
 //                                             into a matrix of yours, scratch and threads from you: after a first call
 //                                             of the largest shape no heap allocation
 //
-// x, y, dx, dy: tokens x embed_dim, of the layer's scalar, either storage order. y must not overlap x, nor dx dy. A
-// call without a workspace uses its thread's, as attention() does.
+// x, y, dx, dy: tokens x embed_dim, of the layer's scalar, either storage order and any strides; an expression without
+// memory of its own is evaluated once. y must not overlap x, nor dx dy. A call without a workspace uses its thread's,
+// as attention() does.
 //
 // Tapes    forward leaves on the tape x, the rotated queries and keys, values and what each head attended to, about
 //          five times the size of x; scores are computed again. `grad` is a layer of the same configuration whose
@@ -202,6 +203,8 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
   template <typename DX, typename DY>
   void check_backward(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
                       const AttentionLayer& grad) const {
+    static_assert(std::is_same_v<typename DX::Scalar, Scalar> && std::is_same_v<typename DY::Scalar, Scalar>,
+                  "diffattn: dx and dy must have the scalar type of the layer; convert with .template cast<>()");
     constexpr const char* where = Variant::kName;
     if (!tape.filled) detail::throw_invalid({where, ": backward needs a tape that forward(x, mask, tape) has filled"});
     if (tape.shape != shape_) {
