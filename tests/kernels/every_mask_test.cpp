@@ -163,7 +163,7 @@ TEMPLATE_TEST_CASE("Every mask and bias works backward, head by head", "[kernels
       Workspace workspace;
       Matrix<TestType> dq(x.q.rows(), x.q.cols()), dk(x.k.rows(), x.k.cols()), dv(x.v.rows(), x.v.cols());
       Matrix<TestType> dlambda(shape.n_q, kHeads);
-      diffattn::multihead_diff_attention_backward_into(dq, dk, dv, dlambda, x.q, x.k, x.v, x.lambda, dout,
+      diffattn::multihead_diff_attention_backward_into({dq, dk, dv, dlambda}, x.q, x.k, x.v, x.lambda, dout,
                                                        Heads{kHeads, kKvHeads}, mask, {}, workspace);
       for (Index h = 0; h < kHeads; h += kHeads / kKvHeads) {  // key head by key head
         INFO("head " << h);

@@ -19,12 +19,13 @@ Block random_block(support::Rng& rng) {
   return block;
 }
 
-template <typename MaskOrCache>
-Matrix<double> in_place(const Block& block, Matrix<double> x, MaskOrCache&& mask_or_cache) {
+/// With a mask, or with a cache and a mask.
+template <typename... MaskOrCache>
+Matrix<double> in_place(const Block& block, Matrix<double> x, MaskOrCache&&... how) {
   diffattn::Workspace workspace;
   diffattn::Serial executor;
   diffattn::MatrixMap<double> rows(x.data(), x.rows(), x.cols());
-  block.forward_in_place(rows, mask_or_cache, workspace, executor);
+  block.forward_in_place(rows, how..., workspace, executor);
   return x;
 }
 
@@ -33,7 +34,7 @@ Matrix<double> with_tape(const Block& block, const Matrix<double>& x, const std:
   diffattn::Serial executor;
   Block::Tape tape;
   Matrix<double> y(x.rows(), x.cols());
-  block.forward_into(y, x, lengths, tape, workspace, executor);
+  block.forward_into(y, x, diffattn::CausalMask{}, lengths, tape, workspace, executor);
   return y;
 }
 
@@ -51,8 +52,8 @@ TEST_CASE("A block adds attention, then feed-forward, of the rows that its norms
   CHECK(support::identical(with_tape(block, x, {9}), y));
 
   diffattn::KvCache<double> cache;
-  CHECK(in_place(block, x.topRows(5), cache).isApprox(y.topRows(5), 1e-13));
-  CHECK(in_place(block, x.bottomRows(4), cache).isApprox(y.bottomRows(4), 1e-13));
+  CHECK(in_place(block, x.topRows(5), cache, diffattn::CausalMask{}).isApprox(y.topRows(5), 1e-13));
+  CHECK(in_place(block, x.bottomRows(4), cache, diffattn::CausalMask{}).isApprox(y.bottomRows(4), 1e-13));
   CHECK(cache.position() == 9);
 }
 
