@@ -94,7 +94,7 @@ TEST_CASE("Biases for other heads, queries or keys are refused before any work",
       diffattn::decode_attention_into(out, q, pages.packed, Heads{4, 2}, four, {}, workspace);
     });
     check(of_four, dq, [&] {
-      diffattn::multihead_attention_backward_into(dq, dk, dvalues, q, k, v, out, Heads{4, 2}, four, {}, workspace);
+      diffattn::multihead_attention_backward_into({dq, dk, dvalues}, q, k, v, out, Heads{4, 2}, four, {}, workspace);
     });
     check(of_two, diff_out, [&] {
       diffattn::multihead_diff_attention_into(diff_out, q, k, v, 0.5f, Heads{2, 2}, two, {}, workspace);
@@ -104,7 +104,7 @@ TEST_CASE("Biases for other heads, queries or keys are refused before any work",
     });
     float dlambda = 0;
     check(of_two, dq, [&] {
-      diffattn::multihead_diff_attention_backward_into(dq, dk, dvalues, dlambda, q, k, v, 0.5f, diff_out, Heads{2, 2},
+      diffattn::multihead_diff_attention_backward_into({dq, dk, dvalues, dlambda}, q, k, v, 0.5f, diff_out, Heads{2, 2},
                                                        two, {}, workspace);
     });
   };
