@@ -222,6 +222,46 @@ TEMPLATE_TEST_CASE("Every mask and bias works in decoding, as if all keys stood 
   }
 }
 
+TEMPLATE_TEST_CASE("What a padding or a window hides is not even read", "[kernels][mask]", float, double) {
+  const Index n_q = 40, n_k = 5000, shown = 100, d = 6;
+  Rng rng = make_rng();
+  const auto q = random_matrix<TestType>(n_q, 2 * d, rng), k = random_matrix<TestType>(n_k, 2 * d, rng);
+  const auto v = random_matrix<TestType>(n_k, d, rng), dout = random_matrix<TestType>(n_q, d, rng);
+  struct Result {
+    Matrix<TestType> out;
+    Gradients<TestType> gradients;
+    std::size_t memory;
+  };
+  const auto run = [&](const Matrix<TestType>& keys, const Matrix<TestType>& values, const RangeMask& mask) {
+    const Operands<TestType> x = {q.leftCols(d),     keys.leftCols(d), q.rightCols(d),
+                                  keys.rightCols(d), values,           Vector<TestType>::Constant(n_q, 0.5)};
+    Result result;
+    Workspace workspace;
+    result.out.resize(n_q, d);
+    diffattn::diff_attention_into(result.out, x.q1, x.k1, x.q2, x.k2, x.v, 0.5, mask, {}, workspace);
+    result.memory = workspace.capacity();
+    result.gradients = DiffAttentionBackward{}(x, dout, mask);
+    return result;
+  };
+  // As if the padding were not there, to the bit and to the byte.
+  const Result padded = run(k, v, {PaddingMask{shown}});
+  const Result without = run(k.topRows(shown), v.topRows(shown), {FullMask{}});
+  CHECK(identical(padded.out, without.out));
+  CHECK(padded.memory == without.memory);
+  for (const std::size_t i : {0U, 2U, 5U}) CHECK(identical(padded.gradients[i], without.gradients[i]));
+  for (const std::size_t i : {1U, 3U, 4U}) {
+    CHECK(identical(padded.gradients[i].topRows(shown), without.gradients[i]));
+    CHECK(padded.gradients[i].bottomRows(n_k - shown).isZero(0));
+  }
+  // In front of a window, keys that are not numbers do not even make the call take the slow way.
+  Matrix<TestType> bad_k = k, bad_v = v;
+  bad_k.topRows(n_k / 2).setConstant(kNaN<TestType>);
+  bad_v.topRows(n_k / 2).setConstant(kNaN<TestType>);
+  const Result clean = run(k, v, {SlidingWindowMask{shown}}), bad = run(bad_k, bad_v, {SlidingWindowMask{shown}});
+  CHECK(identical(bad.out, clean.out));
+  CHECK(identical(bad.gradients, clean.gradients));
+}
+
 TEST_CASE("A value that a bias hides does not come out of a page", "[kernels][decode]") {
   const Index n_k = 300, bad = 270;
   for (const Index n_q : {1, 3, 40}) {

@@ -38,6 +38,13 @@ struct RowRange {
   }
 };
 
+/// Keys that some query of a call sees; the others need not be looked at.
+template <typename Mask>
+KeyRange keys_of_any_query(const Mask& mask, Index n_q, Index n_k) {
+  const Index end = mask.visible_keys(n_q - 1, n_q, n_k).end;
+  return {std::min(mask.visible_keys(0, n_q, n_k).begin, end), end};
+}
+
 /// Calls f(r, seen) for every row, counted from the first, with the columns that the mask's range lets it see. Columns
 /// are keys counted from first_key.
 template <typename Mask, typename F>

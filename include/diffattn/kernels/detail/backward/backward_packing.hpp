@@ -9,6 +9,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/backward/backward_operands.hpp"
 #include "diffattn/kernels/detail/blocking.hpp"
+#include "diffattn/kernels/mask.hpp"
 #include "diffattn/product/packed.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -35,14 +36,16 @@ class BackwardPacking {
   using Operands = HeadOperands<Scalar, kMaps>;
   using Head = BackwardHead<Scalar, kMaps>;
 
-  /// Takes memory for `wave` key heads.
-  BackwardPacking(const Operands& in, Index wave, Workspace& workspace)
+  /// Takes memory for `wave` key heads. seen: keys that some query sees; no others are packed.
+  BackwardPacking(const Operands& in, const KeyRange& seen, Index wave, Workspace& workspace)
       : in_(in),
+        seen_(seen),
         key_maps_(in.shared_keys() ? 1 : kMaps),
-        pieces_(divide_up(in.n_k(), kPieceKeys)),
-        keys_size_(packed_strips_size<Scalar>(in.n_k(), in.d)),
-        columns_size_(packed_strips_size<Scalar>(in.d, in.n_k())),
-        values_size_(packed_strips_size<Scalar>(in.n_k(), in.dv)),
+        first_piece_(seen.begin / kPieceKeys),
+        pieces_(divide_up(seen.end, kPieceKeys) - first_piece_),
+        keys_size_(packed_strips_size<Scalar>(seen.end, in.d)),
+        columns_size_(packed_strips_size<Scalar>(in.d, seen.end)),
+        values_size_(packed_strips_size<Scalar>(seen.end, in.dv)),
         heads_(workspace.take<Head>(wave)),
         finite_(workspace.take<bool>(wave * pieces_)),
         keys_(workspace.take<Scalar>(wave * key_maps_ * keys_size_)),
@@ -52,7 +55,7 @@ class BackwardPacking {
   /// A head of these sizes, packed nowhere.
   Head shape() const {
     Head head;
-    head.n_k = in_.n_k();
+    head.n_k = seen_.end;
     head.d = in_.d;
     head.dv = in_.dv;
     return head;
@@ -62,8 +65,8 @@ class BackwardPacking {
   template <typename E>
   void pack(Index first, Index count, E& executor) {
     executor.run(count * pieces_, [&](Index task, Index /*worker*/) {
-      const Index i = task / pieces_, row = task % pieces_ * kPieceKeys;
-      finite_[task] = pack_piece(i, first + i, row, std::min(kPieceKeys, in_.n_k() - row));
+      const Index i = task / pieces_, row = (first_piece_ + task % pieces_) * kPieceKeys;
+      finite_[task] = pack_piece(i, first + i, row, std::min(kPieceKeys, seen_.end - row));
     });
     for (Index i = 0; i < count; ++i) {
       heads_[i] = shape();
@@ -89,7 +92,7 @@ class BackwardPacking {
       const Index packed = i * key_maps_ + map;
       const StridedView<const Scalar> keys = in_.keys(map, head);
       pack_transposed(keys_ + packed * keys_size_, keys, row, count);
-      finite &= pack_columns(key_columns_ + packed * columns_size_ + row * Tile<Scalar>::kCols, in_.n_k(),
+      finite &= pack_columns(key_columns_ + packed * columns_size_ + row * Tile<Scalar>::kCols, seen_.end,
                              keys.middle_rows(row, count), true);
     }
     const StridedView<const Scalar> values = in_.values(head);
@@ -98,16 +101,18 @@ class BackwardPacking {
   }
 
   const Operands& in_;
+  KeyRange seen_;
   Index key_maps_;      // packed for each head
-  Index pieces_;        // in a head
+  Index first_piece_;   // that is packed
+  Index pieces_;        // from there on, in a head
   Index keys_size_;     // of one head and map
   Index columns_size_;  // likewise
   Index values_size_;   // of one head
   Head* heads_;
   bool* finite_;         // of every head and piece
-  Scalar* keys_;         // [head][map][strip of n_k][d][kCols]
-  Scalar* key_columns_;  // [head][map][strip of d][n_k][kCols]
-  Scalar* values_;       // [head][strip of n_k][dv][kCols]
+  Scalar* keys_;         // [head][map][strip of keys][d][kCols]
+  Scalar* key_columns_;  // [head][map][strip of d][key][kCols]
+  Scalar* values_;       // [head][strip of keys][dv][kCols]
 };
 
 }  // namespace diffattn::inline v0_1::detail

@@ -41,7 +41,7 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
   const BlockParts<Mask> parts(in, mask, n_q, n_k, Block::kBlockRows, workspace);
   const Index wave = std::min(kv_heads, workers);               // key heads packed at a time
   const Index slots = std::min(wave * parts.count(), workers);  // tasks at a time, each with sums of its own
-  BackwardPacking<Scalar, kMaps> packing(in, wave, workspace);
+  BackwardPacking<Scalar, kMaps> packing(in, keys_of_any_query(mask, n_q, n_k), wave, workspace);
   const GradientSums<Scalar, kMaps> sums(in, grad, slots, workspace);
   auto* const scratch = workspace.take<Block>(workers);
   const Index most_keys = parts.most_keys();

@@ -24,7 +24,7 @@ void run_blocks(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, 
   const Index kv_heads = in.heads.num_kv_heads, workers = executor.concurrency();
   BlockTasks<Block, Scalar, Mask> tasks(in, mask, in.n_k());
   const Index wave = workers == 1 ? 1 : std::min(kv_heads, divide_up(kTasksPerWorker * workers, tasks.of_key_head()));
-  HeadPacking<Scalar, Block::kMaps> packing(in, wave, workspace);
+  HeadPacking<Scalar, Block::kMaps> packing(in, keys_of_any_query(mask, in.n_q(), in.n_k()), wave, workspace);
   tasks.take_scratch(packing.shape(), tasks.most_keys(), workspace, workers);
   for (Index first = 0; first < kv_heads; first += wave) {
     const Index count = std::min(wave, kv_heads - first);

@@ -10,6 +10,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/blocking.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
+#include "diffattn/kernels/mask.hpp"
 #include "diffattn/product/packed.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -54,13 +55,15 @@ class HeadPacking {
  public:
   using Operands = HeadOperands<Scalar, kMaps>;
 
-  /// Takes memory for `wave` key heads.
-  HeadPacking(const Operands& in, Index wave, Workspace& workspace)
+  /// Takes memory for `wave` key heads. seen: keys that some query sees; no others are packed.
+  HeadPacking(const Operands& in, const KeyRange& seen, Index wave, Workspace& workspace)
       : in_(in),
+        seen_(seen),
         key_maps_(in.shared_keys() ? 1 : kMaps),
-        pieces_(divide_up(in.n_k(), kPieceKeys)),
-        keys_size_(packed_strips_size<Scalar>(in.n_k(), in.d)),
-        values_size_(packed_strips_size<Scalar>(in.dv, in.n_k())),
+        first_piece_(seen.begin / kPieceKeys),
+        pieces_(divide_up(seen.end, kPieceKeys) - first_piece_),
+        keys_size_(packed_strips_size<Scalar>(seen.end, in.d)),
+        values_size_(packed_strips_size<Scalar>(in.dv, seen.end)),
         heads_(workspace.take<PackedHead<Scalar>>(wave)),
         finite_(workspace.take<bool>(wave * pieces_)),
         keys_(workspace.take<Scalar>(wave * key_maps_ * keys_size_)),
@@ -69,7 +72,7 @@ class HeadPacking {
   /// A head of these sizes, packed nowhere.
   PackedHead<Scalar> shape() const {
     PackedHead<Scalar> head;
-    head.value_stride = head.n_k = in_.n_k();
+    head.value_stride = head.n_k = seen_.end;
     head.d = in_.d;
     head.dv = in_.dv;
     return head;
@@ -79,8 +82,8 @@ class HeadPacking {
   template <typename E>
   void pack(Index first, Index count, E& executor) {
     executor.run(count * pieces_, [&](Index task, Index /*worker*/) {
-      const Index i = task / pieces_, row = task % pieces_ * kPieceKeys;
-      finite_[task] = pack_piece(i, first + i, row, std::min(kPieceKeys, in_.n_k() - row));
+      const Index i = task / pieces_, row = (first_piece_ + task % pieces_) * kPieceKeys;
+      finite_[task] = pack_piece(i, first + i, row, std::min(kPieceKeys, seen_.end - row));
     });
     for (Index i = 0; i < count; ++i) {
       heads_[i] = shape();
@@ -101,19 +104,21 @@ class HeadPacking {
   /// Packs `count` keys of a key head from `row` on, as the i-th of the wave. Returns whether the values are finite.
   bool pack_piece(Index i, Index head, Index row, Index count) const {
     for (Index map = 0; map < key_maps_; ++map) pack_transposed(keys(i, map), in_.keys(map, head), row, count);
-    return pack_columns(values(i) + row * Tile<Scalar>::kCols, in_.n_k(), in_.values(head).middle_rows(row, count),
+    return pack_columns(values(i) + row * Tile<Scalar>::kCols, seen_.end, in_.values(head).middle_rows(row, count),
                         true);
   }
 
   const Operands& in_;
+  KeyRange seen_;
   Index key_maps_;     // packed for each head
-  Index pieces_;       // in a head
+  Index first_piece_;  // that is packed
+  Index pieces_;       // from there on, in a head
   Index keys_size_;    // of one head and map
   Index values_size_;  // of one head
   PackedHead<Scalar>* heads_;
   bool* finite_;    // of every head and piece
-  Scalar* keys_;    // [head][map][strip of n_k][d][kCols]
-  Scalar* values_;  // [head][strip of dv][n_k][kCols]
+  Scalar* keys_;    // [head][map][strip of keys][d][kCols]
+  Scalar* values_;  // [head][strip of dv][key][kCols]
 };
 
 }  // namespace diffattn::inline v0_1::detail
