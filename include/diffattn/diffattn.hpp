@@ -1,16 +1,22 @@
 #pragma once
 
-// The table of contents: matrices, the operators and the layers. The rest is included by name:
+// The table of contents of what the operator and its layers are: core, kernels and layers. It needs Eigen alone, and
+// brings ThreadPool, an executor on threads of its own.
 //
-//   core/parallel_threads.hpp, core/parallel_openmp.hpp   executors: a pool of threads, OpenMP
-//   models/decoder.hpp, models/generate.hpp               whole models, and text from them
-//   training/…                                            cross-entropy, AdamW, batches, …
-//   io/safetensors.hpp, io/parameters.hpp, …              files; these and hugging_face/ need nlohmann-json
-//   hugging_face/diffllama.hpp                            checkpoints of Hugging Face's DiffLlama
+// What else there is, each header by its name:
+//
+//   core/parallel_openmp.hpp     an executor on OpenMP's threads
+//   models/                      decoder, generate, feed_forward, model_sizes: whole language models         Eigen alone
+//   training/                    cross_entropy, adamw, learning_rate, gradient_norm, batch_sampler, …        Eigen alone
+//   io/                          safetensors, parameters, checkpoint: files of PyTorch and of training    nlohmann-json
+//   hugging_face/                diffllama: DiffLlama's checkpoints, read, run and written                nlohmann-json
+//
+// What needs nlohmann-json comes with the CMake target diffattn::io, the rest with diffattn::diffattn.
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/parallel_threads.hpp"
 #include "diffattn/core/version.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/attention.hpp"
