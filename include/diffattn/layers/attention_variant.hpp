@@ -6,9 +6,10 @@
 //
 // A variant V is a class with
 //
-//   Scalar, Config, WeightMatrix      types: float or double; its configuration; of the projections' weights
-//   (linear.hpp) kName                             const char*, what messages call the layer kQueryMaps, kKeyMaps 1 and
-//   1: one softmax a head. 2 and 2: the difference of two. 2 and 1: of two that
+//   Scalar, Config, WeightMatrix      types: float or double; its configuration; that of the projections' weights
+//                                     (linear.hpp)
+//   kName                             const char*: what messages call the layer
+//   kQueryMaps, kKeyMaps              1 and 1: one softmax a head. 2 and 2: the difference of two. 2 and 1: of two that
 //                                     share their keys. A head's queries are kQueryMaps · head_dim columns wide.
 //   value_dim(config)                 static: how many columns the values of a head have, and so its result
 //   V(config)                         its own parameters; fields that were left to their default have been filled in

@@ -6,11 +6,10 @@
 //   multiply_all(products, workspace, executor)           several, which may share one run of the executor
 //
 // Operands  any strides; contiguous rows or columns of a and b, and contiguous rows of y, are fast. b may be stored in
-// a
-//           narrower type. y must not overlap a or b. A depth of 0 gives zeros, or the bias.
+//           a narrower type. y must not overlap a or b. A depth of 0 gives zeros, or the bias.
 // Memory    a packed copy of a, and for each worker one strip of b and the sums of one block, from `workspace`.
 // Cost      2·m·n·depth FLOP; a and b are packed, which costs as much as reading them once (b once for every 1,024
-// rows).
+//           rows).
 //
 // a is packed a block of depth at a time: [block][group][steps][kRows]. A task is a block of y, whose sums stay in the
 // second-level cache; so does what it reads of a, once for every strip of b. A strip is packed just before it is used
