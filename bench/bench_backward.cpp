@@ -91,7 +91,7 @@ void v2_pair(benchmark::State& state, Index d, Index n) {
   float dlambda = 0;
   Workspace workspace;
   measure(state, [&] {
-    multihead_diff_attention_backward_into(dq, dk, dv, dlambda, p.q, p.k1, p.v1, 0.7f, p.dout1, Heads{1}, Mask{}, {},
+    multihead_diff_attention_backward_into({dq, dk, dv, dlambda}, p.q, p.k1, p.v1, 0.7f, p.dout1, Heads{1}, Mask{}, {},
                                            workspace);
   });
   count(state, n, std::is_same_v<Mask, CausalMask>, 16.0 * static_cast<double>(d));
@@ -103,7 +103,7 @@ void v2_baseline(benchmark::State& state, Index d, Index n) {
   Matrix<float> dq(n, 2 * d), dk(n, d), dv(n, d);
   Workspace workspace;
   measure(state, [&] {
-    multihead_attention_backward_into(dq, dk, dv, p.q, p.k1, p.v1, p.dout, Heads{2, 1}, Mask{}, {}, workspace);
+    multihead_attention_backward_into({dq, dk, dv}, p.q, p.k1, p.v1, p.dout, Heads{2, 1}, Mask{}, {}, workspace);
   });
   count(state, n, std::is_same_v<Mask, CausalMask>, 20.0 * static_cast<double>(d));
 }

@@ -90,8 +90,8 @@ void differential(benchmark::State& state) {
   Step step;
   ThreadPool pool(state.range(1));
   for (auto _ : state) {
-    decode_diff_attention_into(step.out, step.q, in.cache.packed(), 0.7f, Heads{kHeads, kHeads}, 0, {}, step.workspace,
-                               pool);
+    decode_diff_attention_into(step.out, step.q, in.cache.packed(), 0.7f, Heads{kHeads, kHeads}, CausalMask{}, {},
+                               step.workspace, pool);
   }
   count(state, n, sizeof(Storage));
 }
@@ -103,8 +103,8 @@ void standard(benchmark::State& state) {
   Step step;
   ThreadPool pool(state.range(1));
   for (auto _ : state) {
-    decode_attention_into(step.out, step.q, in.cache.packed(), Heads{2 * kHeads, 2 * kHeads}, 0, {}, step.workspace,
-                          pool);
+    decode_attention_into(step.out, step.q, in.cache.packed(), Heads{2 * kHeads, 2 * kHeads}, CausalMask{}, {},
+                          step.workspace, pool);
   }
   count(state, n, sizeof(Storage));
 }

@@ -9,7 +9,6 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
-#include <array>
 #include <string>
 
 #include "diffattn/core/workspace.hpp"
@@ -80,10 +79,10 @@ void softmax(Operands& x) {
 
 /// A = P1/l1 − λ·P2/l2
 void combination(Operands& x) {
-  std::array<float, kRows> f1, f2;
-  f1.fill(0.5f);
-  f2.fill(0.25f);
-  combine_maps(x.weights, x.other_weights, f1.data(), f2.data(), kRows, {0, kChunk});
+  for (Index r = 0; r < kRows; ++r) {
+    float* const row = x.weights + r * kChunk;
+    combine_maps(row, row, 0.5f, x.other_weights + r * kChunk, 0.25f, 0, kChunk);
+  }
 }
 
 /// A V, dv = 2d
@@ -127,7 +126,7 @@ void time_blocks(benchmark::State& state, Index n, Index block_rows, const Run& 
   Index first = n / block_rows * block_rows;
   const auto run_next = [&] {
     first = (first == 0 ? n / block_rows * block_rows : first) - block_rows;
-    run(RowRange<FullMask>{FullMask{}, first, block_rows, n, n});
+    run(RowRange<FullMask>{FullMask{}, 0, first, block_rows, n, n});
   };
   run_next();
   for (auto _ : state) run_next();
@@ -136,7 +135,7 @@ void time_blocks(benchmark::State& state, Index n, Index block_rows, const Run& 
 /// DifferentialBlock (d, V 2d) or StandardBlock (d, d), whose heads also come one after the other.
 template <typename Block>
 void row_blocks(benchmark::State& state, Index d, Index n) {
-  constexpr Index kMaps = Block::kMaps, kBlockRows = Block::kBlockRows;
+  constexpr Index kMaps = Block::kMaps;
   const Index dv = kMaps * d;
   Head<kMaps> in(d, n);
   PackedHead<float> head;
@@ -149,14 +148,15 @@ void row_blocks(benchmark::State& state, Index d, Index n) {
   std::copy_n(in.keys, kMaps, head.keys);
 
   Matrix<float> out(n, dv);
+  HeadOperands<float, kMaps> operands;
+  for (Index map = 0; map < kMaps; ++map) operands.q[map] = view_of(in.q[map]);
+  operands.out = writable_view_of(out);
+  operands.lambda = {0.7f};
+  operands.d = d;
+  operands.dv = dv;
   const ScoreScale<float> scale = split_scale<FullMask>(0.125f);
   Block block(in.workspace, head, n);
-  time_blocks(state, n, kBlockRows, [&](const RowRange<FullMask>& rows) {
-    StridedView<const float> q[kMaps];
-    for (Index map = 0; map < kMaps; ++map) q[map] = view_of(in.q[map]).middle_rows(rows.first, kBlockRows);
-    const StridedView<float> lse[kMaps] = {};
-    block.run(writable_view_of(out).middle_rows(rows.first, kBlockRows), q, head, rows, scale, {0.7f}, lse, 0);
-  });
+  time_blocks(state, n, kBlockRows, [&](const RowRange<FullMask>& rows) { block.run(operands, head, rows, scale); });
   count(state, d, kBlockRows * n * kMaps / 2);
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turns the JSON of a benchmark run into the tables of README.md and bench/README.md.
+"""Turns the JSON of a benchmark run into the tables of bench/README.md.
 
 usage: report.py [--best] results.json      of a whole run or of a filtered one that measured peak/fma too
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <diffattn/analysis/statistics.hpp>
 #include <diffattn/diffattn.hpp>
 #include <diffattn/io/safetensors.hpp>
 #include <exception>
@@ -12,23 +13,21 @@
 
 #include "support/alternating_runs.hpp"
 #include "support/attention_picture.hpp"
-#include "support/attention_share.hpp"
 #include "support/recorded_layer.hpp"
 
-using diffattn::Index;
+using namespace diffattn;
 using example::Palette;
-using Map = diffattn::Matrix<double>;
+using Map = Matrix<double>;
 
 namespace {
 
 /// The same q, k and v, `copies` times over, read as differential heads or as twice as many standard ones.
-void print_times(const Map& q_once, const Map& k_once, const Map& v_once, Index copies, double lambda,
-                 diffattn::Heads heads) {
+void print_times(const Map& q_once, const Map& k_once, const Map& v_once, Index copies, double lambda, Heads heads) {
   const auto repeated = [&](const Map& m) -> Eigen::MatrixXf { return m.replicate(copies, 1).cast<float>(); };
   const Eigen::MatrixXf q = repeated(q_once), k = repeated(k_once), v = repeated(v_once);
-  const diffattn::Heads twice{2 * heads.num_heads, 2 * heads.num_kv_heads};
-  const diffattn::CausalMask causal;
-  diffattn::Workspace workspace;
+  const Heads twice{2 * heads.num_heads, 2 * heads.num_kv_heads};
+  const CausalMask causal;
+  Workspace workspace;
   Eigen::MatrixXf out(q.rows(), q.cols());
   const example::AlternatingTimes times = example::time_alternating_runs(
       [&] { multihead_diff_attention_into(out, q, k, v, lambda, heads, causal, {}, workspace); },
@@ -36,41 +35,42 @@ void print_times(const Map& q_once, const Map& k_once, const Map& v_once, Index 
   std::printf("  %5ld tokens%16.1f%16.1f%12.2f\n", q.rows(), times.first, times.second, times.ratio);
 }
 
-bool run(const diffattn::Safetensors& file) {
-  diffattn::MultiheadDiffAttention<double> layer(example::recorded_config(file));
-  diffattn::load_parameters(layer, file, "weight.");
-  const Index heads = layer.config().num_heads, kv_heads = layer.config().num_kv_heads;
-  const Index d = layer.config().embed_dim / heads / 2;
+bool run(const Safetensors& file) {
+  MultiheadDiffAttention<double> layer(example::recorded_config(file));
+  load_parameters(layer, file, "weight.");
+  const Index heads = layer.config().num_heads, kv_heads = layer.config().num_kv_heads, d = layer.config().head_dim;
   const double lambda = layer.lambda_value();
 
   // The columns of q are Q1 and Q2 of head 0, then of head 1 …, each d wide and turned by the position of its row.
   const Map x = file.matrix<double>("x"), v = x * layer.v_proj.weight.transpose();
   Map q = x * layer.q_proj.weight.transpose(), k = x * layer.k_proj.weight.transpose();
-  const diffattn::Rotary<double> rotary(*layer.config().rotary, d);
+  const Rotary<double> rotary(*layer.config().rotary, d);
   rotary.apply({q.data(), q.rows(), q.cols(), q.cols()}, 2 * heads);
   rotary.apply({k.data(), k.rows(), k.cols(), k.cols()}, 2 * kv_heads);
 
   const auto rows = file.vector<Index>("query_rows"), answers = file.vector<Index>("answer_columns");
   const Map p1 = file.matrix<double>("p1"), p2 = file.matrix<double>("p2");  // recorded, all heads stacked
-  double error = 0;
+  double error = 0, part = 1.0 / static_cast<double>(rows.size());
   std::string pictures;
   std::printf("%ld tokens; mean attention of the %ld rows that ask, lambda = %.4f\n", x.rows(), rows.size(), lambda);
   for (Index h = 0; h < heads; ++h) {
     const Index g = h / (heads / kv_heads);
     const auto map = [&](Index s, const Map& official) {
-      Map p = diffattn::reference::attention_map(q.middleCols((2 * h + s) * d, d), k.middleCols((2 * g + s) * d, d),
-                                                 diffattn::CausalMask{});
+      Map p =
+          reference::attention_map(q.middleCols((2 * h + s) * d, d), k.middleCols((2 * g + s) * d, d), CausalMask{});
       error = std::max(error, (p - official.middleRows(h * x.rows(), x.rows())).cwiseAbs().maxCoeff());
       return p;
     };
     Map maps[] = {map(0, p1), map(1, p2), Map()};
     maps[2] = maps[0] - lambda * maps[1];
-    std::printf("\n  head %ld           on the answer   on all else    of it > 0    of it < 0   entropy\n", h);
+    std::printf("\n  head %ld           on the answer   on all else   negative   entropy    keys\n", h);
     const std::string name[] = {"P1", "P2", "P1 - " + std::to_string(lambda).substr(0, 4) + " P2"};
     for (std::size_t m = 0; m < 3; ++m) {
-      const example::Share share = example::mean_share(maps[m], rows, answers);
-      std::printf("  %-14s%+16.4f%+14.4f%+13.4f%+13.4f%10.2f\n", name[m].c_str(), share.answer,
-                  share.rest_positive + share.rest_negative, share.rest_positive, share.rest_negative, share.entropy);
+      const Map asking = maps[m](rows, Eigen::all);
+      double answer = 0, all = asking.rowwise().sum().mean();
+      for (Index r = 0; r < rows.size(); ++r) answer += part * attention_share(asking, {r}, {answers[r]});
+      std::printf("  %-14s%+16.4f%+14.4f%11.4f%10.2f%8.1f\n", name[m].c_str(), answer, all - answer,
+                  negative_mass(asking).mean(), row_entropy(asking).mean(), effective_support(asking).mean());
     }
     pictures += "\n  " + example::save_picture("attention_maps_head_" + std::to_string(h) + ".png",
                                                example::picture_title(layer.config().depth, h, lambda),
@@ -78,7 +78,7 @@ bool run(const diffattn::Safetensors& file) {
                                                 {name[1], maps[1], Palette::blue},
                                                 {name[2], maps[2], Palette::diverging}});
   }
-  std::printf("\nEntropy is in nats, of |weights| scaled to sum 1. Rows of the difference sum to 1 - lambda.\n");
+  std::printf("\nEntropy: nats, of |weights| / their sum; keys: its exp. Rows of the difference sum to 1 - lambda.\n");
   std::printf("Largest difference to the recorded maps: %.1e\n", error);
 
   std::printf("\nTime of all heads, causal, one thread, float; median of alternating runs, microseconds:\n");
@@ -92,7 +92,7 @@ bool run(const diffattn::Safetensors& file) {
 
 int main(int argc, char** argv) try {
   const char* const path = argc > 1 ? argv[1] : DIFFATTN_EXAMPLE_DATA "/trained_recall_layer_0.safetensors";
-  return run(diffattn::Safetensors(path)) ? EXIT_SUCCESS : EXIT_FAILURE;
+  return run(Safetensors(path)) ? EXIT_SUCCESS : EXIT_FAILURE;
 } catch (const std::exception& error) {
   std::printf("%s\n", error.what());
   return EXIT_FAILURE;

@@ -84,7 +84,7 @@ class TrainingRun {
                     optimizer_.steps, curve.points.back().training, curve.points.back().validation, speed, seconds);
         std::fflush(stdout);
         save_checkpoint(
-            checkpoint_, model, optimizer_,
+            model, optimizer_, checkpoint_,
             {.windows_drawn = sampler_.drawn, .notes = {{"made_with", identity_}, {"curve", to_text(curve.points)}}});
         sum = 0;
         summed = 0;
@@ -108,7 +108,7 @@ class TrainingRun {
       throw std::runtime_error(checkpoint_.string() + ": was made with " + made_with + "; this is " + identity_);
     }
     curve.points = curve_from_text(note("curve"));
-    sampler_.drawn = load_checkpoint(checkpoint_, model, optimizer_).windows_drawn;
+    sampler_.drawn = load_checkpoint(model, optimizer_, checkpoint_).windows_drawn;
   }
 
   double step() {

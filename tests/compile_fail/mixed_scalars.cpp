@@ -1,4 +1,4 @@
-// error: diffattn: all operands must have the scalar type of the queries; convert with .template cast<>()
+// error: diffattn: the keys must have the scalar type of the queries; convert with .template cast<>()
 
 #include <diffattn/kernels/attention.hpp>
 

@@ -19,11 +19,11 @@ TEST_CASE("A layer of the official layout is the same layer in Hugging Face's", 
   MultiheadDiffAttention<double> layer({.embed_dim = 32,
                                         .num_heads = 4,
                                         .num_kv_heads = 2,
+                                        .head_dim = 6,
                                         .depth = 1,
                                         .rotary = RotaryConfig{.pairing = pairing},
                                         .norm_eps = 1e-3,
-                                        .bias = bias,
-                                        .head_dim = 6});
+                                        .bias = bias});
   visit_parameters(layer, [&](std::string_view, auto& parameter) {
     parameter = support::random_matrix<double>(parameter.rows(), parameter.cols(), rng) / 4;
   });

@@ -1,6 +1,8 @@
+#include <diffattn/core/parallel_threads.hpp>
 #include <diffattn/hugging_face/diffllama.hpp>
 
 #include "hugging_face/checkpoints.hpp"
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/failing_allocations.hpp"
 #include "support/throws.hpp"
@@ -187,6 +189,38 @@ TEST_CASE("What DiffLlama saves it loads, in the types that it read", "[models][
   check(float{});
   check(Eigen::half{});
   check(Eigen::bfloat16{});
+}
+
+TEST_CASE("DiffLlama's logits behind a cache go into a matrix of yours, without the heap", "[models][diffllama]") {
+  const auto model = DiffLlama<float>::load(kTrained);
+  diffattn::ThreadPool pool(2);
+  diffattn::Workspace workspace;
+  auto by_value = model.make_cache(), cache = model.make_cache({.reserve = 30});
+  const std::vector<Index> next = {4, 2};
+  const Matrix<float> first = model.logits(kTokens, by_value), second = model.logits(next, by_value, pool);
+  const Index n = first.rows(), vocabulary = model.config().vocab_size;
+  Matrix<float> y(n, vocabulary), z(2, vocabulary), whole(n, vocabulary);
+  const auto feed = [&] {
+    cache.clear();
+    model.logits_into(y, kTokens, cache, workspace, pool);
+    model.logits_into(z, next, cache, workspace, pool);
+    model.logits_into(whole, kTokens, workspace, pool);
+  };
+  feed();
+  CHECK(support::identical(y, first));
+  CHECK(support::identical(z, second));
+  CHECK(support::identical(whole, model.logits(kTokens)));
+  CHECK(support::identical(whole, model.logits(kTokens, pool)));
+  feed();
+  const std::size_t before = support::allocations();
+  feed();
+  CHECK(support::allocations() == before);
+  CHECK(model.generate(kTokens, {.max_new_tokens = 9}, pool) == model.generate(kTokens, {.max_new_tokens = 9}));
+
+  // A free function, too, as for a Decoder.
+  const files::Scratch scratch;
+  save_diffllama(model, scratch / "again");
+  CHECK(support::identical(DiffLlama<float>::load(scratch / "again").logits(kTokens), whole));
 }
 
 TEST_CASE("Weights stay in the file", "[models][diffllama]") {

@@ -49,9 +49,9 @@ struct Regression {
 
   TrainingState state() const { return {.windows_drawn = sampler.drawn, .random_state = random.state}; }
 
-  void save(const std::filesystem::path& path) const { save_checkpoint(path, model, optimizer, state()); }
+  void save(const std::filesystem::path& path) const { save_checkpoint(model, optimizer, path, state()); }
   void load(const std::filesystem::path& path) {
-    const TrainingState loaded = load_checkpoint(path, model, optimizer);
+    const TrainingState loaded = load_checkpoint(model, optimizer, path);
     sampler.drawn = loaded.windows_drawn;
     random.state = loaded.random_state;
   }
@@ -94,7 +94,7 @@ TEST_CASE("A checkpoint is a safetensors file of plain names", "[training][check
   auto model = random_model<float>(rng);
   AdamW<float> optimizer(model);
   optimizer.step(model, random_model<float>(rng));
-  save_checkpoint(file, model, optimizer,
+  save_checkpoint(model, optimizer, file,
                   {.windows_drawn = 12, .random_state = 0xfedcba9876543210, .notes = {{"text", "kjv"}}});
 
   const diffattn::Safetensors stored(file);
@@ -110,7 +110,7 @@ TEST_CASE("A checkpoint is a safetensors file of plain names", "[training][check
                                                                 {"windows_drawn", "12"}});
   auto loaded = random_model<float>(rng);
   AdamW<float> loaded_optimizer(loaded);
-  const TrainingState state = load_checkpoint(file, loaded, loaded_optimizer);
+  const TrainingState state = load_checkpoint(loaded, loaded_optimizer, file);
   CHECK(state.windows_drawn == 12);
   CHECK(state.random_state == 0xfedcba9876543210);
   CHECK(state.notes == std::map<std::string, std::string>{{"text", "kjv"}});
@@ -126,7 +126,7 @@ TEST_CASE("A file that does not fit changes nothing", "[training][checkpoint]") 
   const auto before = model;
   const auto optimizer_before = optimizer;
   const auto refusal = [&] {
-    const std::string message = thrown_by<diffattn::FormatError>([&] { load_checkpoint(file, model, optimizer); });
+    const std::string message = thrown_by<diffattn::FormatError>([&] { load_checkpoint(model, optimizer, file); });
     CHECK(same_parameters(model, before));
     CHECK(same_parameters(optimizer, optimizer_before));
     CHECK(optimizer.steps == 1);
@@ -145,16 +145,16 @@ TEST_CASE("A file that does not fit changes nothing", "[training][checkpoint]") 
 
   // Another model, and moments that lack: all in one message.
   const auto other = random_model<float>(rng, 3, 4);
-  save_checkpoint(file, other, AdamW<float>(other), {});
+  save_checkpoint(other, AdamW<float>(other), file, {});
   const std::string message = refusal();
   CHECK(message.find("shape: \"model.layers.0.q_proj.weight\" must be [3, 5], got [3, 4]") != message.npos);
   CHECK(message.find("shape: \"optimizer.second_moment.final_norm.weight\" must be [5, 1], got [4, 1]") !=
         message.npos);
 
   // What cannot be written leaves the last one as it is.
-  save_checkpoint(file, before, optimizer, {.windows_drawn = 5});
-  CHECK_THROWS_AS(save_checkpoint(file / "no" / "folder", before, optimizer, {}), std::runtime_error);
-  CHECK(load_checkpoint(file, model, optimizer).windows_drawn == 5);
+  save_checkpoint(before, optimizer, file, {.windows_drawn = 5});
+  CHECK_THROWS_AS(save_checkpoint(before, optimizer, file / "no" / "folder", {}), std::runtime_error);
+  CHECK(load_checkpoint(model, optimizer, file).windows_drawn == 5);
 }
 
 TEST_CASE("Without memory, neither saving nor loading changes anything", "[training][checkpoint]") {
@@ -169,12 +169,12 @@ TEST_CASE("Without memory, neither saving nor loading changes anything", "[train
   stored_optimizer.step(stored, random_model<float>(rng));
   const TrainingState state{
       .windows_drawn = 7, .random_state = 8, .notes = {{"a long key for a note", "of some text"}}};
-  save_checkpoint(file, stored, stored_optimizer, state);
+  save_checkpoint(stored, stored_optimizer, file, state);
   const std::string bytes = files::read(file);
   const auto before = model;
   const auto optimizer_before = optimizer;
 
-  std::size_t failed = support::for_every_failing_allocation([&] { save_checkpoint(file, model, optimizer, {}); },
+  std::size_t failed = support::for_every_failing_allocation([&] { save_checkpoint(model, optimizer, file, {}); },
                                                              [&](bool threw) {
                                                                CHECK((files::read(file) == bytes) == threw);
                                                                CHECK(scratch.list() == "run.safetensors");
@@ -185,7 +185,7 @@ TEST_CASE("Without memory, neither saving nor loading changes anything", "[train
 
   files::write(file, bytes);
   failed = support::for_every_failing_allocation(
-      [&] { load_checkpoint(file, model, optimizer); },
+      [&] { load_checkpoint(model, optimizer, file); },
       [&](bool threw) {
         CHECK(same_parameters(model, threw ? before : stored));
         CHECK(same_parameters(optimizer, threw ? optimizer_before : stored_optimizer));

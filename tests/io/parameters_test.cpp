@@ -202,6 +202,34 @@ TEST_CASE("Layers side by side in a file are told apart by their prefixes") {
   CHECK(message.find("embedding") == std::string::npos);
 }
 
+TEST_CASE("A prefix that was forgotten is named") {
+  auto layer = Differential::make<float>(false);
+  SafetensorsWriter writer;
+  add_parameters(writer, layer, "weight.");
+  writer.add("grad.q_proj.weight", Matrix<float>{{1}});
+  const Scratch folder;
+  writer.save(folder / "one");
+  const std::string hint =
+      ", but all of them with \"weight.\" before their names: load_parameters(layer, file, \"weight.\")\n  missing: "
+      "\"q_proj.weight\"\n";
+  CHECK(refusal(layer, folder / "one").substr(0, hint.size()) == hint);
+  CHECK(refusal(layer, folder / "one", "weight").find("with \"weight.\" before") != std::string::npos);
+  CHECK(refusal(layer, folder / "one", "grad.").find(" before their names") == std::string::npos);  // one is there
+
+  add_parameters(writer, layer, "other.");
+  writer.save(folder / "two");
+  CHECK(
+      refusal(layer, folder / "two")
+          .find("with \"other.\" before their names, as with 1 other prefixes: load_parameters(layer, file, \"other") !=
+      std::string::npos);
+
+  // A part of the layer is not it.
+  SafetensorsWriter part;
+  add_parameters(part, layer, "weight.", {"lambda_q1"});
+  part.save(folder / "part");
+  CHECK(refusal(layer, folder / "part").substr(0, 12) == "\n  missing: ");
+}
+
 TEST_CASE("Every missing, surplus and mis-shaped tensor is in one error") {
   auto layer = Differential::make<float>(false);
   SafetensorsWriter writer;

@@ -73,7 +73,7 @@ struct AccuracyCase {
         bias = {AlibiBias{between(0, 0.5)}};
         break;
       case 1:
-        bias = {PaddingBias{static_cast<Index>(between(1, static_cast<double>(shape.n_k) + 1))}};
+        bias = {HidingBias{static_cast<Index>(between(1, static_cast<double>(shape.n_k) + 1))}};
         break;
       default:
         bias = {MatrixBias(bias_matrix)};

@@ -151,8 +151,8 @@ TEST_CASE("Heads that share keys and values add up their gradients") {
     Matrix<double> got_dlambda(n_q, 4);
     Eigen::Map<Matrix<double>, 0, Eigen::OuterStride<>> got_dq(wide.data(), n_q, 8 * d,
                                                                Eigen::OuterStride<>(2 * (8 * d + 3)));
-    diffattn::multihead_diff_attention_backward_into(got_dq, got_dk, got_dv, got_dlambda, q, k, v, lambda, dout, heads,
-                                                     mask, {}, workspace);
+    diffattn::multihead_diff_attention_backward_into({got_dq, got_dk, got_dv, got_dlambda}, q, k, v, lambda, dout,
+                                                     heads, mask, {}, workspace);
     CHECK(close(got_dq, dq));
     CHECK(close(got_dk, dk));
     CHECK(close(got_dv, dv_sum));
@@ -162,9 +162,9 @@ TEST_CASE("Heads that share keys and values add up their gradients") {
     // A scalar λ: its gradient is the sum over queries and heads.
     double dconstant = 0;
     const Matrix<double> constant = Matrix<double>::Constant(n_q, 4, 0.6);
-    diffattn::multihead_diff_attention_backward_into(got_dq, got_dk, got_dv, got_dlambda, q, k, v, constant, dout,
+    diffattn::multihead_diff_attention_backward_into({got_dq, got_dk, got_dv, got_dlambda}, q, k, v, constant, dout,
                                                      heads, mask, {}, workspace);
-    diffattn::multihead_diff_attention_backward_into(dq, dk, dv_sum, dconstant, q, k, v, 0.6, dout, heads, mask, {},
+    diffattn::multihead_diff_attention_backward_into({dq, dk, dv_sum, dconstant}, q, k, v, 0.6, dout, heads, mask, {},
                                                      workspace);
     CHECK(close(got_dq, dq));
     CHECK(close(got_dk, dk));
@@ -195,10 +195,10 @@ TEST_CASE("What a masked key holds never leaks, and its own gradient is 0") {
     INFO(bad);
     Problem p({n, n, 5, 6});
     const Gradients<double> clean =
-        DiffAttentionPerRowBackward{}(p.x, p.dout, with_bias(FullMask{}, AnyBias<double>{PaddingBias{hidden}}));
+        DiffAttentionPerRowBackward{}(p.x, p.dout, with_bias(FullMask{}, AnyBias<double>{HidingBias{hidden}}));
     for (Matrix<double>* m : {&p.x.k1, &p.x.k2, &p.x.v}) m->bottomRows(n - hidden).setConstant(bad);
     const Gradients<double> grad =
-        DiffAttentionPerRowBackward{}(p.x, p.dout, with_bias(FullMask{}, AnyBias<double>{PaddingBias{hidden}}));
+        DiffAttentionPerRowBackward{}(p.x, p.dout, with_bias(FullMask{}, AnyBias<double>{HidingBias{hidden}}));
     for (std::size_t i = 0; i < grad.size(); ++i) {
       INFO(kGradientNames[i]);
       CHECK(close(grad[i], clean[i]));
@@ -262,7 +262,7 @@ TEST_CASE("Several heads give the same bits for any number of threads, from a wo
     float dlambda = 0;
     std::size_t capacity = 0;
     for (int round = 0; round < 4; ++round) {
-      diffattn::multihead_diff_attention_backward_into(dq, dk, dv, dlambda, q, k, v, 0.6f, dout, heads,
+      diffattn::multihead_diff_attention_backward_into({dq, dk, dv, dlambda}, q, k, v, 0.6f, dout, heads,
                                                        RangeMask{CausalMask{}}, {}, workspace, AnyExecutor(backwards));
       const Gradients<float> grad{dq, dk, {}, {}, dv, Matrix<float>::Constant(1, 1, dlambda)};
       if (first[0].size() == 0) first = grad;
@@ -323,7 +323,49 @@ TEST_CASE("The backward functions name the operand that does not fit, and change
         "attention_backward: dout must be 5 x 6, got 5 x 5");
   Matrix<double> dq(5, 4), dk(7, 4), dv(7, 5);
   CHECK(thrown_by<ShapeError>([&] {
-          diffattn::multihead_attention_backward_into(dq, dk, dv, p.x.q1, p.x.k1, p.x.v, p.dout, Heads{}, RangeMask{},
+          diffattn::multihead_attention_backward_into({dq, dk, dv}, p.x.q1, p.x.k1, p.x.v, p.dout, Heads{}, RangeMask{},
                                                       {}, workspace);
         }) == "multihead_attention_backward: dv must be 7 x 6, got 7 x 5");
+}
+
+TEST_CASE("Gradients of several heads in a struct are those in views, and the thread's workspace will do") {
+  Rng rng = make_rng();
+  const Index n_q = 30, n_k = 40, d = 6, dv = 5;
+  const Heads heads{4, 2};
+  const auto q = random_matrix<double>(n_q, 8 * d, rng), k = random_matrix<double>(n_k, 4 * d, rng);
+  const auto v = random_matrix<double>(n_k, 2 * dv, rng), dout = random_matrix<double>(n_q, 4 * dv, rng);
+  const auto lambda = random_matrix<double>(n_q, 4, rng);
+  Workspace workspace;
+  Matrix<double> dq(n_q, 8 * d), dk(n_k, 4 * d), dv_sum(n_k, 2 * dv), dlambda(n_q, 4);
+
+  diffattn::multihead_diff_attention_backward_into({dq, dk, dv_sum, dlambda}, q, k, v, lambda, dout, heads, FullMask{},
+                                                   {}, workspace);
+  const auto check = [&](const auto& grad) {
+    CHECK(identical(grad.dq, dq));
+    CHECK(identical(grad.dk, dk));
+    CHECK(identical(grad.dv, dv_sum));
+  };
+  const auto per_row = diffattn::multihead_diff_attention_backward(q, k, v, lambda, dout, heads);
+  check(per_row);
+  CHECK(identical(per_row.dlambda, dlambda));
+  diffattn::MultiheadDiffAttentionGradients<double, Matrix<double>> own;
+  own.dq.resize(3, 3);  // is resized
+  diffattn::multihead_diff_attention_backward_into(own, q, k, v, lambda, dout, heads, FullMask{}, {}, workspace);
+  check(own);
+
+  double number = 0;
+  diffattn::multihead_diff_attention_backward_into({dq, dk, dv_sum, number}, q, k, v, 0.5, dout, heads, CausalMask{},
+                                                   {}, workspace);
+  const auto constant = diffattn::multihead_diff_attention_backward(q, k, v, 0.5, dout, heads, CausalMask{});
+  check(constant);
+  CHECK(constant.dlambda == number);
+
+  const Matrix<double> q1 = q.leftCols(4 * d), k1 = k.leftCols(2 * d);
+  dq.resize(n_q, 4 * d);
+  dk.resize(n_k, 2 * d);
+  diffattn::multihead_attention_backward_into({dq, dk, dv_sum}, q1, k1, v, dout, heads, FullMask{}, {}, workspace);
+  check(diffattn::multihead_attention_backward(q1, k1, v, dout, heads));
+  diffattn::AttentionGradients<double> standard;
+  diffattn::multihead_attention_backward_into(standard, q1, k1, v, dout, heads);
+  check(standard);
 }

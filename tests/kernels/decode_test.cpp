@@ -3,10 +3,10 @@
 #include <diffattn/core/parallel_threads.hpp>
 #include <diffattn/kernels/decode.hpp>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "kernels/oracle.hpp"
+#include "kernels/pages.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/throws.hpp"
@@ -18,31 +18,6 @@ using diffattn::ShapeError;
 using diffattn::Workspace;
 
 namespace {
-
-namespace detail = diffattn::detail;
-
-/// Keys and values of all heads in pages, packed a few rows at a time.
-template <typename Storage>
-struct Pages {
-  template <typename Scalar>
-  Pages(const Matrix<Scalar>& k, const Matrix<Scalar>& v, Index heads, Index key_maps, Rng& rng) {
-    packed.shape = {heads, key_maps, k.cols() / heads / key_maps, v.cols() / heads, detail::Tile<Scalar>::kCols};
-    packed.n_k = k.rows();
-    for (Index row = 0; row < k.rows();) {
-      if (row % detail::kPageKeys == 0) pages.push_back(std::make_shared<detail::Page<Storage>>(packed.shape));
-      const Index at = row % detail::kPageKeys, room = std::min(detail::kPageKeys - at, k.rows() - row);
-      const Index count = std::uniform_int_distribution<Index>(1, room)(rng), width = k.cols() / heads;
-      for (Index head = 0; head < heads; ++head) {
-        pack_into_page(*pages.back(), packed.shape, head, at, detail::view_of(k).block(row, head * width, count, width),
-                       detail::view_of(v).block(row, head * packed.shape.dv, count, packed.shape.dv));
-      }
-      row += count;
-    }
-    packed.pages = pages.data();
-  }
-  std::vector<std::shared_ptr<detail::Page<Storage>>> pages;
-  KeyValuePages<Storage> packed;
-};
 
 template <typename Storage, typename Scalar>
 Matrix<Scalar> stored(const Matrix<Scalar>& m) {
@@ -76,8 +51,8 @@ void check(const Shape& shape, Index num_heads, Index num_kv_heads, Index key_ma
   for (AnyExecutor executor : {AnyExecutor(serial), AnyExecutor(pool), AnyExecutor(backwards)}) {
     Workspace workspace;
     Matrix<Scalar> out = Matrix<Scalar>::Constant(shape.n_q, num_heads * dv, Scalar(7));
-    diffattn::decode_diff_attention_into(out, q, pages.packed, lambda, Heads{num_heads, num_kv_heads}, window, {},
-                                         workspace, executor);
+    diffattn::decode_diff_attention_into(out, q, pages.packed, lambda, Heads{num_heads, num_kv_heads}, mask_of(window),
+                                         {}, workspace, executor);
     if (first.size() == 0) first = out;
     CHECK(identical(out, first));
   }
@@ -97,7 +72,7 @@ void check(const Shape& shape, Index num_heads, Index num_kv_heads, Index key_ma
   Workspace workspace;
   const Index heads = 2 * num_heads;
   Matrix<Scalar> out(shape.n_q, heads * dv);
-  diffattn::decode_attention_into(out, q, pages.packed, Heads{heads, num_kv_heads}, window, {}, workspace);
+  diffattn::decode_attention_into(out, q, pages.packed, Heads{heads, num_kv_heads}, mask_of(window), {}, workspace);
   for (Index h = 0; h < heads; ++h) {
     const Index g = h / (heads / num_kv_heads);
     Operands<Scalar> x;
@@ -150,7 +125,7 @@ TEST_CASE("What a later key or value holds does not reach an earlier query", "[k
     const Pages<float> pages(k, v, heads, 2, rng);
     Workspace workspace;
     Matrix<float> out(n_q, heads * d);
-    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{heads, heads}, 0, {}, workspace);
+    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{heads, heads}, CausalMask{}, {}, workspace);
     return out;
   };
   const Matrix<float> clean = decode();
@@ -188,7 +163,7 @@ TEST_CASE("A value that a window has left behind for some of the queries does no
       const Pages<float> pages(k, v, 1, 2, rng);
       Workspace workspace;
       Matrix<float> out(c.n_q, d);
-      diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{1, 1}, c.window, {}, workspace);
+      diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{1, 1}, mask_of(c.window), {}, workspace);
       return out;
     };
     const Matrix<float> clean = decode();
@@ -207,40 +182,89 @@ TEST_CASE("A value that a window has left behind for some of the queries does no
   }
 }
 
+TEST_CASE("What a value holds that a bias hides does not reach a query", "[kernels][decode]") {
+  struct Hidden {
+    Index key;
+    double operator()(Index head, Index query, Index j, Index /*n_q*/, Index /*n_k*/) const {
+      return head == 1 && query == 0 && j == key ? -std::numeric_limits<double>::infinity() : 0.0;
+    }
+  };
+  Rng rng = make_rng();
+  const Index n_q = GENERATE(2, 20), n_k = 300, d = 8, heads = 2, bad = GENERATE(3, 270);
+  const auto q = random_matrix<float>(n_q, heads * 2 * d, rng), k = random_matrix<float>(n_k, 2 * d, rng);
+  auto v = random_matrix<float>(n_k, d, rng);
+  const auto decode = [&] {
+    const Pages<float> pages(k, v, 1, 2, rng);
+    Workspace workspace;
+    Matrix<float> out(n_q, heads * d);
+    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.5f, Heads{heads, 1},
+                                         diffattn::with_bias(CausalMask{}, Hidden{bad}), {}, workspace);
+    return out;
+  };
+  const Matrix<float> clean = decode();
+  v.row(bad).setConstant(std::numeric_limits<float>::quiet_NaN());
+  const Matrix<float> out = decode();
+  CHECK(out.block(0, d, 1, d).isApprox(clean.block(0, d, 1, d), 1e-5f));
+  CHECK(out.leftCols(d).array().isNaN().all());
+  CHECK(out.bottomRows(n_q - 1).array().isNaN().all());
+}
+
 TEST_CASE("Decoding refuses what does not fit, before any work", "[kernels][decode]") {
   Rng rng = make_rng();
   const auto k = random_matrix<float>(10, 4 * 6, rng), v = random_matrix<float>(10, 2 * 5, rng);
   const Pages<float> two_maps(k, v, 2, 2, rng);
   Workspace workspace;
   Matrix<float> out = Matrix<float>::Constant(3, 10, 7.0f);
-  const auto run = [&](Index q_cols, Heads heads, Index window, Index lambda_cols = 2) {
+  const auto run = [&](Index q_cols, Heads heads, const RangeMask& mask, Index lambda_cols = 2) {
     diffattn::decode_diff_attention_into(out, Matrix<float>(Matrix<float>::Ones(3, q_cols)), two_maps.packed,
-                                         Matrix<float>(Matrix<float>::Ones(3, lambda_cols)), heads, window, {},
+                                         Matrix<float>(Matrix<float>::Ones(3, lambda_cols)), heads, mask, {},
                                          workspace);
   };
   CHECK(thrown_by<ShapeError>([&] {
-          run(23, {2, 2}, 0);
+          run(23, {2, 2}, {CausalMask{}});
         }) == "decode_diff_attention: the columns of q must be a positive multiple of 4, got 23");
   CHECK(thrown_by<ShapeError>([&] {
-          run(20, {2, 2}, 0);
+          run(20, {2, 2}, {CausalMask{}});
         }).find("decode_diff_attention: the cache must hold 2 heads of width 5") == 0);
   CHECK(thrown_by<ShapeError>([&] {
-          run(24, {2, 1}, 0);
+          run(24, {2, 1}, {CausalMask{}});
         }).find("decode_diff_attention: the cache must hold 1 heads of width 6") == 0);
   CHECK(thrown_by<std::invalid_argument>([&] {
-          run(24, {2, 2}, -3);
-        }) == "decode_diff_attention: the window must be 0 or more, got -3");
+          run(24, {2, 2}, {SlidingWindowMask{-3}});
+        }) == "decode_diff_attention: the window of SlidingWindowMask must be 0 or more, got -3");
   CHECK(thrown_by<ShapeError>([&] {
-          run(24, {2, 2}, 0, 3);
+          run(24, {2, 2}, {CausalMask{}}, 3);
         }) == "decode_diff_attention: lambda must be 3 x 2, got 3 x 3");
   CHECK(thrown_by<ShapeError>([&] {
           diffattn::decode_attention_into(out, Matrix<float>(Matrix<float>::Ones(3, 12)), two_maps.packed, Heads{2, 2},
-                                          0, {}, workspace);
+                                          CausalMask{}, {}, workspace);
         }) == "decode_attention: the cache must hold one map of keys, got two");
   Matrix<float> narrow(3, 9);
   CHECK(thrown_by<ShapeError>([&] {
           diffattn::decode_diff_attention_into(narrow, Matrix<float>(Matrix<float>::Ones(3, 24)), two_maps.packed, 1.0,
-                                               Heads{2, 2}, 0, {}, workspace);
+                                               Heads{2, 2}, CausalMask{}, {}, workspace);
         }) == "decode_diff_attention: out must be 3 x 10, got 3 x 9");
   CHECK((out.array() == 7.0f).all());
+}
+
+TEST_CASE("Decoding by the simplest calls: causal, with the thread's workspace", "[kernels][decode]") {
+  Rng rng = make_rng();
+  const auto k = random_matrix<float>(300, 2 * 6, rng), v = random_matrix<float>(300, 2 * 5, rng);
+  const auto q = random_matrix<float>(3, 4 * 6, rng), lambda = random_matrix<float>(3, 2, rng);
+  const Pages<float> pages(k, v, 2, 1, rng);
+  Workspace workspace;
+  Matrix<float> out(3, 20), simple(3, 20), diff_out(3, 10), diff_simple(3, 10);
+  diffattn::decode_attention_into(out, q, pages.packed, {4, 2}, CausalMask{}, {}, workspace);
+  diffattn::decode_attention_into(simple, q, pages.packed, {4, 2});
+  CHECK(identical(simple, out));
+  CHECK(identical(diffattn::decode_attention(q, pages.packed, {4, 2}), out));
+  diffattn::decode_diff_attention_into(diff_out, q, pages.packed, lambda, {2, 2}, CausalMask{}, {}, workspace);
+  diffattn::decode_diff_attention_into(diff_simple, q, pages.packed, lambda, {2, 2});
+  CHECK(identical(diff_simple, diff_out));
+  CHECK(identical(diffattn::decode_diff_attention(q, pages.packed, lambda, {2, 2}), diff_out));
+  CHECK(thrown_by<ShapeError>([&] {
+          (void)diffattn::decode_attention(Matrix<float>(q.row(0).transpose().topRows(12)), pages.packed, {2, 2});
+        }) ==
+        "decode_attention: the columns of q must be a positive multiple of 2, got 1; a single token is a row: did "
+        "you mean q.transpose()?");
 }

@@ -24,7 +24,7 @@ void check_rows_without_keys(const Kernel& kernel) {
     const Matrix<Scalar> hidden = Matrix<Scalar>::Constant(shape.n_q, shape.n_k, -kInf<Scalar>);
     const auto check_zeros = [&] {
       CHECK(kernel(x, SlidingWindowMask{0}).isZero(0));
-      CHECK(kernel(x, with_bias(FullMask{}, PaddingBias{0})).isZero(0));
+      CHECK(kernel(x, with_bias(FullMask{}, HidingBias{0})).isZero(0));
       CHECK(kernel(x, with_bias(CausalMask{}, MatrixBias(hidden))).isZero(0));
       CHECK(kernel(x, CausalMask{}).topRows(std::max<Index>(0, shape.n_q - shape.n_k)).isZero(0));
     };
@@ -114,7 +114,7 @@ void check_not_finite(const Kernel& kernel) {
       check_planted(kernel, x, mask, dense(mask, shape.n_q, shape.n_k));
     }
     for (const AnyBias<Scalar>& bias :
-         {AnyBias<Scalar>{PaddingBias{shape.n_k - 1}}, AnyBias<Scalar>{MatrixBias(matrix)}}) {
+         {AnyBias<Scalar>{HidingBias{shape.n_k - 1}}, AnyBias<Scalar>{MatrixBias(matrix)}}) {
       const RangeMask mask{CausalMask{}};
       check_planted(kernel, x, with_bias(mask, bias),
                     dense(mask, shape.n_q, shape.n_k) + dense(bias, shape.n_q, shape.n_k));

@@ -111,6 +111,98 @@ TEST_CASE("multihead_diff_attention_into names the operand that does not fit") {
   refused("out must be 5 x 24, got 5 x 48", q, k, v, lambda, 48);
 }
 
+TEST_CASE("What is likely to have been turned is named") {
+  const auto says = [](const std::string& what, const auto& call) {
+    CHECK_THAT(thrown_by<ShapeError>(call), Catch::Matchers::Equals(what));
+  };
+  const Matrix<float> q = ones(5, 4), k = ones(7, 4), v = ones(7, 6);
+  const auto attend = [](const Matrix<float>& q_, const Matrix<float>& k_, const Matrix<float>& v_) {
+    return [=] { (void)diffattn::attention(q_, k_, v_); };
+  };
+  says("attention: k must be 7 x 5, got 7 x 4; q is 4 x 5: one token a row, did you mean q.transpose()?",
+       attend(ones(4, 5), k, v));
+  says("attention: k must be 7 x 4, got 4 x 7: one token a row, did you mean k.transpose()?", attend(q, ones(4, 7), v));
+  says("attention: v must be 7 x 7, got 6 x 7: one token a row, did you mean v.transpose()?", attend(q, k, ones(6, 7)));
+  says(
+      "attention: k must be 4 x 5, got 4 x 7: one token a row, did you mean q.transpose(), k.transpose() and "
+      "v.transpose()?",
+      attend(ones(4, 5), ones(4, 7), ones(6, 7)));
+  says(
+      "attention: v must be 4 x 7, got 8 x 7: one token a row, did you mean q.transpose(), k.transpose() and "
+      "v.transpose()?",
+      attend(ones(4, 7), ones(4, 7), ones(8, 7)));
+  says("attention: k must be 7 x 1, got 7 x 4; q is 4 x 1: a single query is a row, did you mean q.transpose()?",
+       attend(ones(4, 1), k, v));
+  // What a transpose alone would not mend is not said to be turned.
+  says("attention: k must be 5 x 4, got 5 x 5", attend(q, ones(5, 5), v));
+  says("attention: k must be 7 x 4, got 7 x 3", attend(q, ones(7, 3), v));
+  says("attention: v must be 7 x 6, got 8 x 6", attend(q, k, ones(8, 6)));
+
+  const auto differ = [&](const Matrix<float>& q1, const Matrix<float>& q2, const Matrix<float>& lambda) {
+    return [=] { (void)diffattn::diff_attention(q1, k, q2, k, v, lambda); };
+  };
+  says(
+      "diff_attention: k1 must be 7 x 1, got 7 x 4; q1 is 4 x 1: a single query is a row, did you mean "
+      "q1.transpose()?",
+      differ(ones(4, 1), ones(4, 1), ones(1, 1)));
+  says("diff_attention: q2 must be 5 x 4, got 4 x 5; did you mean q2.transpose()?", differ(q, ones(4, 5), ones(5, 1)));
+  says("diff_attention: lambda must be 5 x 1, got 1 x 5; did you mean lambda.transpose()?", differ(q, q, ones(1, 5)));
+
+  const Heads heads{4, 2};
+  const auto many = [&](const Matrix<float>& q_, const Matrix<float>& k_, const Matrix<float>& v_) {
+    return [=] { (void)diffattn::multihead_diff_attention(q_, k_, v_, 0.5, heads); };
+  };
+  says(
+      "multihead_diff_attention: the columns of q must be a positive multiple of 8, got 1; a single token is a row: "
+      "did you mean q.transpose()?",
+      many(ones(16, 1), ones(7, 8), ones(7, 12)));
+  says(
+      "multihead_diff_attention: the columns of q must be a positive multiple of 8, got 5; one token a row: did you "
+      "mean q.transpose()?",
+      many(ones(16, 5), ones(7, 8), ones(7, 12)));
+  // Keys of both maps, and keys that both share.
+  for (const Index width : {4, 8}) {
+    says("multihead_diff_attention: k must be 9 x 8, got " + std::to_string(width) +
+             " x 9: one token a row, did you mean k.transpose()?",
+         many(ones(5, 16), ones(width, 9), ones(9, 12)));
+  }
+}
+
+TEST_CASE("Several heads with their own result: the same errors, before anything is allocated for it") {
+  const Matrix<float> x = ones(5, 12);
+  CHECK_THROWS_AS(diffattn::multihead_attention(x, x, x, Heads{4, 3}), std::invalid_argument);
+  CHECK_THROWS_AS(diffattn::multihead_attention(x, x, ones(5, 11), Heads{4, 2}), ShapeError);
+  CHECK_THROWS_AS(diffattn::multihead_diff_attention(x, x, x, 0.5, Heads{0, 0}), std::invalid_argument);
+  CHECK_THROWS_AS(diffattn::multihead_attention_backward(x, x, x, ones(5, 11), Heads{4, 4}), ShapeError);
+}
+
+TEST_CASE("Gradients of several heads that do not fit are named, and nothing is written") {
+  const Matrix<float> q = ones(5, 16), k = ones(7, 8), v = ones(7, 12), lambda = ones(5, 4), dout = ones(5, 24);
+  const auto refused = [&](const std::string& what, Index q_cols, Index k_rows, Index v_cols, Index lambda_rows) {
+    Matrix<float> dq = ones(5, q_cols), dk = ones(k_rows, 8), dv = ones(7, v_cols), dlambda = ones(lambda_rows, 4);
+    Workspace workspace;
+    CHECK_THAT(thrown_by<ShapeError>([&] {
+                 diffattn::multihead_diff_attention_backward_into({dq, dk, dv, dlambda}, q, k, v, lambda, dout,
+                                                                  Heads{4, 2}, FullMask{}, {}, workspace);
+               }),
+               ContainsSubstring("multihead_diff_attention_backward: " + what));
+    for (const Matrix<float>* x : {&dq, &dk, &dv, &dlambda}) CHECK((x->array() == 1).all());
+  };
+  refused("dq must be 5 x 16, got 5 x 8", 8, 7, 12, 5);
+  refused("dk must be 7 x 8, got 5 x 8", 16, 5, 12, 5);
+  refused("dv must be 7 x 12, got 7 x 6", 16, 7, 6, 5);
+  refused("dlambda must be 5 x 4, got 4 x 4", 16, 7, 12, 4);
+  float number = 7;
+  Matrix<float> dq = ones(5, 16), dk = ones(7, 8), dv = ones(7, 12);
+  Workspace workspace;
+  CHECK_THAT(thrown_by<ShapeError>([&] {
+               diffattn::multihead_diff_attention_backward_into({dq, dk, dv, number}, q, k, v, lambda, dout,
+                                                                Heads{4, 2}, FullMask{}, {}, workspace);
+             }),
+             ContainsSubstring("dlambda must be 5 x 4, got 1 x 1"));
+  CHECK(number == 7);
+}
+
 TEST_CASE("Heads that cannot be grouped are refused") {
   const Matrix<float> x = ones(5, 12);
   Matrix<float> out = ones(5, 12);
@@ -125,19 +217,27 @@ TEST_CASE("Heads that cannot be grouped are refused") {
   }
 }
 
-TEST_CASE("A negative window is refused") {
+TEST_CASE("A mask of a negative size is refused") {
   const Matrix<float> x = ones(5, 4);
-  const SlidingWindowMask mask{-3};
   Matrix<float> out = Matrix<float>::Constant(5, 4, 7);
-  const auto check = [&](const auto& call) {
-    CHECK_THAT(thrown_by<std::invalid_argument>(call), ContainsSubstring("window") && ContainsSubstring("-3"));
-    CHECK((out.array() == 7).all());
+  const auto refused = [&](const RangeMask& mask, const std::string& what) {
+    const auto biased = with_bias(mask, AnyBias<float>{AlibiBias{1}});
+    const auto check = [&](const auto& call) {
+      CHECK_THAT(thrown_by<std::invalid_argument>(call), ContainsSubstring(what + " must be 0 or more, got -3"));
+      CHECK((out.array() == 7).all());
+    };
+    check([&] { diffattn::attention_into(out, x, x, x, mask); });
+    check([&] { diffattn::diff_attention_into(out, x, x, x, x, x, 0.5, mask); });
+    check([&] { diffattn::diff_attention_into(out, x, x, x, x, x, 0.5, biased); });
+    check([&] { (void)diffattn::attention_backward(x, x, x, x, mask); });
+    check([&] { (void)diffattn::reference::attention(x, x, x, mask); });
+    check([&] { (void)diffattn::reference::diff_attention(x, x, x, x, x, 0.5, biased); });
   };
-  check([&] { diffattn::attention_into(out, x, x, x, mask); });
-  check([&] { diffattn::diff_attention_into(out, x, x, x, x, x, 0.5, mask); });
-  check([&] { diffattn::diff_attention_into(out, x, x, x, x, x, 0.5, with_bias(mask, AlibiBias{1})); });
-  check([&] { (void)diffattn::reference::attention(x, x, x, mask); });
-  check([&] { (void)diffattn::reference::diff_attention(x, x, x, x, x, 0.5, with_bias(mask, AlibiBias{1})); });
+  refused({SlidingWindowMask{-3}}, "the window of SlidingWindowMask");
+  refused({PrefixMask{-3}}, "the prefix of PrefixMask");
+  refused({PaddingMask{-3}}, "the num_valid of PaddingMask");
+  refused({both(SlidingWindowMask{2}, PaddingMask{-3})}, "the num_valid of PaddingMask");
+  refused({both(PrefixMask{-3}, SlidingWindowMask{2})}, "the prefix of PrefixMask");
 }
 
 TEST_CASE("A bias matrix of another shape is refused") {

@@ -21,7 +21,7 @@ std::vector<Shape> path_shapes() {
 template <typename Number>
 struct ConstantBias {
   Number value;
-  Number operator()(Index, Index, Index, Index) const { return value; }
+  Number operator()(Index, Index, Index, Index, Index) const { return value; }
 };
 
 /// `value`, but for every third key, which is hidden, and one in each row, which is not biased if `one`.
@@ -29,7 +29,7 @@ template <typename Number>
 struct SomeBias {
   Number value;
   bool one;
-  Number operator()(Index query, Index key, Index, Index n_k) const {
+  Number operator()(Index /*head*/, Index query, Index key, Index, Index n_k) const {
     if (one && key == (query * 7) % n_k) return 0;
     return key % 3 == 1 && key + 1 < n_k ? -std::numeric_limits<Number>::infinity() : value;
   }
@@ -46,7 +46,7 @@ void check_mean(const Shape& shape, const Bias& bias) {
   for (Index i = 0; i < shape.n_q; ++i) {
     Scalar count = 0;
     for (Index j = 0; j < shape.n_k; ++j) {
-      if (bias(i, j, shape.n_q, shape.n_k) == -std::numeric_limits<double>::infinity()) continue;
+      if (bias(0, i, j, shape.n_q, shape.n_k) == -std::numeric_limits<double>::infinity()) continue;
       mean.row(i) += x.v.row(j);
       count += 1;
     }
@@ -87,7 +87,7 @@ void check_one(const Shape& shape, Number value) {
 /// Scores that are low for the first keys and grow: what was kept of the first must be scaled down.
 template <typename Scalar>
 struct RisingBias {
-  Scalar operator()(Index, Index key, Index, Index n_k) const {
+  Scalar operator()(Index, Index, Index key, Index, Index n_k) const {
     return key < n_k / 2 ? std::numeric_limits<Scalar>::lowest() : Scalar(0);
   }
 };

@@ -144,7 +144,7 @@ Errors check_biases(const Kernel& kernel) {
   return check_shapes<Scalar>([&](Errors& errors, const Operands<Scalar>& x, Rng& rng) {
     const Matrix<Scalar> matrix = random_bias<Scalar>(x.n_q(), x.n_k(), rng);
     const std::array<AnyBias<Scalar>, 3> biases = {
-        {{AlibiBias{0.25}}, {PaddingBias{x.n_k() / 2 + 1}}, {MatrixBias(matrix)}}};
+        {{AlibiBias{0.25}}, {HidingBias{x.n_k() / 2 + 1}}, {MatrixBias(matrix)}}};
     for (std::size_t b = 0; b < biases.size(); ++b) {
       const RangeMask& range = ranges[(b + static_cast<std::size_t>(x.n_q())) % ranges.size()];
       INFO("bias " << b << ", " << describe(range));

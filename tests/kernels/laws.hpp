@@ -127,7 +127,7 @@ struct Padding {
     y.k1 = x.k1.topRows(valid);
     y.k2 = x.k2.topRows(valid);
     y.v = x.v.topRows(valid);
-    check_agree<Scalar>(kernel(x, with_bias(FullMask{}, PaddingBias{valid})), kernel(y),
+    check_agree<Scalar>(kernel(x, with_bias(FullMask{}, HidingBias{valid})), kernel(y),
                         expect_full(y, kernel.lambda(y)).magnitude);
   }
 };

@@ -109,3 +109,29 @@ TEMPLATE_TEST_CASE("multihead_diff_attention_into is diff_attention head by head
     }
   }
 }
+
+TEST_CASE("Several heads by the simplest calls, with nothing but the operands") {
+  Rng rng = make_rng();
+  const Index n_q = 30, n_k = 40;
+  const Heads heads{4, 2};
+  const auto q = random_matrix<float>(n_q, 8 * kD, rng), k = random_matrix<float>(n_k, 4 * kD, rng);
+  const auto v = random_matrix<float>(n_k, 2 * kDv, rng), lambda = random_matrix<float>(n_q, 4, rng);
+  const Matrix<float> q1 = q.leftCols(4 * kD), k1 = k.leftCols(2 * kD);
+  Workspace workspace;
+  Matrix<float> out(n_q, 4 * kDv), simple(n_q, 4 * kDv);
+
+  diffattn::multihead_attention_into(out, q1, k1, v, heads, FullMask{}, {}, workspace);
+  CHECK(identical(diffattn::multihead_attention(q1, k1, v, heads), out));
+  diffattn::multihead_attention_into(simple, q1, k1, v, heads);
+  CHECK(identical(simple, out));
+  diffattn::multihead_attention_into(out, q1, k1, v, heads, CausalMask{}, {.scale = 0.5}, workspace);
+  CHECK(identical(diffattn::multihead_attention(q1, k1, v, heads, CausalMask{}, {.scale = 0.5}), out));
+
+  diffattn::multihead_diff_attention_into(out, q, k, v, lambda, heads, FullMask{}, {}, workspace);
+  CHECK(identical(diffattn::multihead_diff_attention(q, k, v, lambda, heads), out));
+  diffattn::multihead_diff_attention_into(simple, q, k, v, lambda, heads);
+  CHECK(identical(simple, out));
+  // num_kv_heads left out: as many as num_heads.
+  const auto v4 = random_matrix<float>(n_k, 4 * kDv, rng);
+  CHECK(identical(diffattn::multihead_attention(q1, k, v4, {4}), diffattn::multihead_attention(q1, k, v4, {4, 4})));
+}

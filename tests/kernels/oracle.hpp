@@ -14,34 +14,40 @@ namespace support {
 
 inline constexpr Exact kHidden = -std::numeric_limits<Exact>::infinity();
 
-/// The definitions, written out once more. Query i stands at position i + n_k − n_q.
+/// Whether the query at position p sees key j: the definitions, written out once more.
+inline bool sees(const FullMask&, Index, Index) { return true; }
+inline bool sees(const CausalMask&, Index p, Index j) { return j <= p; }
+inline bool sees(const SlidingWindowMask& mask, Index p, Index j) { return j <= p && p - j < mask.window; }
+inline bool sees(const PrefixMask& mask, Index p, Index j) { return j <= p || j < mask.prefix; }
+inline bool sees(const PaddingMask& mask, Index, Index j) { return j < mask.num_valid; }
+template <typename First, typename Second>
+bool sees(const diffattn::BothMasks<First, Second>& mask, Index p, Index j) {
+  return sees(mask.first, p, j) && sees(mask.second, p, j);
+}
+
+/// Query i stands at position i + n_k − n_q.
 inline Matrix<Exact> dense(const RangeMask& mask, Index n_q, Index n_k) {
-  Matrix<Exact> bias = Matrix<Exact>::Zero(n_q, n_k);
+  Matrix<Exact> bias(n_q, n_k);
   for (Index i = 0; i < n_q; ++i) {
     for (Index j = 0; j < n_k; ++j) {
-      const Index ahead = j - (i + n_k - n_q);  // of the query's own position
-      bool visible = true;
-      if (std::holds_alternative<CausalMask>(mask.any)) visible = ahead <= 0;
-      if (const auto* sliding = std::get_if<SlidingWindowMask>(&mask.any)) {
-        visible = ahead <= 0 && ahead > -sliding->window;
-      }
-      if (!visible) bias(i, j) = kHidden;
+      const bool visible = std::visit([&](const auto& one) { return sees(one, i + n_k - n_q, j); }, mask.any);
+      bias(i, j) = visible ? 0 : kHidden;
     }
   }
   return bias;
 }
 
 template <typename Scalar>
-Matrix<Exact> dense(const AnyBias<Scalar>& added, Index n_q, Index n_k) {
+Matrix<Exact> dense(const AnyBias<Scalar>& added, Index n_q, Index n_k, Index head = 0) {
   Matrix<Exact> bias(n_q, n_k);
   for (Index i = 0; i < n_q; ++i) {
     for (Index j = 0; j < n_k; ++j) {
       if (const auto* alibi = std::get_if<AlibiBias>(&added.any)) {
-        bias(i, j) = -static_cast<Exact>(alibi->slope) * static_cast<Exact>(std::abs(i + n_k - n_q - j));
-      } else if (const auto* padding = std::get_if<PaddingBias>(&added.any)) {
-        bias(i, j) = j < padding->num_valid ? 0 : kHidden;
+        bias(i, j) = -static_cast<Exact>(alibi->slope(head)) * static_cast<Exact>(std::abs(i + n_k - n_q - j));
+      } else if (const auto* hiding = std::get_if<HidingBias>(&added.any)) {
+        bias(i, j) = j < hiding->shown ? 0 : kHidden;
       } else {
-        bias(i, j) = static_cast<Exact>(added(i, j, n_q, n_k));
+        bias(i, j) = static_cast<Exact>(added(head, i, j, n_q, n_k));
       }
     }
   }

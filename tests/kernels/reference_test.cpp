@@ -68,14 +68,14 @@ TEST_CASE("The reference hides what is masked, and shows what is not") {
   const auto run = [&](const auto& mask) {
     return reference::diff_attention(x.q1, x.k1, x.q2, x.k2, x.v, x.lambda, mask);
   };
-  const auto padding = with_bias(FullMask{}, PaddingBias{3});
+  const auto padding = with_bias(FullMask{}, HidingBias{3});
   const Matrix<double> causal = run(CausalMask{}), padded = run(padding);
   x.k1(3, 0) = x.k2(3, 1) = x.v(3, 2) = kNaN<double>;
   CHECK(identical(run(CausalMask{}).topRows(3), causal.topRows(3)));
   CHECK(run(CausalMask{}).row(3).array().isNaN().all());
   CHECK(identical(run(padding), padded));
   CHECK(run(SlidingWindowMask{0}).isZero(0));
-  CHECK(run(with_bias(CausalMask{}, PaddingBias{0})).isZero(0));
+  CHECK(run(with_bias(CausalMask{}, HidingBias{0})).isZero(0));
 }
 
 TEST_CASE("The reference of nothing is empty, and to nothing is 0") {

@@ -71,6 +71,6 @@ TEST_CASE("Masks count to the end of what an Index can be") {
   CHECK(same(SlidingWindowMask{4}.visible_keys(4, 5, kMax), {kMax - 4, kMax}));
   CHECK(same(SlidingWindowMask{kMax}.visible_keys(4, 5, kMax), {0, kMax}));
   CHECK(same(SlidingWindowMask{kMax}.visible_keys(0, kMax, 3), {0, 0}));
-  CHECK(AlibiBias{0.5}(4, kMax - 1, 5, kMax) == 0);
-  CHECK(AlibiBias{0.5}(4, kMax - 3, 5, kMax) == -1);
+  CHECK(AlibiBias{0.5}(0, 4, kMax - 1, 5, kMax) == 0);
+  CHECK(AlibiBias{0.5}(0, 4, kMax - 3, 5, kMax) == -1);
 }

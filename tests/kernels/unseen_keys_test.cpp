@@ -15,8 +15,8 @@ TEST_CASE("The gradient of keys that no query sees is 0, whatever was there befo
   double dlambda = 7;
   diffattn::Workspace workspace;
   const auto run = [&](const RangeMask& mask) {
-    diffattn::multihead_diff_attention_backward_into(dq, dk, dv_sum, dlambda, q, k, v, 0.5, dout, diffattn::Heads{2, 2},
-                                                     mask, {}, workspace);
+    diffattn::multihead_diff_attention_backward_into({dq, dk, dv_sum, dlambda}, q, k, v, 0.5, dout,
+                                                     diffattn::Heads{2, 2}, mask, {}, workspace);
   };
   run({SlidingWindowMask{window}});
   CHECK(dk.topRows(n_k - seen).isZero(0));

@@ -46,15 +46,15 @@ void check_layer(const Layer& layer, support::AnyExecutor executor) {
   // Decoding: within the reserve of a cache, and sliding along a window, which hands its pages on.
   const Matrix<float> token = support::random_matrix<float>(1, layer.config().embed_dim, rng);
   Matrix<float> next(1, token.cols());
-  for (const Index window : {0, 40}) {
-    INFO("window " << window);
+  for (const std::optional<Index> window : {std::optional<Index>(), std::optional<Index>(40)}) {
+    INFO("window " << window.value_or(0));
     Workspace workspace;
-    KvCache<float> cache(KvCacheOptions{.reserve = window == 0 ? 900 : 0, .window = window});
+    KvCache<float> cache(KvCacheOptions{.reserve = window ? 0 : 900, .window = window});
     const auto decode = [&] {
       for (Index i = 0; i < 300; ++i) layer.forward_into(next, token, cache, workspace, executor);
     };
     for (int warm_up = 0; warm_up < 3; ++warm_up) decode();
-    if (window == 0) cache.truncate(500);
+    if (!window) cache.truncate(500);
     CHECK(allocations_of(decode) == 0);
   }
 }

@@ -75,7 +75,8 @@ void check_forward_and_backward(Failures failures) {
 /// `before` tokens, then `tokens` at once while memory fails; with a fork that shares all pages, or without.
 template <typename Layer, typename Storage>
 void check_cache(const KvCacheOptions& options, Index before, Index tokens, bool forked, Failures failures) {
-  INFO("window " << options.window << ", " << before << " tokens and " << tokens << (forked ? ", forked" : ""));
+  INFO("window " << options.window.value_or(0) << ", " << before << " tokens and " << tokens
+                 << (forked ? ", forked" : ""));
   const Layer layer = small_layer<Layer>();
   auto rng = make_rng(2);
   const Matrix<float> x = random_matrix<float>(before, 24, rng), next = random_matrix<float>(tokens, 24, rng);

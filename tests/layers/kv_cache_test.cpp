@@ -47,7 +47,7 @@ void same_as_uncached(const Layer& layer, std::mt19937_64& rng) {
     const Matrix<S> expected = window == 0 ? layer.forward(x) : layer.forward(x, SlidingWindowMask{window});
     for (const auto& chunks : std::vector<std::vector<Index>>{{n}, {1}, {300}, {5, 1, 2, 257}, {3, 64}}) {
       INFO("window " << window << ", chunks of " << chunks[0]);
-      KvCache<S> cache(KvCacheOptions{.window = window});
+      KvCache<S> cache(KvCacheOptions{.window = window == 0 ? std::nullopt : std::optional(window)});
       const Matrix<S> y = fed(layer, cache, x, chunks);
       CHECK(y.isApprox(expected, 100 * std::numeric_limits<S>::epsilon()));
       // A call of more than a few tokens does the same arithmetic as without a cache.
@@ -265,8 +265,10 @@ TEST_CASE("A call on a cache that cannot be is refused by name, and the cache st
   // Empty again, it takes another layer.
   cache.clear();
   CHECK_NOTHROW(grouped.forward(more, cache));
-  CHECK(thrown_by<std::invalid_argument>([] { KvCache<float> bad(KvCacheOptions{.window = -1}); }) ==
-        "KvCache: window must be 0 or more, got -1");
+  for (const Index window : {0, -1}) {
+    CHECK(thrown_by<std::invalid_argument>([&] { KvCache<float> bad(KvCacheOptions{.window = window}); }) ==
+          "KvCache: window must be at least 1, got " + std::to_string(window));
+  }
 }
 
 TEST_CASE("Decoding gives the same bits from any number of threads", "[layers][kv_cache]") {

@@ -49,7 +49,7 @@ TEST_CASE("MultiheadDiffAttention agrees with plain loops", "[layers][multihead_
                  .rotary = RotaryConfig{.base = 50, .dim = 4},
                  .norm_eps = 0.1,
                  .norm_weight = false},
-      DiffConfig{.embed_dim = 10, .num_heads = 3, .num_kv_heads = 1, .rotary = RotaryConfig{}, .head_dim = 4});
+      DiffConfig{.embed_dim = 10, .num_heads = 3, .num_kv_heads = 1, .head_dim = 4, .rotary = RotaryConfig{}});
   layer_checks::accuracy_at_all_lengths<MultiheadDiffAttention>(config, plain_diff_attention, rng);
 }
 
@@ -91,7 +91,7 @@ TEST_CASE("The parameters carry the names of the official state dict", "[layers]
   CHECK(layer_checks::parameter_list(layer) == expected);
   CHECK(layer_checks::parameter_list(constant) == expected);
 
-  const MultiheadDiffAttention<float> other({.embed_dim = 24, .num_heads = 6, .bias = true, .norm_weight = false});
+  const MultiheadDiffAttention<float> other({.embed_dim = 24, .num_heads = 6, .norm_weight = false, .bias = true});
   CHECK(layer_checks::parameter_list(other) == Names{"q_proj.weight 24x24", "q_proj.bias 24x1", "k_proj.weight 24x24",
                                                      "k_proj.bias 24x1", "v_proj.weight 24x24", "v_proj.bias 24x1",
                                                      "out_proj.weight 24x24", "out_proj.bias 24x1", "lambda_q1 2x1",

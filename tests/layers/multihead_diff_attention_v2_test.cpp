@@ -86,7 +86,7 @@ TEST_CASE("The second version starts as nn.Linear does, fixed by the seed", "[la
 
 TEST_CASE("A configuration of the second version that cannot be is refused by name",
           "[layers][multihead_diff_attention_v2]") {
-  CHECK(config_error<MultiheadDiffAttentionV2>({}) == "MultiheadDiffAttentionV2: embed_dim must be at least 1, got 0");
+  CHECK(config_error<MultiheadDiffAttentionV2>({}) == "MultiheadDiffAttentionV2: num_heads must be at least 1, got 0");
   CHECK(config_error<MultiheadDiffAttentionV2>({.embed_dim = 8}) ==
         "MultiheadDiffAttentionV2: num_heads must be at least 1, got 0");
   CHECK(config_error<MultiheadDiffAttentionV2>({.embed_dim = 50, .num_heads = 4}) ==

@@ -51,6 +51,7 @@ TEST_CASE("A layer of sizes that overflow is refused", "[layers]") {
   check_sizes<MultiheadAttention<float>>();
   check_sizes<MultiheadDiffAttention<float>>();
   check_sizes<MultiheadDiffAttentionV2<float>>();
+  check_with_head_dim<MultiheadAttention<double>>();
   check_with_head_dim<MultiheadDiffAttention<double>>();
   check_with_head_dim<MultiheadDiffAttentionV2<double>>();
 }

@@ -33,7 +33,7 @@ const Layer& layer() {
 struct FailingBias {
   Index fails_at = -1;
 
-  double operator()(Index query, Index key, Index /*n_q*/, Index /*n_k*/) const {
+  double operator()(Index /*head*/, Index query, Index key, Index /*n_q*/, Index /*n_k*/) const {
     if (query == fails_at) throw std::runtime_error("no bias for query " + std::to_string(query));
     return 0.01 * static_cast<double>(key % 7);
   }
@@ -44,6 +44,12 @@ struct FailingCopy {
   explicit FailingCopy(int number) : left(number) {}
   FailingCopy(const FailingCopy& other) : left(other.left - 1), memory(other.memory) {
     if (left < 0) throw std::runtime_error("no copy");
+  }
+  FailingCopy& operator=(const FailingCopy& other) {
+    const FailingCopy copy(other);
+    left = copy.left;
+    memory = copy.memory;
+    return *this;
   }
   KeyRange visible_keys(Index query, Index n_q, Index n_k) const { return CausalMask{}.visible_keys(query, n_q, n_k); }
 

@@ -101,6 +101,31 @@ TEMPLATE_TEST_CASE("A two-layer decoder's gradients are what differences say", "
   }
 }
 
+TEST_CASE("Gradients under a mask are what differences say, and logits with a tape are those without",
+          "[models][decoder_tape]") {
+  using Attention = MultiheadDiffAttention<double>;
+  auto rng = support::make_rng();
+  Decoder<double, Attention> model(config<Attention>(8, true));
+  randomize(model, rng);
+  const std::vector<int> tokens = {3, 1, 3, 3, 0, 6, 1, 3, 5};
+  const Matrix<double> dlogits = support::random_matrix<double>(9, 7, rng);
+  const diffattn::SlidingWindowMask mask{3};
+  typename decltype(model)::Tape tape;
+  CHECK(identical(model.logits(tokens, mask, {9}, tape), model.logits(tokens, mask)));
+  CHECK_FALSE(identical(model.logits(tokens, {9}, tape), model.logits(tokens, mask)));
+  const auto loss = [&] { return model.logits(tokens, mask, {5, 1, 3}, tape).cwiseProduct(dlogits).sum(); };
+  auto grad = zeros_like(model);
+  loss();
+  model.backward(dlogits, tape, grad);
+  const auto gradients = named_parameters_of(grad);
+  visit_parameters(model, [&](std::string_view name, auto& p) {
+    INFO(name);
+    CHECK(excess(gradients.at(std::string(name)), support::numerical_gradient(p, loss, 1e-4)) <= 0);
+  });
+  tape.recompute = true;
+  CHECK(support::thrown_by<std::invalid_argument>(loss) == "Decoder: a tape with recompute takes a CausalMask only");
+}
+
 TEMPLATE_TEST_CASE("The adjoint law: a step along v changes the loss by what v and the gradient say",
                    "[models][decoder_tape]", MultiheadDiffAttention<double>, MultiheadDiffAttentionV2<double>,
                    MultiheadAttention<double>) {

@@ -4,6 +4,7 @@
 #include <diffattn/models/decoder.hpp>
 
 #include "diffattn/core/parallel_threads.hpp"
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 #include "support/throws.hpp"
@@ -42,12 +43,13 @@ Matrix<double> norm(const Matrix<double>& x, const diffattn::Vector<double>& wei
 }
 
 /// The decoder written out as the paper has it, attention by the layer of a known quality.
-template <typename Attention>
-Matrix<double> written_out(const Decoder<double, Attention>& model, const std::vector<int>& tokens) {
+template <typename Attention, typename Mask = diffattn::CausalMask>
+Matrix<double> written_out(const Decoder<double, Attention>& model, const std::vector<int>& tokens,
+                           const Mask& mask = {}) {
   Matrix<double> x(static_cast<Index>(tokens.size()), model.embedding.cols());
   for (Index i = 0; i < x.rows(); ++i) x.row(i) = model.embedding.row(tokens[static_cast<std::size_t>(i)]);
   for (const auto& block : model.blocks) {
-    x += block.attention.forward(norm(x, block.attention_norm.weight, 1e-3));
+    x += block.attention.forward(norm(x, block.attention_norm.weight, 1e-3), mask);
     const Matrix<double> normed = norm(x, block.feed_forward_norm.weight, 1e-3);
     Matrix<double> gate = normed * block.feed_forward.gate_proj.weight.transpose();
     const Matrix<double> up = normed * block.feed_forward.up_proj.weight.transpose();
@@ -129,6 +131,157 @@ TEST_CASE("Work that fails half way leaves the cache as it was, in every layer",
   cache.truncate(3);
   model.hidden_into(hidden, more, cache, workspace);
   CHECK(identical(x, after_failures));
+}
+
+TEMPLATE_TEST_CASE("A decoder's tokens see what the mask lets them see", "[models][decoder]",
+                   MultiheadDiffAttention<double>, MultiheadDiffAttentionV2<double>, MultiheadAttention<double>) {
+  Decoder<double, TestType> model(small<TestType>(true));
+  randomize_norms(model);
+  const std::vector<int> tokens = {0, 30, 7, 7, 12, 1, 29};
+  const auto check = [&](const auto& mask) {
+    const Matrix<double> logits = model.logits(tokens, mask);
+    CHECK((logits - written_out(model, tokens, mask)).cwiseAbs().maxCoeff() < 1e-12 * logits.cwiseAbs().maxCoeff());
+    CHECK_FALSE(identical(logits, model.logits(tokens)));
+    diffattn::Workspace workspace;
+    Matrix<double> y(7, 31);
+    model.logits_into(y, tokens, mask, workspace);
+    CHECK(identical(y, logits));
+  };
+  check(diffattn::FullMask{});
+  check(diffattn::SlidingWindowMask{2});
+}
+
+TEMPLATE_TEST_CASE("Behind a cache a mask is that of all tokens", "[models][decoder]", MultiheadDiffAttention<double>,
+                   MultiheadDiffAttentionV2<double>, MultiheadAttention<double>) {
+  Decoder<double, TestType> model(small<TestType>(true));
+  randomize_norms(model);
+  const std::vector<int> tokens = {0, 30, 7, 7, 12, 1, 29};
+  const auto check = [&](const auto& mask) {
+    const Matrix<double> whole = model.logits(tokens, mask);
+    CHECK_FALSE(identical(whole, model.logits(tokens)));
+    for (const std::size_t first : {std::size_t{0}, std::size_t{4}}) {  // token by token, or behind four at once
+      auto cache = model.make_cache();
+      diffattn::Workspace workspace;
+      Matrix<double> last(1, 31);
+      if (first != 0) model.logits(std::span(tokens).first(first), cache, mask);
+      for (std::size_t i = first; i < tokens.size(); ++i) {
+        model.last_logits_into(last, std::span(tokens).subspan(i, 1), cache, mask, 1, workspace);
+        CHECK((last - whole.row(static_cast<Index>(i))).cwiseAbs().maxCoeff() < 1e-12 * whole.cwiseAbs().maxCoeff());
+      }
+    }
+  };
+  check(diffattn::SlidingWindowMask{2});
+  check(with_bias(diffattn::CausalMask{}, [](Index head, Index query, Index key, Index n_q, Index n_k) {
+    return -0.3 * static_cast<double>((head + 1) * (query + n_k - n_q - key));
+  }));
+}
+
+TEST_CASE("Cached logits go into a matrix of yours, the same for any threads, without the heap", "[models][decoder]") {
+  using Attention = MultiheadDiffAttention<float>;
+  const Decoder<float, Attention> model(small<Attention>(false));
+  const std::vector<int> prompt = {3, 1, 4, 1, 5}, more = {9, 2};
+  auto by_value = model.make_cache();
+  const Matrix<float> first = model.logits(prompt, by_value), second = model.logits(more, by_value);
+
+  diffattn::ThreadPool pool(2);
+  diffattn::Workspace workspace;
+  auto cache = model.make_cache({.reserve = 20});
+  CHECK(cache.layers.size() == 3);
+  CHECK(cache.options().reserve == 20);
+  Matrix<float> y(5, 31), z(2, 31), last(1, 31);
+  const auto feed = [&] {
+    cache.clear();
+    model.logits_into(y, prompt, cache, workspace, pool);
+    model.logits_into(z, more, cache, workspace, pool);
+  };
+  feed();
+  CHECK(identical(y, first));
+  CHECK(identical(z, second));
+  CHECK(cache.position() == 7);
+  feed();
+  std::size_t before = support::allocations();
+  feed();
+  CHECK(support::allocations() == before);
+  CHECK(identical(z, second));
+
+  // The last row alone, however many tokens are fed at once.
+  const std::vector<int> all = {3, 1, 4, 1, 5, 9, 2};
+  for (const Index chunk : {1, 3, 7, 100}) {
+    cache.clear();
+    model.last_logits_into(last, all, cache, diffattn::CausalMask{}, chunk, workspace, pool);
+    CHECK(cache.position() == 7);
+    CHECK((last - second.bottomRows(1)).cwiseAbs().maxCoeff() < 1e-5f);
+  }
+  cache.truncate(6);
+  const std::vector<int> token = {2};
+  model.last_logits_into(last, token, cache, diffattn::CausalMask{}, 1, workspace, pool);
+  cache.truncate(6);
+  before = support::allocations();
+  model.last_logits_into(last, token, cache, diffattn::CausalMask{}, 1, workspace, pool);
+  CHECK(support::allocations() == before);
+  CHECK(model.make_cache<Eigen::bfloat16>().layers.size() == 3);
+}
+
+TEST_CASE("Cached logits refuse what does not fit, and the cache is as before", "[models][decoder]") {
+  using Attention = MultiheadAttention<float>;
+  const Decoder<float, Attention> model(small<Attention>(true));
+  diffattn::Workspace workspace;
+  auto cache = model.make_cache({.max_tokens = 4});
+  diffattn::DecoderCache<float> of_another(2);
+  model.logits({3, 1}, cache);
+  Matrix<float> y(3, 31), row(1, 31);
+  const std::vector<int> three = {1, 2, 3}, unknown = {1, 31, 3}, two = {1, 2};
+  const auto refusal = [&](auto&& f) {
+    const std::string message = support::thrown_by<std::invalid_argument>(f);
+    CHECK(cache.position() == 2);
+    return message;
+  };
+  CHECK(refusal([&] { model.logits_into(y, three, cache, workspace); }) ==
+        "Decoder: the cache holds at most 4 tokens and has 2, cannot append 3");
+  CHECK(refusal([&] { model.logits_into(y, unknown, cache, workspace); }) ==
+        "Decoder: token 1 is 31, outside the vocabulary of 31");
+  using Shape = diffattn::ShapeError;
+  CHECK(support::thrown_by<Shape>([&] { model.logits_into(y, two, cache, workspace); }) ==
+        "Decoder: logits must be 2 x 31, got 3 x 31");
+  CHECK(refusal([&] { model.logits_into(y, three, of_another, workspace); }) ==
+        "Decoder: the cache must have 3 layers, got 2");
+  CHECK(refusal([&] { model.last_logits_into(row, three, cache, diffattn::CausalMask{}, 1, workspace); }) ==
+        "Decoder: the cache holds at most 4 tokens and has 2, cannot append 3");
+  CHECK(refusal([&] { model.last_logits_into(row, unknown, cache, diffattn::CausalMask{}, 1, workspace); }) ==
+        "Decoder: token 1 is 31, outside the vocabulary of 31");
+  CHECK(refusal([&] { model.last_logits_into(row, two, cache, diffattn::CausalMask{}, 0, workspace); }) ==
+        "Decoder: chunk must be at least 1, got 0");
+  CHECK(support::thrown_by<Shape>([&] {
+          model.last_logits_into(y, two, cache, diffattn::CausalMask{}, 1, workspace);
+        }) == "Decoder: logits must be 1 x 31, got 3 x 31");
+  CHECK(refusal([&] {
+          model.last_logits_into(row, std::vector<int>{}, cache, diffattn::CausalMask{}, 1, workspace);
+        }) == "Decoder: there is no last one of no tokens");
+}
+
+TEST_CASE("A prompt in chunks that fails half way leaves a cache with a window as it was", "[models][decoder]") {
+  using Attention = MultiheadAttention<float>;
+  const Decoder<float, Attention> model(small<Attention>(true));
+  const std::vector<int> before(600, 3), more(300, 5);  // pages are dropped on the way
+  auto cache = model.make_cache({.window = 20});
+  model.logits(before, cache);
+  auto untouched = cache.fork();
+  diffattn::Workspace workspace;
+  Matrix<float> y(1, 31), expected(1, 31);
+  int failures = 5;
+  for (;; failures += 7) {
+    try {
+      model.last_logits_into(y, more, cache, diffattn::CausalMask{}, 100, workspace, FailingExecutor{failures});
+      break;
+    } catch (const std::runtime_error&) {
+      REQUIRE(cache.position() == 600);
+      auto fork = cache.fork(), other = untouched.fork();
+      REQUIRE(identical(model.logits({1, 2}, fork), model.logits({1, 2}, other)));
+    }
+  }
+  CHECK(failures > 40);
+  model.last_logits_into(expected, more, untouched, diffattn::CausalMask{}, 100, workspace);
+  CHECK(identical(y, expected));
 }
 
 TEST_CASE("The seed fixes a decoder's parameters, and depth sets λ_init layer by layer", "[models][decoder]") {

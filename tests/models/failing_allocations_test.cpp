@@ -44,7 +44,7 @@ void require_failures(std::size_t failed) { CHECK((failed > 0) == support::fails
 
 template <typename Storage>
 void check_text(const KvCacheOptions& options, Index before, const GenerateOptions& how, Failures failures) {
-  INFO("window " << options.window << ", behind " << before << " tokens");
+  INFO("window " << options.window.value_or(0) << ", behind " << before << " tokens");
   const SmallModel model = small_model();
   const Tokens prompt = tokens_of(30, 3), next = {1, 2};
   DecoderCache<Storage> cache(2, options), untouched(2, options);

@@ -1,3 +1,4 @@
+#include <diffattn/core/parallel_threads.hpp>
 #include <diffattn/layers/multihead_attention.hpp>
 #include <diffattn/models/generate.hpp>
 
@@ -10,7 +11,6 @@ using diffattn::Decoder;
 using diffattn::DecoderCache;
 using diffattn::GenerateOptions;
 using diffattn::Index;
-using diffattn::TokenSampler;
 using Model = Decoder<float, diffattn::MultiheadAttention<float>>;
 using Tokens = std::vector<Index>;
 
@@ -26,27 +26,6 @@ const Model& model() {
   }();
   return instance;
 }
-
-/// How often each token is drawn in `draws` from these logits.
-std::vector<double> frequencies(const GenerateOptions& options, const std::vector<float>& logits, int draws = 20000) {
-  TokenSampler sampler(options);
-  std::vector<double> counts(logits.size());
-  for (int i = 0; i < draws; ++i) {
-    counts[static_cast<std::size_t>(sampler.next(std::span<const float>(logits), {}))] += 1.0 / draws;
-  }
-  return counts;
-}
-
-void check_near(const std::vector<double>& seen, const std::vector<double>& expected) {
-  REQUIRE(seen.size() == expected.size());
-  for (std::size_t i = 0; i < seen.size(); ++i) {
-    INFO("token " << i << ": " << seen[i] << ", expected " << expected[i]);
-    CHECK(std::abs(seen[i] - expected[i]) < 0.02);  // five standard deviations of 20,000 draws
-    CHECK((seen[i] == 0) == (expected[i] == 0));
-  }
-}
-
-float log_of(double p) { return static_cast<float>(std::log(p)); }
 
 std::string refusal(const GenerateOptions& options, const Tokens& prompt = {1}) {
   return support::thrown_by<std::invalid_argument>([&] { generate(model(), prompt, options); });
@@ -67,6 +46,10 @@ TEST_CASE("Greedy text is the best token of the uncached logits, step by step", 
   CHECK(generate(model(), prompt, {.max_new_tokens = 12, .prefill_chunk = 1}) == expected);
   CHECK(generate(model(), prompt, {.max_new_tokens = 12, .prefill_chunk = 3}) == expected);
 
+  diffattn::ThreadPool pool(2);
+  CHECK(generate(model(), prompt, {.max_new_tokens = 12}, pool) == expected);
+  CHECK(generate(model(), {3, 1, 4, 1, 5, 9, 2, 6}, {.max_new_tokens = 12}, pool) == expected);
+
   // A cache goes on where it was, if it is given the last token, which is not in it yet.
   DecoderCache<float> cache(2);
   Tokens halves = generate(model(), prompt, {.max_new_tokens = 5}, cache);
@@ -76,105 +59,21 @@ TEST_CASE("Greedy text is the best token of the uncached logits, step by step", 
   CHECK(halves == expected);
 }
 
-TEST_CASE("Tokens are drawn from the softmax at a temperature", "[models][generate]") {
-  const std::vector<float> logits = {log_of(0.1), log_of(0.4), log_of(0.2), log_of(0.3)};
-  check_near(frequencies({.temperature = 1}, logits), {0.1, 0.4, 0.2, 0.3});
-  const double root = std::sqrt(0.1) + std::sqrt(0.4) + std::sqrt(0.2) + std::sqrt(0.3);
-  check_near(frequencies({.temperature = 2}, logits),
-             {std::sqrt(0.1) / root, std::sqrt(0.4) / root, std::sqrt(0.2) / root, std::sqrt(0.3) / root});
-  check_near(frequencies({.temperature = 0}, logits, 10), {0, 1, 0, 0});
-  check_near(frequencies({.temperature = 0}, {0, 1, 1}, 10), {0, 1, 0});  // of equals the first
-  check_near(frequencies({.temperature = 1, .top_k = 2}, logits), {0, 4.0 / 7, 0, 3.0 / 7});
-  check_near(frequencies({.temperature = 1, .top_k = 4}, logits), {0.1, 0.4, 0.2, 0.3});
-  check_near(frequencies({.temperature = 1, .top_k = 9}, logits), {0.1, 0.4, 0.2, 0.3});
-  check_near(frequencies({.temperature = 1, .top_p = 0.65}, logits), {0, 4.0 / 7, 0, 3.0 / 7});
-  check_near(frequencies({.temperature = 1, .top_p = 0.75}, logits), {0, 4.0 / 9, 2.0 / 9, 3.0 / 9});
-  check_near(frequencies({.temperature = 1, .top_p = 0.5}, {0, 0, 0, 0}), {0.5, 0.5, 0, 0});  // exactly p is enough
-  check_near(frequencies({.temperature = 1, .top_p = 0.01}, logits), {0, 1, 0, 0});
-  check_near(frequencies({.temperature = 1, .top_k = 3, .top_p = 0.7}, logits), {0, 4.0 / 7, 0, 3.0 / 7});
-  check_near(frequencies({.temperature = 1, .top_k = 1}, {0, 1, 1, 1, 0}), {0, 1.0 / 3, 1.0 / 3, 1.0 / 3, 0});
-}
-
-TEST_CASE("A repetition penalty weakens what has been, once", "[models][generate]") {
-  TokenSampler sampler({.repetition_penalty = 2});
-  const std::vector<float> logits = {3, 2, -1, -1.5f};
-  const auto next = [&](const Tokens& so_far) {
-    return sampler.next(std::span<const float>(logits), std::span<const Index>(so_far));
-  };
-  CHECK(next({}) == 0);
-  CHECK(next({0}) == 1);
-  CHECK(next({0, 0, 0}) == 1);
-  CHECK(next({0, 1}) == 0);
-  const std::vector<float> apart = {3, 1};  // halved once the first is still the best, halved twice not
-  const Tokens twice = {0, 0};
-  CHECK(sampler.next(std::span<const float>(apart), std::span<const Index>(twice)) == 0);
-  const std::vector<float> negative = {-1, -1.5f};
-  const Tokens first = {0};
-  CHECK(sampler.next(std::span<const float>(negative), std::span<const Index>(first)) == 1);
-}
-
-TEST_CASE("Logits that cannot be ordered are refused, and those of -inf never drawn", "[models][generate]") {
-  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN(), kInf = std::numeric_limits<float>::infinity();
-  const GenerateOptions ways[] = {
-      {},
-      {.temperature = 1},
-      {.temperature = 1, .top_k = 2},
-      {.temperature = 1, .top_p = 0.9},
-      {.temperature = 0.7, .top_k = 3, .top_p = 0.5, .repetition_penalty = 1.3},
-  };
-  for (const GenerateOptions& options : ways) {
-    INFO("temperature " << options.temperature << ", top_k " << options.top_k << ", top_p " << options.top_p);
-    const auto refused = [&](std::vector<float> logits) {
-      TokenSampler sampler(options);
-      const Tokens so_far = {0, 1};
-      return support::thrown_by<std::runtime_error>(
-          [&] { sampler.next(std::span<const float>(logits), std::span<const Index>(so_far)); });
-    };
-    for (std::size_t at = 0; at < 60; ++at) {
-      std::vector<float> logits(60, 1.0f);
-      logits[at] = kNaN;
-      CHECK(refused(logits) == "generate: at position 2 the logit of token " + std::to_string(at) +
-                                   " is NaN: the model's parameters or its input are not finite");
-      logits[at] = kInf;
-      CHECK(refused(logits).find("the logit of token " + std::to_string(at) + " is infinite") != std::string::npos);
-    }
-    CHECK(refused({-kInf, -kInf, -kInf}) ==
-          "generate: at position 2 all logits are -inf, so that no token can be chosen");
-    CHECK(refused({kNaN}).find("token 0 is NaN") != std::string::npos);
-
-    // Masked ones first, last and most: the two that are left are drawn, and nothing else.
-    const std::vector<double> seen = frequencies(options, {-kInf, 0.5f, -kInf, -kInf, 0.5f, -kInf}, 3000);
-    CHECK(seen[1] + seen[4] > 1 - 1e-9);
-    TokenSampler one(options);
-    const std::vector<float> last = {-kInf, -kInf, -3e38f};
-    CHECK(one.next(std::span<const float>(last), {}) == 2);
-    CHECK(support::thrown_by<std::invalid_argument>([&] { one.next(std::span<const float>(), {}); }) ==
-          "generate: there are no logits to choose from");
+TEST_CASE("Text under a mask is the best token under that mask, step by step", "[models][generate]") {
+  const diffattn::SlidingWindowMask mask{3};
+  const Tokens prompt = {3, 1, 4, 1, 5, 9, 2, 6};
+  Tokens expected = prompt;
+  for (int i = 0; i < 12; ++i) {
+    Index best = 0;
+    model().logits(expected, mask).bottomRows(1).row(0).maxCoeff(&best);
+    expected.push_back(best);
   }
-}
-
-TEST_CASE("No temperature and no penalty turns logits into something that cannot be drawn from", "[models][generate]") {
-  const std::vector<float> logits = {3e38f, -3e38f, 1, 2.5e38f};
-  for (const double temperature : {1e-320, 1e-300, 1e-30, 1e300}) {
-    for (const double penalty : {1e-320, 1e-300, 1.0, 1e300}) {
-      INFO("temperature " << temperature << ", penalty " << penalty);
-      TokenSampler sampler({.temperature = temperature, .top_k = 3, .top_p = 0.9, .repetition_penalty = penalty});
-      const Tokens so_far = {1, 2};
-      for (int i = 0; i < 5; ++i) {
-        const Index token = sampler.next(std::span<const float>(logits), std::span<const Index>(so_far));
-        CHECK(token >= 0);
-        CHECK(token < 4);
-        if (temperature < 1 && penalty >= 1) CHECK(token == 0);
-      }
-    }
+  expected.erase(expected.begin(), expected.begin() + 8);
+  CHECK(expected != generate(model(), prompt, {.max_new_tokens = 12}));
+  for (const Index chunk : {1, 3, 512}) {
+    DecoderCache<float> cache = model().make_cache();
+    CHECK(generate(model(), prompt, {.max_new_tokens = 12, .prefill_chunk = chunk}, cache, mask) == expected);
   }
-  TokenSampler sampler({.repetition_penalty = 2});
-  const Tokens beyond = {4}, negative = {-1};
-  CHECK(support::thrown_by<std::invalid_argument>([&] {
-          sampler.next(std::span<const float>(logits), std::span<const Index>(beyond));
-        }) == "generate: a token so far is 4, and there are logits for 4 tokens");
-  CHECK_THROWS_AS(sampler.next(std::span<const float>(logits), std::span<const Index>(negative)),
-                  std::invalid_argument);
 }
 
 TEST_CASE("A model that gives NaN is told so, and the cache is as before", "[models][generate]") {
@@ -224,7 +123,8 @@ TEST_CASE("Options that cannot be are refused by name, and the cache is as befor
   CHECK(refusal({.max_new_tokens = -1}) == "generate: max_new_tokens must be at least 0, got -1");
   CHECK(refusal({.temperature = -1}) == "generate: temperature must be 0 or more, got -1.000000");
   CHECK(refusal({.temperature = std::numeric_limits<double>::quiet_NaN()}).find("temperature") != std::string::npos);
-  CHECK(refusal({.top_k = -1}) == "generate: top_k must be 0 or more, got -1");
+  CHECK(refusal({.top_k = 0}) == "generate: top_k must be at least 1, got 0");
+  CHECK(refusal({.max_length = 0}) == "generate: max_length must be at least 1, got 0");
   CHECK(refusal({.top_p = 0}) == "generate: top_p must be more than 0 and at most 1, got 0.000000");
   CHECK(refusal({.top_p = 1.5}) == "generate: top_p must be more than 0 and at most 1, got 1.500000");
   CHECK(refusal({.repetition_penalty = 0}) == "generate: repetition_penalty must be positive, got 0.000000");

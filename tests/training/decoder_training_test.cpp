@@ -74,8 +74,8 @@ TEST_CASE("A decoder learns, and resumes bit for bit, on any number of threads",
   CHECK(whole.steps(59) < 0.2 * before);
 
   first.steps(25);
-  save_checkpoint(scratch / "run.safetensors", first.model, first.optimizer, {.windows_drawn = first.drawn});
-  resumed.drawn = load_checkpoint(scratch / "run.safetensors", resumed.model, resumed.optimizer).windows_drawn;
+  save_checkpoint(first.model, first.optimizer, scratch / "run.safetensors", {.windows_drawn = first.drawn});
+  resumed.drawn = load_checkpoint(resumed.model, resumed.optimizer, scratch / "run.safetensors").windows_drawn;
   resumed.tape.recompute = true;
   resumed.steps(35);
   CHECK(same_parameters(resumed.model, whole.model));

@@ -1,7 +1,8 @@
 #pragma once
 
-// The bytes of a file, read-only: memory-mapped where the system can, so that opening costs nothing and pages come in
-// as they are read; read in one go elsewhere. A file must not be truncated while it is mapped.
+// The bytes of a file, read-only. Where the system can, the file is mapped into memory: opening it costs nothing, and
+// its pages are read when they are first used. Elsewhere it is read whole. A file must not be made shorter while it is
+// mapped.
 
 #include <cerrno>
 #include <cstddef>
@@ -23,6 +24,7 @@
 
 namespace diffattn::inline v0_1::detail {
 
+/// Throws std::runtime_error naming the file and why it cannot be opened.
 [[noreturn, gnu::cold, gnu::noinline]] inline void throw_unreadable(const std::filesystem::path& path,
                                                                     const std::string& why) {
   throw std::runtime_error(path.string() + ": cannot be opened for reading: " + why);
@@ -30,8 +32,10 @@ namespace diffattn::inline v0_1::detail {
 
 #if __has_include(<sys/mman.h>)
 
+/// A file's bytes, mapped. Can be moved, not copied.
 class FileBytes {
  public:
+  /// Throws std::runtime_error with the system's reason if `path` cannot be read or is no regular file.
   explicit FileBytes(const std::filesystem::path& path) {
     int file = -1;
     do {
@@ -66,7 +70,9 @@ class FileBytes {
     return *this;
   }
 
+  /// The first byte; null for an empty file that is mapped. Valid for the life of this object.
   const std::byte* data() const { return data_; }
+  /// The number of bytes.
   std::size_t size() const { return size_; }
 
  private:
@@ -76,8 +82,10 @@ class FileBytes {
 
 #else
 
+/// A file's bytes, read whole, where the system cannot map files.
 class FileBytes {
  public:
+  /// Throws std::runtime_error if `path` cannot be read.
   explicit FileBytes(const std::filesystem::path& path) {
     std::ifstream file(path, std::ios::binary | std::ios::ate);
     if (!file) throw_unreadable(path, kReason);
@@ -87,7 +95,9 @@ class FileBytes {
     if (!file) throw_unreadable(path, kReason);
   }
 
+  /// The first byte; null for an empty file that is mapped. Valid for the life of this object.
   const std::byte* data() const { return bytes_.data(); }
+  /// The number of bytes.
   std::size_t size() const { return bytes_.size(); }
 
  private:

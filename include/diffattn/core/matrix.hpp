@@ -12,15 +12,19 @@
 
 namespace diffattn::inline v0_1 {
 
+/// Sizes and positions: signed, as in Eigen.
 using Index = Eigen::Index;
 
+/// A row-major matrix of any size: one token per row.
 template <typename Scalar>
 using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
+/// A column vector of any size.
 template <typename Scalar>
 using Vector = Eigen::Matrix<Scalar, Eigen::Dynamic, 1>;
 
-/// A rows x cols matrix in somebody else's memory: element (i, j) is data[i * row_stride + j * col_stride].
+/// A rows x cols matrix in memory that belongs to somebody else. Element (i, j) is at
+/// data[i * row_stride + j * col_stride]. Nothing is checked: positions and sizes must lie inside.
 template <typename T>
 struct StridedView {
   T* data = nullptr;
@@ -29,32 +33,40 @@ struct StridedView {
   Index row_stride = 0;
   Index col_stride = 1;
 
+  /// Element (i, j).
   T& operator()(Index i, Index j) const { return data[i * row_stride + j * col_stride]; }
 
+  /// The num_rows x num_cols part that begins at (row, col), in the same memory.
   StridedView block(Index row, Index col, Index num_rows, Index num_cols) const {
     return {data + row * row_stride + col * col_stride, num_rows, num_cols, row_stride, col_stride};
   }
+  /// Rows [row, row + num_rows).
   StridedView middle_rows(Index row, Index num_rows) const { return block(row, 0, num_rows, cols); }
+  /// Columns [col, col + num_cols).
   StridedView middle_cols(Index col, Index num_cols) const { return block(0, col, rows, num_cols); }
+  /// The transpose, in the same memory.
   StridedView transposed() const { return {data, cols, rows, col_stride, row_stride}; }
 };
 
-/// Whether a result replaces what its matrix holds or is added to it.
+/// Whether a result replaces what the output matrix holds or is added to it.
 enum class Store { overwrite, add };
 
-/// Memory seen as a matrix with contiguous rows.
+/// Memory that belongs to somebody else, as a row-major matrix whose rows follow each other without gaps.
 template <typename Scalar>
 using MatrixMap = Eigen::Map<Matrix<Scalar>>;
 
 namespace detail {
 
+/// Whether an expression has memory of its own that can be read in place.
 template <typename Derived>
 inline constexpr bool has_direct_access = (int(Derived::Flags) & int(Eigen::DirectAccessBit)) != 0;
 
-/// Holds a reference to an expression with memory of its own, or the evaluated value of one without.
+/// The type that holds an argument while it is read: a reference if it has memory of its own, else its value,
+/// evaluated.
 template <typename Derived>
 using Readable = std::conditional_t<has_direct_access<Derived>, const Derived&, const Matrix<typename Derived::Scalar>>;
 
+/// The read-only view of an argument with memory of its own.
 template <typename Derived>
 StridedView<const typename Derived::Scalar> view_of(const Eigen::DenseBase<Derived>& matrix) {
   static_assert(has_direct_access<Derived>, "evaluate the expression first: detail::Readable does");
@@ -77,18 +89,20 @@ StridedView<typename Derived::Scalar> writable_view_of(const Eigen::DenseBase<De
   return {m.data(), m.rows(), m.cols(), row_stride, col_stride};
 }
 
-/// Rows [first, first + count), as the same type: Eigen's middleRows is another, and every type costs compile time.
+/// Rows [first, first + count), of the same type: Eigen's middleRows has another type, and every type costs compile
+/// time.
 template <typename Scalar>
 MatrixMap<Scalar> rows_of(MatrixMap<Scalar>& matrix, Index first, Index count) {
   return MatrixMap<Scalar>(matrix.data() + first * matrix.cols(), count, matrix.cols());
 }
 
+/// Rows [first, first + count) of a matrix, to read.
 template <typename Scalar>
 Eigen::Map<const Matrix<Scalar>> rows_of(const Matrix<Scalar>& matrix, Index first, Index count) {
   return {matrix.data() + first * matrix.cols(), count, matrix.cols()};
 }
 
-/// to = from, unless it stands there already.
+/// to = from; nothing is copied if `from` is `to` itself.
 template <typename Scalar, typename From>
 void keep(Matrix<Scalar>& to, const Eigen::MatrixBase<From>& from) {
   if constexpr (has_direct_access<From>) {

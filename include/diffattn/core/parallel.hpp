@@ -24,21 +24,25 @@
 namespace diffattn::inline v0_1 {
 
 namespace detail {
+/// Stands for any task in the concept below.
 struct AnyTask {
   void operator()(Index /*index*/, Index /*worker*/) const {}
 };
 }  // namespace detail
 
+/// What a function of this library takes as its executor: a type with the two members above.
 template <typename E>
 concept Executor = requires(E& executor, Index count, detail::AnyTask task) {
   { executor.concurrency() } -> std::convertible_to<Index>;
   executor.run(count, task);
 };
 
-/// Everything on the calling thread, in order.
+/// The default executor: runs every task on the calling thread, in order.
 struct Serial {
+  /// One worker: the caller.
   static Index concurrency() { return 1; }
 
+  /// Calls task(index, 0) for every index in [0, count). Throws what the first task that throws has thrown.
   template <typename Task>
   static void run(Index count, Task&& task) {
     for (Index index = 0; index < count; ++index) task(index, Index{0});

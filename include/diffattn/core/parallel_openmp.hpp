@@ -15,11 +15,14 @@
 
 namespace diffattn::inline v0_1 {
 
+/// Runs tasks in an OpenMP parallel region.
 struct OpenMP {
-  int num_threads = omp_get_max_threads();  ///< 1 if it is less
+  int num_threads = omp_get_max_threads();  ///< less than 1 means 1
 
+  /// num_threads, or 1 inside a parallel region.
   Index concurrency() const { return omp_in_parallel() ? 1 : std::max(1, num_threads); }
 
+  /// Calls task(index, worker) once for every index in [0, count). Throws what the task of the lowest index has thrown.
   template <typename Task>
   void run(Index count, Task&& task) const {
     if (omp_in_parallel() || count <= 1) return Serial::run(count, task);

@@ -4,14 +4,15 @@
 //
 //   ThreadPool pool(4);   layer.forward_into(y, x, mask, workspace, pool);
 //
-// Waiting    a thread that has nothing to do looks out for work, or for the end of the run, for 100 microseconds before
-//            it sleeps (not in a pool of more threads than the machine has processors). A run is over when its tasks
-//            are: threads that have not woken up in time are not waited for, so that on a busy machine a pool takes
-//            little longer than one thread.
-// Nesting    a task may call run() on its own pool, which then runs on the thread that called. Calls from several
-//            threads take turns; a task of one pool that finds another one taken does not wait for it either.
-// fork()     takes none of the threads along: in the child process run() throws std::runtime_error. Make a new pool
-//            there. Destroying the old one is safe.
+// Waiting    a thread that has nothing to do keeps looking for work, or for the end of the run, for 100 microseconds
+//            before it sleeps; in a pool of more threads than the machine has processors it sleeps at once. A run is
+//            over when its tasks are done. It does not wait for threads that have not woken up by then, so that on a
+//            busy machine a pool takes little longer than one thread.
+// Nesting    a task may call run() on its own pool: that run happens on the thread that called. Calls from several
+//            threads take turns. A task of one pool that calls run() on another pool, and finds it busy, does the work
+//            itself and does not wait.
+// fork()     the child process has none of the threads: there run() throws std::runtime_error. Make a new pool in the
+//            child. Destroying the old one there is safe.
 
 #include <pthread.h>
 
@@ -37,9 +38,10 @@ namespace diffattn::inline v0_1 {
 
 namespace detail {
 
-/// How many forks lie between this process and the one that the program began as, once somebody has asked.
+/// How many forks lie between this process and the one that the program began as, counted from the first call of now().
 class ForkCount {
  public:
+  /// The count of this process.
   static unsigned now() {
     // Not getpid(): a system call takes up to a microsecond, as long as a small run.
     static const bool registered = watch();
@@ -56,8 +58,9 @@ class ForkCount {
   inline static std::atomic<unsigned> count_{0};
 };
 
-/// Looks for done() again and again without giving up the processor; returns whether it came within `patience`. Not
-/// with yield(): on a busy machine that costs a whole slice of time, where a thread that sleeps is woken first.
+/// Calls done() again and again without giving up the processor, for at most `patience`; returns whether it became
+/// true. It does not yield(): on a busy machine that costs a whole slice of time, where a thread that sleeps is woken
+/// first.
 template <typename Done>
 bool wait_awake(std::chrono::microseconds patience, const Done& done) {
   const auto until = std::chrono::steady_clock::now() + patience;
@@ -77,9 +80,9 @@ bool wait_awake(std::chrono::microseconds patience, const Done& done) {
 /// A fixed set of std::threads; the caller works as worker 0. Starting a run neither allocates nor copies the task.
 class ThreadPool {
  public:
-  /// `num_threads` threads with the caller's: 1 and 0 start none. Throws std::invalid_argument for a number below 0 or
-  /// above what any system has, std::system_error if the system has no thread left, and std::bad_alloc; threads already
-  /// started are ended first.
+  /// A pool of `num_threads` workers, the caller's thread included: 0 and 1 start no thread. Throws
+  /// std::invalid_argument for a number below 0 or above what any system has, std::system_error if the system has no
+  /// thread left, and std::bad_alloc; threads already started are ended first.
   explicit ThreadPool(Index num_threads = static_cast<Index>(std::thread::hardware_concurrency()))
       : forks_(detail::ForkCount::now()),
         patience_(num_threads <= static_cast<Index>(std::thread::hardware_concurrency()) ? 100 : 0) {
@@ -102,7 +105,8 @@ class ThreadPool {
     if (forks_ == detail::ForkCount::now()) {
       stop();
     } else {
-      // The threads are not here to be joined, and a handle to a thread must not die: it is forgotten.
+      // The threads do not exist in this process, so they cannot be joined; destroying a handle that was not joined
+      // would end the program. The handles are overwritten instead.
       for (std::thread& thread : threads_) std::construct_at(&thread);
     }
   }
@@ -110,9 +114,11 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
+  /// How many tasks run at once, the caller's included.
   Index concurrency() const { return static_cast<Index>(threads_.size()) + 1; }
 
-  /// As parallel.hpp says. Throws what a task threw, and std::runtime_error in a forked process.
+  /// Calls task(index, worker) once for every index in [0, count). Throws what the task of the lowest index has thrown,
+  /// and std::runtime_error in a forked process.
   template <typename Task>
   void run(Index count, Task&& task) {
     if (count <= 1 || threads_.empty()) return Serial::run(count, task);
@@ -121,7 +127,7 @@ class ThreadPool {
     if (inside_ == nullptr) {
       turn.lock();
     } else if (is_inside() || !turn.try_lock()) {
-      // Waiting might be for ourselves.
+      // The pool may be busy with the very task that calls: to wait could mean to wait for ourselves.
       return Serial::run(count, task);
     }
     call_ = [](void* erased, Index index, Index worker) {
@@ -175,7 +181,7 @@ class ThreadPool {
     std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
-  /// Starts a new generation, which up to `most` threads that sleep are woken for.
+  /// Starts a new generation and wakes up to `most` sleeping threads for it.
   void wake(Index most) {
     generation_.fetch_add(1);
     const Index asleep = asleep_.load();  // a thread that goes to sleep after this sees the new generation first
@@ -186,7 +192,7 @@ class ThreadPool {
     }
   }
 
-  /// Indices are given out in order, so the lowest one whose task throws is always among those that are run.
+  /// Runs tasks until none is left. Indices are given out in order, so the lowest one whose task throws is always run.
   void work(Index worker) {
     const Inside* const before = std::exchange(inside_, inside_of_tasks_);
     for (Index index = next_++; index < count_; index = next_++) {

@@ -1,8 +1,8 @@
 #pragma once
 
 // Seeded random numbers that are the same on every machine: the standard library's distributions differ from one
-// implementation to the next. The generator is SplitMix64 (Steele et al., OOPSLA 2014); its whole state is one number,
-// so what draws from it can be saved and resumed.
+// implementation to the next. The generator is SplitMix64 (Steele et al., OOPSLA 2014). Its whole state is one number:
+// save it, and the numbers go on from there.
 
 #include <cstdint>
 
@@ -10,10 +10,13 @@
 
 namespace diffattn::inline v0_1 {
 
+/// A random number generator. Equal seeds give equal numbers.
 class SplitMix64 {
  public:
+  /// Any seed will do.
   explicit SplitMix64(std::uint64_t seed = 0) : state(seed) {}
 
+  /// The next 64 random bits.
   std::uint64_t next() {
     std::uint64_t z = state += 0x9e3779b97f4a7c15;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
@@ -33,7 +36,7 @@ class SplitMix64 {
     return static_cast<Index>(draw % n);
   }
 
-  std::uint64_t state;
+  std::uint64_t state;  ///< all that the next numbers follow from
 };
 
 }  // namespace diffattn::inline v0_1

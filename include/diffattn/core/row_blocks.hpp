@@ -1,6 +1,6 @@
 #pragma once
 
-// Work on the rows of a matrix, a block of them a task.
+// Work on the rows of a matrix, spread over threads: each task takes a block of rows.
 
 #include <algorithm>
 
@@ -9,7 +9,7 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// Calls f(first, count) for pieces of `rows` rows, spread over the executor.
+/// Calls f(first, count) for blocks of up to 64 rows that together are [0, rows), each in a task of the executor.
 template <Executor E, typename F>
 void for_each_row_block(Index rows, E& executor, F&& f) {
   constexpr Index kRows = 64;
@@ -17,7 +17,7 @@ void for_each_row_block(Index rows, E& executor, F&& f) {
                [&](Index task, Index /*worker*/) { f(task * kRows, std::min(kRows, rows - task * kRows)); });
 }
 
-/// to += from, for matrices with contiguous rows one after another.
+/// to += from, for matrices of the same size whose rows follow each other without gaps.
 template <typename To, typename From, Executor E>
 void add_rows(Eigen::MatrixBase<To>& to, const Eigen::MatrixBase<From>& from, E& executor) {
   auto* const sums = to.derived().data();

@@ -1,15 +1,16 @@
 #pragma once
 
-// The one door to SIMD: packets of float or double, and what the kernels do with them. The same kernel text compiles
-// for SSE2, AVX2, AVX-512 and NEON; what changes is Packet<Scalar>.
+// All SIMD of the library: packets of float or double, and what the kernels do with them. A packet is a vector register
+// full of scalars; its lanes are the scalars in it. The same kernel text compiles for SSE2, AVX2, AVX-512 and NEON;
+// only the type Packet<Scalar> changes.
 //
 //   simd_eigen.hpp     Eigen's packets, as wide as the target that Eigen sees: the default
-//   simd_vectors.hpp   the compilers' own vectors with -DDIFFATTN_PACKET_BYTES=16, 32 or 64: the geometry of any target
-//                      on any CPU, with the alignment of every packet checked; to test with, not to be fast
+//   simd_vectors.hpp   the compilers' own vectors with -DDIFFATTN_PACKET_BYTES=16, 32 or 64: packets as wide as those
+//                      of another target, on any CPU, with the alignment of every packet checked; slow, for tests
 //
 // Both offer Packet, kLanes, kRegisters, load, loadu, store, storeu, broadcast, add, sub, mul, fma, max, first,
-// barrier, reduce_max, reduce_add and transpose. What is the same for both stands here. All units of a program must be
-// compiled with the same packets.
+// barrier, reduce_max, reduce_add and transpose. What is the same for both stands here. All translation units of a
+// program must be compiled with the same packets.
 
 #include <Eigen/Core>
 
@@ -31,7 +32,7 @@ using namespace vectors;
 using namespace eigen;
 #endif
 
-/// Bytes that a packet of any scalar is aligned to at most, which scratch memory must be.
+/// The largest alignment in bytes that a packet of any target asks for. Scratch memory is aligned to it.
 inline constexpr std::size_t kMostAlignment = 64;
 
 /// The compilers' own vector of kBytes bytes: Eigen has packets of 16-bit types on some targets only.
@@ -44,8 +45,8 @@ struct CompilerVector {
 template <typename P>
 EIGEN_ALWAYS_INLINE auto spread_bits(const void* p) {
   using Bits = typename CompilerVector<std::uint32_t, sizeof(P)>::Type;
-  // GCC 12 makes three to eight instructions of the conversion below where there is one for it. What Eigen was told to
-  // use decides, not what the compiler could.
+  // GCC 12 makes three to eight instructions of the conversion at the end, where the CPU has one that does it. The
+  // macros are Eigen's, so that this header uses the instructions that Eigen uses and no others.
 #ifdef EIGEN_VECTORIZE_AVX2
   if constexpr (sizeof(P) == 32) {
     return __builtin_bit_cast(Bits, _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
@@ -63,11 +64,13 @@ EIGEN_ALWAYS_INLINE auto spread_bits(const void* p) {
   }
 }
 
+/// A packet of floats from as many bfloat16 values. Exact; any alignment.
 template <typename P>
 EIGEN_ALWAYS_INLINE P widen(const Eigen::bfloat16* p) {
   return __builtin_bit_cast(P, spread_bits<P>(p) << 16);
 }
 
+/// A packet of floats from as many half values. Exact, subnormal, infinite and NaN ones too; any alignment.
 template <typename P>
 EIGEN_ALWAYS_INLINE P widen(const Eigen::half* p) {
 #if defined(EIGEN_VECTORIZE_AVX2) && defined(__F16C__)
@@ -80,14 +83,15 @@ EIGEN_ALWAYS_INLINE P widen(const Eigen::half* p) {
     return __builtin_bit_cast(P, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
   }
 #endif
-  // Exponent and fraction move into place; a multiplication corrects the bias, and normalises what is subnormal.
+  // Exponent and fraction are shifted to their places in a float. A multiplication by 2^112 corrects the exponent's
+  // bias and normalises subnormal values.
   const auto bits = spread_bits<P>(p), magnitude = (bits & 0x7fffu) << 13;
   const P scaled = mul(__builtin_bit_cast(P, magnitude), broadcast(0x1p112f));
   const auto infinite = __builtin_bit_cast(decltype(bits), magnitude >= (0x7c00u << 13)) & 0x7f800000u;
   return __builtin_bit_cast(P, __builtin_bit_cast(decltype(bits), scaled) | infinite | ((bits & 0x8000u) << 16));
 }
 
-/// kLanes<Scalar> values that are stored as T, which is no wider: they are widened exactly. Any alignment.
+/// kLanes<Scalar> values that are stored as T, a type no wider than Scalar, converted exactly. Any alignment.
 template <typename Scalar, typename T>
 EIGEN_ALWAYS_INLINE Packet<Scalar> load_as(const T* p) {
   constexpr bool kSixteenBits = std::is_same_v<T, Eigen::bfloat16> || std::is_same_v<T, Eigen::half>;
@@ -102,7 +106,7 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> load_as(const T* p) {
   }
 }
 
-/// Shifts the bit pattern of every lane left by N: how an integer in the low bits becomes an exponent.
+/// Shifts the bits of every lane left by N. So an integer in the low bits becomes the exponent of a float.
 template <int N, typename Scalar>
 EIGEN_ALWAYS_INLINE Packet<Scalar> shift_bits_left(const Packet<Scalar>& x) {
   using Bits = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
@@ -115,9 +119,9 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> shift_bits_left(const Packet<Scalar>& x) {
   }
 }
 
-/// Asks for the cache line at `p`, to be read or written soon. Any address will do.
+/// Asks for the cache line at `p`, to be read or written soon. Any address is allowed: a bad one is ignored.
 EIGEN_ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-/// The same for the line `offset` values after p, whatever is there.
+/// The same for the line `offset` values after p, which may lie outside the memory that p belongs to.
 template <typename T>
 EIGEN_ALWAYS_INLINE void prefetch(const T* p, Index offset) {
   const auto bytes = static_cast<std::uintptr_t>(offset * static_cast<Index>(sizeof(T)));

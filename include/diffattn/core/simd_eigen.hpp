@@ -9,6 +9,7 @@
 
 namespace diffattn::inline v0_1::simd::eigen {
 
+/// Eigen's widest vector of Scalar on this target.
 template <typename Scalar>
 using Packet = typename Eigen::internal::packet_traits<Scalar>::type;
 
@@ -16,7 +17,7 @@ using Packet = typename Eigen::internal::packet_traits<Scalar>::type;
 template <typename Scalar>
 inline constexpr Index kLanes = Eigen::internal::unpacket_traits<Packet<Scalar>>::size;
 
-/// Vector registers of the target, which bounds a register tile.
+/// The number of vector registers of the target. A register tile must fit in them.
 inline constexpr Index kRegisters = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS;
 
 /// The packet at p, which is aligned to a packet.
@@ -45,19 +46,22 @@ EIGEN_ALWAYS_INLINE void storeu(Scalar* p, const Packet<Scalar>& x) {
   Eigen::internal::pstoreu(p, x);
 }
 
+/// a + b, lane by lane.
 template <typename P>
 EIGEN_ALWAYS_INLINE P add(const P& a, const P& b) {
   return Eigen::internal::padd(a, b);
 }
+/// a − b, lane by lane.
 template <typename P>
 EIGEN_ALWAYS_INLINE P sub(const P& a, const P& b) {
   return Eigen::internal::psub(a, b);
 }
+/// a·b, lane by lane.
 template <typename P>
 EIGEN_ALWAYS_INLINE P mul(const P& a, const P& b) {
   return Eigen::internal::pmul(a, b);
 }
-/// a·b + c, fused where the target can.
+/// a·b + c, rounded once where the target has such an instruction.
 template <typename P>
 EIGEN_ALWAYS_INLINE P fma(const P& a, const P& b, const P& c) {
   return Eigen::internal::pmadd(a, b, c);
@@ -72,8 +76,8 @@ template <typename P>
 EIGEN_ALWAYS_INLINE auto first(const P& a) {
   return Eigen::internal::pfirst(a);
 }
-/// x, of which the compiler does not know how it was computed: under -fassociative-math, which is part of -ffast-math,
-/// it would take (x + c) − c for x. Costs nothing.
+/// Returns x, and hides from the compiler how x was computed. Without it -fassociative-math, a part of -ffast-math,
+/// would simplify (x + c) − c to x. Costs nothing.
 template <typename P>
 EIGEN_ALWAYS_INLINE P barrier(P x) {
 #if defined(__x86_64__) || defined(__SSE__)
@@ -86,10 +90,12 @@ EIGEN_ALWAYS_INLINE P barrier(P x) {
   return x;
 }
 
+/// The largest lane.
 template <typename P>
 EIGEN_ALWAYS_INLINE auto reduce_max(const P& a) {
   return Eigen::internal::predux_max(a);
 }
+/// The sum of all lanes.
 template <typename P>
 EIGEN_ALWAYS_INLINE auto reduce_add(const P& a) {
   return Eigen::internal::predux(a);

@@ -1,8 +1,8 @@
 #pragma once
 
-// Packets on the compilers' own vectors, of any width on any CPU: how the geometry of one target (lanes, tile, strips)
-// is tested on a machine of another. simd.hpp uses them when DIFFATTN_PACKET_BYTES says how wide: 16, 32 or 64. They
-// are slower than Eigen's, and every aligned load and store checks its address.
+// Packets on the compilers' own vectors, of any width on any CPU. With them a machine can test the sizes of lanes,
+// tiles and strips that another target has. simd.hpp uses them when DIFFATTN_PACKET_BYTES says how wide: 16, 32 or 64.
+// They are slower than Eigen's, and every aligned load and store checks its address.
 
 #include <Eigen/Core>
 
@@ -16,16 +16,19 @@
 namespace diffattn::inline v0_1::simd::vectors {
 
 #ifdef DIFFATTN_PACKET_BYTES
+/// Bytes of a packet.
 inline constexpr std::size_t kBytes = DIFFATTN_PACKET_BYTES;
 static_assert(kBytes == 16 || kBytes == 32 || kBytes == 64, "DIFFATTN_PACKET_BYTES must be 16, 32 or 64");
 #else
 inline constexpr std::size_t kBytes = 16;
 #endif
 
+/// Names the compilers' vector type of Scalar: an alias template cannot carry the attribute.
 template <typename Scalar>
 struct PacketOf {
   typedef Scalar Type __attribute__((vector_size(kBytes)));
 };
+/// The vector of kBytes bytes of Scalar.
 template <typename Scalar>
 using Packet = typename PacketOf<Scalar>::Type;
 
@@ -36,7 +39,7 @@ inline constexpr Index kLanes = static_cast<Index>(kBytes / sizeof(Scalar));
 /// Vector registers of the targets with packets of this size: AVX-512 has 32, SSE and AVX have 16.
 inline constexpr Index kRegisters = kBytes == 64 ? 32 : 16;
 
-/// Throws std::logic_error unless p is aligned to a packet: on the target that is tested here it would be a crash.
+/// Throws std::logic_error unless p is aligned to a packet: the target that is being imitated would crash.
 EIGEN_ALWAYS_INLINE void check_alignment(const void* p) {
   if (reinterpret_cast<std::uintptr_t>(p) % kBytes != 0) {
     throw std::logic_error("diffattn: a packet at an address that is not aligned to it");
@@ -73,19 +76,22 @@ EIGEN_ALWAYS_INLINE void store(Scalar* p, const Packet<Scalar>& x) {
   storeu(p, x);
 }
 
+/// a + b, lane by lane.
 template <typename P>
 EIGEN_ALWAYS_INLINE P add(const P& a, const P& b) {
   return a + b;
 }
+/// a − b, lane by lane.
 template <typename P>
 EIGEN_ALWAYS_INLINE P sub(const P& a, const P& b) {
   return a - b;
 }
+/// a·b, lane by lane.
 template <typename P>
 EIGEN_ALWAYS_INLINE P mul(const P& a, const P& b) {
   return a * b;
 }
-/// a·b + c, fused where the compiler does so.
+/// a·b + c, rounded once where the compiler fuses the two.
 template <typename P>
 EIGEN_ALWAYS_INLINE P fma(const P& a, const P& b, const P& c) {
   return a * b + c;
@@ -101,8 +107,8 @@ EIGEN_ALWAYS_INLINE auto first(const P& a) {
   return a[0];
 }
 
-/// x, of which the compiler does not know how it was computed: see simd_eigen.hpp. There is no register for a packet
-/// that is wider than the target's.
+/// Returns x, and hides from the compiler how x was computed: see simd_eigen.hpp. An empty asm as there would need a
+/// register as wide as the packet, which the target may not have.
 template <typename P>
 EIGEN_ALWAYS_INLINE P barrier(const P& x) {
 #ifdef __clang__
@@ -112,7 +118,7 @@ EIGEN_ALWAYS_INLINE P barrier(const P& x) {
 #endif
 }
 
-/// combine(…) of all lanes, halves first, as the instructions of the targets do.
+/// All lanes combined to one: the upper half with the lower half, then again, as the instructions of the targets do.
 template <typename P, typename Combine>
 EIGEN_ALWAYS_INLINE auto reduce(P a, const Combine& combine) {
   for (std::size_t half = sizeof(P) / sizeof(a[0]) / 2; half > 0; half /= 2) {
@@ -120,10 +126,12 @@ EIGEN_ALWAYS_INLINE auto reduce(P a, const Combine& combine) {
   }
   return a[0];
 }
+/// The largest lane.
 template <typename P>
 EIGEN_ALWAYS_INLINE auto reduce_max(const P& a) {
   return reduce(a, [](auto x, auto y) { return y > x ? y : x; });
 }
+/// The sum of all lanes.
 template <typename P>
 EIGEN_ALWAYS_INLINE auto reduce_add(const P& a) {
   return reduce(a, [](auto x, auto y) { return x + y; });

@@ -1,7 +1,7 @@
 #pragma once
 
-// Sizes that are multiplied. A config, a Map or a file may name any number: products are checked before they are used,
-// so that what cannot be in memory is refused by name and never wraps around to something small.
+// Products of sizes. A config, a Map or a file may name any number, and a product of large ones could overflow to a
+// small number. So products are checked before they are used, and an error names what is too large for any memory.
 
 #include <algorithm>
 #include <initializer_list>
@@ -11,11 +11,12 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// More values than any memory holds, and few enough that a kernel may multiply them by tiles, maps and bytes.
+/// More values than any memory holds. Small enough that a kernel can multiply it by its tile sizes and by the bytes of
+/// a value without overflow.
 inline constexpr Index kMostValues = Index{1} << 46;
 
-/// The product of `factors`. Throws std::invalid_argument, with `what` for the name of the product, if one of them is
-/// negative or the product is beyond kMostValues.
+/// The product of `factors`. Throws std::invalid_argument, which calls the product `what`, if a factor is negative or
+/// the product is above kMostValues.
 inline Index checked_product(const char* where, const char* what, std::initializer_list<Index> factors) {
   Index product = 1;
   for (const Index factor : factors) {
@@ -28,8 +29,8 @@ inline Index checked_product(const char* where, const char* what, std::initializ
   return product;
 }
 
-/// Throws std::invalid_argument if an operand of `rows` x `cols` can be no matrix in memory: a Map with a stride of 0
-/// may say so.
+/// Throws std::invalid_argument if `rows` x `cols` values fit no memory. An operand can claim such a size: a Map with a
+/// stride of 0 is as large as it says.
 inline void check_operand_size(const char* where, const char* tensor, Index rows, Index cols) {
   if (std::max(rows, cols) <= kMostValues && (cols == 0 || rows <= kMostValues / cols)) return;
   throw_invalid({where, ": ", tensor, " would be ", rows, " x ", cols, " values, which no memory holds"});
@@ -42,7 +43,7 @@ inline void check_positive(const char* where, const char* field, Index value) {
   }
 }
 
-/// The value, once it is known to be at least 1: for constructors, which need their numbers before their body.
+/// Checks as check_positive does and returns the value: for initialiser lists of constructors.
 inline Index checked_positive(const char* where, const char* field, Index value) {
   check_positive(where, field, value);
   return value;

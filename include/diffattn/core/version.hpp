@@ -1,6 +1,7 @@
 #pragma once
 
-// The one place that states the version: CMake, pkg-config and the inline namespace follow it.
+// The version. CMake and pkg-config read it from here. The inline namespace v0_1, which every header opens by name, is
+// renamed by hand when the minor version changes.
 
 #define DIFFATTN_VERSION_MAJOR 0
 #define DIFFATTN_VERSION_MINOR 1
@@ -10,6 +11,7 @@
 /// program stay apart instead of silently sharing a symbol.
 namespace diffattn::inline v0_1 {
 
+/// The version of the headers that a program was compiled with.
 inline constexpr int kVersionMajor = DIFFATTN_VERSION_MAJOR;
 inline constexpr int kVersionMinor = DIFFATTN_VERSION_MINOR;
 inline constexpr int kVersionPatch = DIFFATTN_VERSION_PATCH;

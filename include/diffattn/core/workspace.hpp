@@ -1,12 +1,12 @@
 #pragma once
 
-// Workspace: scratch memory that is asked for once and used again.
+// Workspace: scratch memory that is allocated once and used again.
 //
 // A call opens a frame, takes what it needs from it, and gives everything back when the frame goes out of scope. Frames
 // nest like calls. Memory is kept between frames, so once a workspace has seen its largest call it never touches the
-// heap again. Pointers are aligned to 64 bytes and stay valid for the life of their frame. Not for two threads at once:
-// a call that runs on several threads takes their shares before it starts them. After an exception, whose frames have
-// closed on its way, a workspace is as good as before.
+// heap again. Pointers are aligned to 64 bytes and stay valid for the life of their frame. Two threads must not use one
+// workspace at once: a call that runs on several threads takes shares for them first. An exception closes the frames
+// that it passes; after it the workspace can be used as before.
 
 #include <algorithm>
 #include <cstddef>
@@ -22,18 +22,21 @@
 
 namespace diffattn::inline v0_1 {
 
+/// Scratch memory for calls of this library: pass the same one again and again, and it stops allocating.
 class Workspace {
  public:
+  /// Empty; allocates when memory is first taken.
   Workspace() = default;
   Workspace(Workspace&&) = default;
   Workspace& operator=(Workspace&&) = default;
-  // Scratch is not a value: a copy of its owner starts with none of its own.
+  /// A copy is empty: scratch memory is no part of the value of the object that owns it.
   Workspace(const Workspace&) noexcept {}
   Workspace& operator=(const Workspace&) noexcept { return *this; }
 
-  /// Returns what was taken since it was opened when it goes out of scope.
+  /// Gives back, when it goes out of scope, all that was taken since it was opened.
   class Frame {
    public:
+    /// Opens a frame of `workspace`.
     explicit Frame(Workspace& workspace) : workspace_(workspace), block_(workspace.block_), used_(workspace.used_) {}
     ~Frame() { workspace_.release(block_, used_); }
     Frame(const Frame&) = delete;
@@ -45,10 +48,11 @@ class Workspace {
     std::size_t used_;
   };
 
+  /// Opens a frame: keep it in a local variable.
   [[nodiscard]] Frame frame() & { return Frame(*this); }
 
-  /// `count` uninitialised values, valid until the innermost open frame closes. O(1); heap only when growing. Throws
-  /// std::bad_alloc, also for more bytes than can be counted or fewer than none.
+  /// `count` uninitialised values, valid until the innermost open frame closes. O(1); allocates only when it must grow.
+  /// Throws std::bad_alloc, also if `count` is negative or its bytes are more than an Index can count.
   template <typename T>
   [[nodiscard]] T* take(Index count) {
     static_assert(std::is_trivially_destructible_v<T>);
@@ -57,9 +61,9 @@ class Workspace {
     return reinterpret_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
   }
 
-  /// A workspace for each of `count` tasks that run at once, none of which may run on while another call uses this one.
-  /// They are kept like everything else, and none is smaller than the largest was, so that it does not matter to the
-  /// heap which task runs where.
+  /// A workspace for each of `count` tasks that run at once. The tasks must be done before another call uses this
+  /// workspace. The shares are kept, and all grow to the size of the largest, so that nothing is allocated if next time
+  /// the work falls to other tasks.
   [[nodiscard]] std::span<Workspace> shares(Index count) {
     if (shares_.size() < static_cast<std::size_t>(count)) shares_.resize(static_cast<std::size_t>(count));
     std::size_t most = 0;
@@ -101,7 +105,7 @@ class Workspace {
       ++block;
       used = 0;
     }
-    // What is taken first is seldom all: small requests share a block.
+    // More small requests usually follow the first, so a block has room for several.
     if (block == blocks_.size()) add_block(std::max(bytes, kSmallestBlock));
     std::byte* const result = blocks_[block].memory.get() + used;
     block_ = block;
@@ -114,7 +118,7 @@ class Workspace {
     blocks_.push_back({std::unique_ptr<std::byte, Free>(memory), bytes});
   }
 
-  // Several blocks mean that the last call outgrew what there was: the next one finds a single block of their size.
+  // There are several blocks when the last call needed more than there was: the next call finds one block of their sum.
   void merge_blocks() {
     std::size_t total = 0;
     for (const Block& block : blocks_) total += block.size;
@@ -135,9 +139,10 @@ class Workspace {
 
 namespace detail {
 
-/// The workspace of calls that bring none: each thread keeps one, since for a small problem finding memory would take
-/// longer than the work. What is larger than kMostKept goes back when the call ends. A call that comes after the
-/// thread's has been destroyed, from the destructor of a static object for example, has one of its own.
+/// The workspace of calls that are given none. Each thread keeps one, since for a small problem an allocation would
+/// take longer than the work. A call that leaves more than kMostKept bytes in it frees them when it ends. A call made
+/// after the thread's workspace has been destroyed, from the destructor of a static object for example, has a workspace
+/// of its own.
 class ThreadWorkspace {
  public:
   static constexpr std::size_t kMostKept = 1 << 20;
@@ -146,10 +151,11 @@ class ThreadWorkspace {
   ThreadWorkspace(const ThreadWorkspace&) = delete;
   ThreadWorkspace& operator=(const ThreadWorkspace&) = delete;
   ~ThreadWorkspace() {
-    // In use when this call was made from within another, by a mask for example.
+    // It is in use if this call was made from within another one, by a mask for example.
     if (kept_ != nullptr && !kept_->in_use() && kept_->capacity() > kMostKept) *kept_ = Workspace();
   }
 
+  /// The workspace to use for this call.
   operator Workspace&() { return kept_ != nullptr ? *kept_ : own_; }
 
  private:
@@ -164,8 +170,8 @@ class ThreadWorkspace {
     return &kept.workspace;
   }
 
-  inline static constinit thread_local bool gone_ =
-      false;  // has no destructor: can be read until the thread is no more
+  // A bool has no destructor, so it can be read until the thread ends.
+  inline static constinit thread_local bool gone_ = false;
 
   Workspace* kept_ = of_this_thread();
   Workspace own_;

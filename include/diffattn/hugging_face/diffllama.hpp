@@ -5,7 +5,9 @@
 //   auto model = DiffLlama<float>::load("DiffLlama-0.3B-handcut");
 //   Matrix<float> logits = model.logits(tokens);                          (tokens x vocab_size)
 //   std::vector<Index> text = model.generate(prompt, {.max_new_tokens = 100});
-//   model.save(directory);                                                config.json and model.safetensors
+//   auto cache = model.make_cache();  model.logits(prompt, cache);        then token by token
+//   model.logits_into(y, tokens, cache, workspace, executor);             into a matrix of yours, without the heap
+//   save_diffllama(model, directory);                                     config.json and model.safetensors
 //
 // Reads    what transformers 5 reads of config.json, generation_config.json and model.safetensors or its sharded form
 //          (diffllama_config.hpp, diffllama_checkpoint.hpp): F64, F32, F16 and BF16; a tied or free head; biases; any
@@ -32,6 +34,8 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/core/workspace.hpp"
 #include "diffattn/hugging_face/diffllama_checkpoint.hpp"
 #include "diffattn/hugging_face/diffllama_config.hpp"
 #include "diffattn/hugging_face/diffllama_layout.hpp"
@@ -61,48 +65,72 @@ class DiffLlama {
   const DiffLlamaConfig& config() const { return config_; }
   const Model& decoder() const { return decoder_; }
 
-  /// (tokens x vocab_size): row i scores what follows token i. Tokens are any contiguous integers.
-  template <typename Tokens>
-  Matrix<Scalar> logits(const Tokens& tokens) const {
-    check_length(static_cast<Index>(std::size(tokens)));
-    return decoder_.logits(tokens);
+  /// (tokens x vocab_size): row i scores what follows token i. Tokens are any contiguous integers. Throws
+  /// std::invalid_argument for one outside the vocabulary and for more of them than the model has positions.
+  template <typename Tokens, Executor E = Serial>
+  Matrix<Scalar> logits(const Tokens& tokens, E&& executor = {}) const {
+    Workspace workspace;
+    Matrix<Scalar> result(size_of(tokens), config_.vocab_size);
+    logits_into(result, tokens, workspace, executor);
+    return result;
   }
   Matrix<Scalar> logits(std::initializer_list<Index> tokens) const { return logits(std::span(tokens)); }
 
-  /// The same for the tokens that follow those in `cache`, which they join.
-  template <typename Tokens, typename Storage>
-  Matrix<Scalar> logits(const Tokens& tokens, DecoderCache<Storage>& cache) const {
-    check_length(cache.position() + static_cast<Index>(std::size(tokens)));
-    return decoder_.logits(tokens, cache);
+  /// The same for the tokens that follow those in `cache`, which they join; whatever is thrown, it is as before.
+  template <typename Tokens, typename Storage, Executor E = Serial>
+  Matrix<Scalar> logits(const Tokens& tokens, DecoderCache<Storage>& cache, E&& executor = {}) const {
+    Workspace workspace;
+    Matrix<Scalar> result(size_of(tokens), config_.vocab_size);
+    logits_into(result, tokens, cache, workspace, executor);
+    return result;
   }
   template <typename Storage>
   Matrix<Scalar> logits(std::initializer_list<Index> tokens, DecoderCache<Storage>& cache) const {
     return logits(std::span(tokens), cache);
   }
 
-  /// A cache for this model, whose storage type is free: make_cache<Eigen::bfloat16>().
+  /// A cache for this model, whose storage type is free: make_cache<Eigen::bfloat16>(). Throws std::invalid_argument
+  /// for options that KvCache refuses.
   template <typename Storage = Scalar>
   DecoderCache<Storage> make_cache(const KvCacheOptions& options = {}) const {
-    return DecoderCache<Storage>(decoder_.num_layers(), options);
+    return decoder_.template make_cache<Storage>(options);
   }
 
-  /// The tokens that follow the prompt, as generate.hpp says. If no stop tokens are given, they are the eos_token_id of
-  /// the configuration.
-  template <typename Tokens>
-  std::vector<Index> generate(const Tokens& prompt, const GenerateOptions& options = {}) const {
+  /// The tokens that follow the prompt, as generate.hpp says, with work spread over `executor`. If no stop tokens are
+  /// given, they are the eos_token_id of the configuration.
+  template <typename Tokens, Executor E = Serial>
+  std::vector<Index> generate(const Tokens& prompt, const GenerateOptions& options = {}, E&& executor = {}) const {
     DecoderCache<Scalar> cache = make_cache();
-    return generate(prompt, options, cache);
+    return generate(prompt, options, cache, executor);
   }
-  std::vector<Index> generate(std::initializer_list<Index> prompt, const GenerateOptions& options = {}) const {
-    return generate(std::span(prompt), options);
+  template <Executor E = Serial>
+  std::vector<Index> generate(std::initializer_list<Index> prompt, const GenerateOptions& options = {},
+                              E&& executor = {}) const {
+    return generate(std::span(prompt), options, executor);
   }
+
+  /// The same behind what is in `cache`, which holds prompt and text, but for the last token, afterwards.
   template <typename Tokens, typename Storage, Executor E = Serial>
   std::vector<Index> generate(const Tokens& prompt, GenerateOptions options, DecoderCache<Storage>& cache,
                               E&& executor = {}) const {
     if (options.stop_tokens.empty()) options.stop_tokens = config_.eos_token_ids;
-    const Index most = config_.max_tokens();
-    options.max_length = options.max_length == 0 ? most : std::min(options.max_length, most);
+    options.max_length = std::min(options.max_length.value_or(config_.max_tokens()), config_.max_tokens());
     return diffattn::generate(decoder_, prompt, options, cache, executor);
+  }
+
+  /// logits(tokens) into y (tokens x vocab_size): after a first call of the largest shape no heap.
+  template <typename Y, typename Tokens, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, Workspace& workspace, E&& executor = {}) const {
+    check_length(size_of(tokens));
+    decoder_.logits_into(y, tokens, workspace, executor);
+  }
+
+  /// The same behind what is in `cache`, which allocates only the pages by which it grows, none up to its `reserve`.
+  template <typename Y, typename Tokens, typename Storage, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache,
+                   Workspace& workspace, E&& executor = {}) const {
+    check_length(cache.position() + size_of(tokens));
+    decoder_.logits_into(y, tokens, cache, workspace, executor);
   }
 
   /// Writes config.json and model.safetensors, in the element types that were read, as one thing: whatever interrupts
@@ -113,12 +141,8 @@ class DiffLlama {
     for_each_parameter(*this, [&](const std::string& name, const auto& parameter, const std::vector<Index>* heads) {
       add_to(writer, name, parameter, heads);
     });
-    const std::string dtype = decoder_.embedding.visit([]<typename T>(const StridedView<const T>&) {
-      return std::is_same_v<T, double>            ? "float64"
-             : std::is_same_v<T, float>           ? "float32"
-             : std::is_same_v<T, Eigen::bfloat16> ? "bfloat16"
-                                                  : "float16";
-    });
+    const std::string dtype = decoder_.embedding.visit(
+        []<typename T>(const StridedView<const T>&) { return DiffLlamaConfig::torch_dtype<T>(); });
     detail::save_checkpoint_directory(directory, std::move(writer), config_.to_json(dtype));
   }
 
@@ -248,6 +272,11 @@ class DiffLlama {
     writer.add(name, ordered);
   }
 
+  template <typename Tokens>
+  static Index size_of(const Tokens& tokens) {
+    return static_cast<Index>(std::size(tokens));
+  }
+
   void check_length(Index tokens) const {
     if (tokens > config_.max_tokens()) {
       detail::throw_invalid({"DiffLlama: a sequence of ", tokens, " tokens is longer than the ", config_.max_tokens(),
@@ -259,5 +288,11 @@ class DiffLlama {
   Model decoder_;
   std::map<std::string, Dtype> vector_types_;  // as they were stored
 };
+
+/// The model in `directory`, as DiffLlama::save writes it: the same function as for a Decoder (diffllama_export.hpp).
+template <typename Scalar>
+void save_diffllama(const DiffLlama<Scalar>& model, const std::filesystem::path& directory) {
+  model.save(directory);
+}
 
 }  // namespace diffattn::inline v0_1

@@ -21,6 +21,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
@@ -62,8 +63,17 @@ struct DiffLlamaConfig {
     return static_cast<Index>(std::clamp(reach, positions, largest));
   }
 
-  /// `file` names the text in errors.
+  /// From the text of a config.json; `file` names it in errors. Throws FormatError as said above.
   static DiffLlamaConfig parse(const std::string& text, const std::string& file);
+
+  /// What transformers calls a type in which weights may be stored.
+  template <typename T>
+  static const char* torch_dtype() {
+    return std::is_same_v<T, double>            ? "float64"
+           : std::is_same_v<T, float>           ? "float32"
+           : std::is_same_v<T, Eigen::bfloat16> ? "bfloat16"
+                                                : "float16";
+  }
 
   /// In the old spelling, which every version of transformers reads. `dtype` is what the weights are stored as.
   std::string to_json(const std::string& dtype = "float32") const;
@@ -122,6 +132,22 @@ inline void check_model_type(const ConfigFields& fields) {
   }
 }
 
+/// What stands by itself: sizes, switches and numbers.
+inline void read_sizes(DiffLlamaConfig& config, const ConfigFields& fields) {
+  config.vocab_size = fields.count("vocab_size", config.vocab_size);
+  config.hidden_size = fields.count("hidden_size", config.hidden_size);
+  config.intermediate_size = fields.count("intermediate_size", config.intermediate_size);
+  config.num_hidden_layers = fields.count("num_hidden_layers", config.num_hidden_layers);
+  config.num_attention_heads = fields.count("num_attention_heads", config.num_attention_heads);
+  config.num_key_value_heads = fields.count("num_key_value_heads", config.num_attention_heads);
+  config.max_position_embeddings = fields.count("max_position_embeddings", config.max_position_embeddings);
+  config.rms_norm_eps = fields.number("rms_norm_eps", config.rms_norm_eps);
+  config.tie_word_embeddings = fields.boolean("tie_word_embeddings", config.tie_word_embeddings);
+  config.attention_bias = fields.boolean("attention_bias", config.attention_bias);
+  config.initializer_range = fields.number("initializer_range", config.initializer_range);
+  config.lambda_std_dev = fields.number("lambda_std_dev", config.lambda_std_dev);
+}
+
 /// The heads and their width; every weight matrix must have a size that an Index holds.
 inline void read_heads(DiffLlamaConfig& config, const ConfigFields& fields) {
   const Index heads = config.num_attention_heads, kv_heads = config.num_key_value_heads;
@@ -155,18 +181,7 @@ inline DiffLlamaConfig DiffLlamaConfig::parse(const std::string& text, const std
   detail::check_model_type(fields);
 
   DiffLlamaConfig config;
-  config.vocab_size = fields.count("vocab_size", config.vocab_size);
-  config.hidden_size = fields.count("hidden_size", config.hidden_size);
-  config.intermediate_size = fields.count("intermediate_size", config.intermediate_size);
-  config.num_hidden_layers = fields.count("num_hidden_layers", config.num_hidden_layers);
-  config.num_attention_heads = fields.count("num_attention_heads", config.num_attention_heads);
-  config.num_key_value_heads = fields.count("num_key_value_heads", config.num_attention_heads);
-  config.max_position_embeddings = fields.count("max_position_embeddings", config.max_position_embeddings);
-  config.rms_norm_eps = fields.number("rms_norm_eps", config.rms_norm_eps);
-  config.tie_word_embeddings = fields.boolean("tie_word_embeddings", config.tie_word_embeddings);
-  config.attention_bias = fields.boolean("attention_bias", config.attention_bias);
-  config.initializer_range = fields.number("initializer_range", config.initializer_range);
-  config.lambda_std_dev = fields.number("lambda_std_dev", config.lambda_std_dev);
+  detail::read_sizes(config, fields);
   detail::read_heads(config, fields);
   if (!(config.rms_norm_eps >= 0) || !std::isfinite(config.rms_norm_eps)) {
     fields.fail("rms_norm_eps", "must not be negative, got " + std::to_string(config.rms_norm_eps));

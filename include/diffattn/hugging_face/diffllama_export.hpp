@@ -23,7 +23,6 @@
 #include <map>
 #include <string>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -41,21 +40,22 @@ namespace diffattn::inline v0_1 {
 
 /// What a checkpoint says beside the shapes of its model.
 struct DiffLlamaExportOptions {
-  Index max_position_embeddings = 2048;
-  std::vector<Index> eos_token_ids{};
+  Index max_position_embeddings = 2048;  ///< the longest sequence that it is made for
+  std::vector<Index> eos_token_ids{};    ///< of what ends a text
 };
 
+namespace detail {
+
+/// The config.json of a model. Throws std::invalid_argument for what DiffLlama does not have.
 template <typename Scalar>
-void save_diffllama(const Decoder<Scalar, MultiheadDiffAttention<Scalar>>& model,
-                    const std::filesystem::path& directory, const DiffLlamaExportOptions& options = {}) {
+DiffLlamaConfig diffllama_config_of(const Decoder<Scalar, MultiheadDiffAttention<Scalar>>& model,
+                                    const DiffLlamaExportOptions& options) {
   const auto& decoder = model.config();
   const auto& attention = model.blocks.front().attention.config();
-  if (!attention.rotary)
-    detail::throw_invalid({"save_diffllama: DiffLlama has a rotary embedding, the model has none"});
-  if (attention.lambda_init)
-    detail::throw_invalid({"save_diffllama: DiffLlama has the lambda_init of the layer's depth"});
+  if (!attention.rotary) throw_invalid({"save_diffllama: DiffLlama has a rotary embedding, the model has none"});
+  if (attention.lambda_init) throw_invalid({"save_diffllama: DiffLlama has the lambda_init of the layer's depth"});
   if (attention.norm_eps != decoder.norm_eps) {
-    detail::throw_invalid({"save_diffllama: DiffLlama has one norm_eps, attention and decoder have two"});
+    throw_invalid({"save_diffllama: DiffLlama has one norm_eps, attention and decoder have two"});
   }
   DiffLlamaConfig config;
   config.vocab_size = decoder.vocab_size;
@@ -72,22 +72,32 @@ void save_diffllama(const Decoder<Scalar, MultiheadDiffAttention<Scalar>>& model
   config.rope_theta = attention.rotary->base;
   config.rope_scaling = attention.rotary->scaling;
   config.eos_token_ids = options.eos_token_ids;
+  return config;
+}
 
+}  // namespace detail
+
+/// Writes config.json and model.safetensors of `model` into `directory`, which is made if it is not there. Holds a copy
+/// of the weights while it writes.
+template <typename Scalar>
+void save_diffllama(const Decoder<Scalar, MultiheadDiffAttention<Scalar>>& model,
+                    const std::filesystem::path& directory, const DiffLlamaExportOptions& options = {}) {
+  const DiffLlamaConfig config = detail::diffllama_config_of(model, options);
   SafetensorsWriter writer(std::map<std::string, std::string>{{"format", "pt"}});
-  const auto add = [&](const std::string& prefix, const auto& part, std::string_view left_out = "\n") {
-    visit_parameters(part, [&](std::string_view name, const auto& parameter) {
-      if (name.find(left_out) != name.npos) return;
-      const bool is_head = name.substr(0, 8) == "lm_head.";
-      writer.add((is_head ? "" : prefix) + std::string(name), parameter);
-    });
-  };
-  add("model.", model, "self_attn.");
+  visit_parameters(model, [&](std::string_view name, const auto& parameter) {
+    if (name.find("self_attn.") != name.npos) return;  // in their layout, below
+    const bool is_head = name.starts_with("lm_head.");
+    writer.add((is_head ? "" : "model.") + std::string(name), parameter);
+  });
   for (std::size_t layer = 0; layer < model.blocks.size(); ++layer) {
+    const std::string prefix = "model.layers." + std::to_string(layer) + ".self_attn.";
     const DiffLlamaAttention<Scalar> theirs(model.blocks[layer].attention);
-    add("model.layers." + std::to_string(layer) + ".self_attn.", theirs);
+    visit_parameters(theirs, [&](std::string_view name, const auto& parameter) {
+      writer.add(prefix + std::string(name), parameter);
+    });
   }
   detail::save_checkpoint_directory(directory, std::move(writer),
-                                    config.to_json(std::is_same_v<Scalar, double> ? "float64" : "float32"));
+                                    config.to_json(DiffLlamaConfig::torch_dtype<Scalar>()));
 }
 
 }  // namespace diffattn::inline v0_1

@@ -119,10 +119,10 @@ class DiffLlamaAttention {
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
-    detail::visit_part("q_proj", self.q_proj, visitor);
-    detail::visit_part("k_proj", self.k_proj, visitor);
-    detail::visit_part("v_proj", self.v_proj, visitor);
-    detail::visit_part("o_proj", self.o_proj, visitor);
+    visit_part("q_proj", self.q_proj, visitor);
+    visit_part("k_proj", self.k_proj, visitor);
+    visit_part("v_proj", self.v_proj, visitor);
+    visit_part("o_proj", self.o_proj, visitor);
     visit_parameters(self.lambda, visitor);
   }
 

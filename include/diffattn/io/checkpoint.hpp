@@ -5,9 +5,8 @@
 //   tensors    model.<name> · optimizer.first_moment.<name> · optimizer.second_moment.<name>
 //   metadata   format ("diffattn training 1") · optimizer_steps · windows_drawn · random_state, and notes of your own
 //
-//   save_checkpoint("run.safetensors", model, optimizer, {.windows_drawn = sampler.drawn});
-//   const TrainingState state = load_checkpoint("run.safetensors", model, optimizer);  sampler.drawn =
-//   state.windows_drawn;
+//   save_checkpoint(model, optimizer, "run.safetensors", {.windows_drawn = sampler.drawn});
+//   sampler.drawn = load_checkpoint(model, optimizer, "run.safetensors").windows_drawn;
 //
 // Configurations (model, optimizer, sampler) and the tokens are the program's: it constructs them as before.
 //
@@ -74,9 +73,10 @@ ModelAndOptimizer(Model&, Optimizer&) -> ModelAndOptimizer<Model, Optimizer>;
 
 }  // namespace detail
 
+/// Writes model, optimizer and `state` to `path`, as a whole or not at all.
 template <typename Model, typename Scalar>
-void save_checkpoint(const std::filesystem::path& path, const Model& model, const AdamW<Scalar>& optimizer,
-                     const TrainingState& state) {
+void save_checkpoint(const Model& model, const AdamW<Scalar>& optimizer, const std::filesystem::path& path,
+                     const TrainingState& state = {}) {
   std::map<std::string, std::string> metadata = {{"format", detail::kCheckpointFormat},
                                                  {"optimizer_steps", std::to_string(optimizer.steps)},
                                                  {"windows_drawn", std::to_string(state.windows_drawn)},
@@ -85,8 +85,9 @@ void save_checkpoint(const std::filesystem::path& path, const Model& model, cons
   save_parameters(detail::ModelAndOptimizer{model, optimizer}, path, "", std::move(metadata));
 }
 
+/// Reads what save_checkpoint wrote into a model and an optimizer of the same configurations, and returns the rest.
 template <typename Model, typename Scalar>
-TrainingState load_checkpoint(const std::filesystem::path& path, Model& model, AdamW<Scalar>& optimizer) {
+TrainingState load_checkpoint(Model& model, AdamW<Scalar>& optimizer, const std::filesystem::path& path) {
   const Safetensors file(path);
   const auto format = file.metadata().find("format");
   if (format == file.metadata().end() || format->second != detail::kCheckpointFormat) {

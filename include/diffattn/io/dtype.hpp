@@ -2,6 +2,8 @@
 
 // The element types of a safetensors file, and how C++ types map to those that are read and written. A file may hold
 // tensors of the others beside them.
+//
+// Tested by tests/io/safetensors_reader_test.cpp and safetensors_writer_test.cpp.
 
 #include <Eigen/Core>
 

@@ -5,10 +5,13 @@
 //   load_parameters(layer, file, "weight.");       every parameter that visit_parameters(layer, …) names
 //   save_parameters(layer, path, "weight.");       loads in PyTorch's safetensors
 //
-// Errors   load_parameters reports every missing, surplus and mis-shaped tensor in one FormatError. Whatever it throws,
-//          std::bad_alloc included, the layer is as it was.
+// Errors   load_parameters reports every missing, surplus and mis-shaped tensor in one FormatError, and under which
+//          prefix the layer is there if it was forgotten. Whatever it throws, std::bad_alloc included, the layer is as
+//          it was.
 //          save_parameters: std::runtime_error if the file cannot be written; it is there whole or as it was.
 
+#include <algorithm>
+#include <cstddef>
 #include <filesystem>
 #include <map>
 #include <string>
@@ -72,6 +75,28 @@ class Destination {
   void (*read_)(const Safetensors& file, const std::string& name, void* to) = nullptr;
 };
 
+/// Under which prefix, if not under the one that was given, a file holds all parameters of these names: what is to be
+/// said of a prefix that was forgotten; empty if there is none.
+inline std::string other_prefix(const Safetensors& file, const std::vector<std::string>& names) {
+  std::string first;
+  std::size_t others = 0;
+  for (const auto& [name, info] : file.tensors()) {
+    if (names.empty() || !std::string_view(name).ends_with(names.front())) continue;
+    const std::string prefix = name.substr(0, name.size() - names.front().size());
+    const auto is_there = [&](const std::string& known) { return file.contains(prefix + known); };
+    if (!std::all_of(names.begin(), names.end(), is_there)) continue;
+    if (first.empty()) {
+      first = prefix;
+    } else {
+      ++others;
+    }
+  }
+  if (first.empty()) return "";
+  return ", but all of them with " + in_quotes(first) + " before their names" +
+         (others == 0 ? "" : ", as with " + std::to_string(others) + " other prefixes") +
+         ": load_parameters(layer, file, " + in_quotes(first) + ")";
+}
+
 }  // namespace detail
 
 /// Copies the tensors "<prefix><name>" of `file` into the parameters of `layer`, converting to its scalar type. All of
@@ -80,9 +105,13 @@ class Destination {
 template <typename Layer>
 void load_parameters(Layer& layer, const Safetensors& file, const std::string& prefix = "") {
   std::string problems;
+  std::vector<std::string> names;
+  bool any = false;  // one of them is there
   std::map<std::string, detail::Destination> expected;
   visit_parameters(layer, [&](std::string_view name, auto& parameter) {
-    const std::string full = prefix + std::string(name);
+    names.emplace_back(name);
+    const std::string full = prefix + names.back();
+    any = any || file.contains(full);
     expected[full] = detail::Destination(parameter);
     const std::string problem = detail::mismatch(file, full, detail::stored_shape(parameter));
     if (!problem.empty()) problems += "\n  " + problem;
@@ -92,12 +121,15 @@ void load_parameters(Layer& layer, const Safetensors& file, const std::string& p
       problems += "\n  surplus: " + detail::in_quotes(name);
     }
   }
-  if (!problems.empty()) throw FormatError(file.path() + ": does not hold the parameters of this layer" + problems);
+  if (!problems.empty()) {
+    throw FormatError(file.path() + ": does not hold the parameters of this layer" +
+                      (any ? "" : detail::other_prefix(file, names)) + problems);
+  }
 
   for (const auto& [name, destination] : expected) destination.read(file, name);  // nothing here can fail
 }
 
-/// Writes every parameter of `layer` as "<prefix><name>".
+/// Writes every parameter of `layer` as "<prefix><name>", in its scalar type, and `metadata` beside them.
 template <typename Layer>
 void save_parameters(const Layer& layer, const std::filesystem::path& path, const std::string& prefix = "",
                      std::map<std::string, std::string> metadata = {}) {

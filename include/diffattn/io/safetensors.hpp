@@ -13,6 +13,8 @@
 //
 // Errors   FormatError for what is wrong with a file, std::runtime_error for one that cannot be opened or written. The
 //          headers below say what each does and costs.
+//
+// Tested by those of the headers below: safetensors_reader_test.cpp, safetensors_writer_test.cpp, parameters_test.cpp.
 
 #include "diffattn/io/parameters.hpp"
 #include "diffattn/io/safetensors_reader.hpp"

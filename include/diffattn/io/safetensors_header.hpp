@@ -5,6 +5,8 @@
 // data_offsets}} with an optional "__metadata__" of strings; then the data, which the tensors must cover without gap or
 // overlap. What a reader of ours may be handed is anybody's file, so every rule is checked before a single offset is
 // believed.
+//
+// Tested by tests/io/bad_files_test.cpp, mutations_test.cpp and tests/fuzz.
 
 #include <algorithm>
 #include <cstddef>
@@ -17,6 +19,7 @@
 #include <vector>
 
 #include "diffattn/core/error.hpp"
+#include "diffattn/io/detail/file_kind.hpp"
 #include "diffattn/io/detail/safetensors_header_events.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -50,6 +53,9 @@ class SafetensorsHeaderParser {
     if (size_ < kLengthBytes) fail("is shorter than the 8 bytes of a header length");
     std::uint64_t length = 0;
     for (std::size_t i = 0; i < kLengthBytes; ++i) length |= std::to_integer<std::uint64_t>(bytes_[i]) << (8 * i);
+    if (length > std::min(kLongestHeader, size_ - kLengthBytes)) {
+      if (const std::string kind = what_instead(bytes_, size_); !kind.empty()) fail(kind);
+    }
     if (length > kLongestHeader) fail("claims a header of " + std::to_string(length) + " bytes, more than 100 MB");
     if (length > size_ - kLengthBytes) {
       fail("claims a header of " + std::to_string(length) + " bytes, but only " + std::to_string(size_ - kLengthBytes) +

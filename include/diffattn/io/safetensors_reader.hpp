@@ -36,16 +36,21 @@ namespace diffattn::inline v0_1 {
 
 class Safetensors {
  public:
+  /// Maps the file and checks its header. Throws std::runtime_error if it cannot be opened, FormatError that says what
+  /// it is instead (text, PyTorch's own format, …) or which rule it breaks.
   explicit Safetensors(const std::filesystem::path& path)
       : path_(path.string()),
         file_(std::make_shared<const detail::FileBytes>(path)),
         header_(detail::SafetensorsHeaderParser(file_->data(), file_->size(), path_).parse()) {}
 
   const std::string& path() const { return path_; }
+  /// The strings stored beside the tensors.
   const std::map<std::string, std::string>& metadata() const { return header_.metadata; }
+  /// Every tensor's element type, shape and place, by name.
   const std::map<std::string, TensorInfo>& tensors() const { return header_.tensors; }
   bool contains(const std::string& name) const { return header_.tensors.count(name) != 0; }
 
+  /// One tensor's. Throws FormatError if there is none of this name.
   const TensorInfo& info(const std::string& name) const {
     const auto found = header_.tensors.find(name);
     if (found == header_.tensors.end()) throw FormatError(path_ + ": has no tensor " + detail::in_quotes(name));

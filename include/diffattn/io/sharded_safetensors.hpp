@@ -12,6 +12,8 @@
 //          file, the tensor and the rule. std::runtime_error: a file cannot be opened, or the directory has no
 //          safetensors; the message says what it has instead and what to do with it. The index may name files of the
 //          directory only: no path in it leads out.
+//
+// Tested by tests/hugging_face/diffllama_checkpoint_test.cpp and diffllama_test.cpp.
 
 #include <algorithm>
 #include <filesystem>
@@ -106,6 +108,7 @@ inline void check_has_safetensors(const std::filesystem::path& directory) {
 
 class ShardedSafetensors {
  public:
+  /// Opens all files of the directory. Throws as said above.
   explicit ShardedSafetensors(const std::filesystem::path& directory) : path_(directory.string()) {
     detail::check_has_safetensors(directory);
     const std::filesystem::path whole = directory / "model.safetensors",
@@ -122,9 +125,11 @@ class ShardedSafetensors {
   const std::string& path() const { return path_; }
   /// Every tensor and the number of its file in files().
   const std::map<std::string, std::size_t>& tensors() const { return file_of_; }
+  /// The files, in the order in which they were opened.
   const std::vector<Safetensors>& files() const { return files_; }
   bool contains(const std::string& name) const { return file_of_.count(name) != 0; }
 
+  /// The file that has a tensor. Throws FormatError if none has.
   const Safetensors& file_of(const std::string& name) const {
     const auto found = file_of_.find(name);
     if (found == file_of_.end()) throw FormatError(path_ + ": has no tensor " + detail::in_quotes(name));

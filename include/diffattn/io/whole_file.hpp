@@ -2,6 +2,8 @@
 
 // Text files read and written whole: what is written is there whole or not at all (unfinished_file.hpp). Both throw
 // std::runtime_error naming the file.
+//
+// Tested by tests/io/detail/unfinished_file_test.cpp and checkpoint_directory_test.cpp.
 
 #include <filesystem>
 #include <string>

@@ -3,14 +3,18 @@
 // Attention against a cache: the queries of the newest tokens against keys and values that are already packed. One
 // query, a few, or a whole prompt; what attention.hpp and diff_attention.hpp compute, without packing anything.
 //
-//   decode_attention_into(out, q, cache, heads, window, options, workspace, executor)
-//   decode_diff_attention_into(out, q, cache, lambda, heads, window, options, workspace, executor)
+//   decode_attention(q, pages, heads, mask, options)                → n_q x H·dv
+//   decode_diff_attention(q, pages, lambda, heads, mask, options)   → n_q x H·dv
+//   decode_attention_into(out, q, pages, heads, mask, options, workspace, executor)
+//   decode_diff_attention_into(out, q, pages, lambda, heads, mask, options, workspace, executor)
 //
-// The queries are those of the last n_q tokens of the cache, and each sees the tokens up to its own, or the last
-// `window` of them (0: all). KvCache (layers/kv_cache.hpp) makes the cache and says `cache.packed()`.
+// mask, options, workspace and executor can be left out, from the right: CausalMask{}, {}, the thread's, Serial.
+// The queries are those of the last n_q tokens. Under CausalMask each sees the tokens up to its own; any mask and bias
+// will do (mask.hpp), as if all keys ever fed, pages.first_key + pages.n_k of them, stood in one piece: those that have
+// been dropped are not seen. KvCache (layers/kv_cache.hpp) makes the pages and says `cache.packed()`.
 //
 // Shapes     q (n_q x H·d) → out (n_q x H·dv), differential: q (n_q x 2H·d), packed head 2h is Q1_h and 2h+1 is Q2_h.
-//            The cache holds G = num_kv_heads heads of keys (d wide; for a differential head two of them, or one that
+//            The pages hold G = num_kv_heads heads of keys (d wide; for a differential head two of them, or one that
 //            both maps share: DIFF V2) and values (dv wide). n_q may exceed what the cache holds: a query that sees no
 //            key gives exactly 0.
 // Storage    the cache's may be narrower than the scalar of q (bfloat16, half): values are widened as they are read.
@@ -23,93 +27,84 @@
 // Cost       up to 4 queries: every visible key and value is read once, 2·d + dv values a token and key head; with
 //            dv = 2d that is what two standard heads read. More: that of attention.hpp and diff_attention.hpp.
 
-#include <limits>
-
-#include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/forward/cached_heads.hpp"
 #include "diffattn/kernels/detail/forward/differential_block.hpp"
 #include "diffattn/kernels/detail/forward/standard_block.hpp"
+#include "diffattn/kernels/detail/paged_operands.hpp"
+#include "diffattn/kernels/detail/shifted_mask.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 
 namespace diffattn::inline v0_1 {
 
-namespace detail {
-
-/// Every check that both entry points share.
-template <typename Scalar, typename Storage>
-void check_decode(const char* where, const KeyValuePages<Storage>& cache, const Heads& heads, Index d, Index window) {
-  const PageShape& shape = cache.shape;
-  if (shape.heads != heads.num_kv_heads || shape.d != d || shape.strip != Tile<Scalar>::kCols) {
-    throw_shape({where, ": the cache must hold ", heads.num_kv_heads, " heads of width ", d, " in strips of ",
-                 Tile<Scalar>::kCols, ", got ", shape.heads, " of width ", shape.d, " in strips of ", shape.strip});
-  }
-  if (window < 0) throw_invalid({where, ": the window must be 0 or more, got ", window});
+/// Standard attention of H = heads.num_heads heads: q (n_q x H·d), pages of heads.num_kv_heads heads → n_q x H·dv.
+/// Throws ShapeError, and std::invalid_argument for heads that cannot be grouped.
+template <typename Q, typename Storage, AttentionMask Mask = CausalMask>
+Matrix<typename Q::Scalar> decode_attention(const Eigen::MatrixBase<Q>& q, const KeyValuePages<Storage>& pages,
+                                            Heads heads, const Mask& mask = {}, const AttentionOptions& options = {}) {
+  Matrix<typename Q::Scalar> out(q.rows(), detail::paged_output_cols("decode_attention", heads, pages.shape));
+  decode_attention_into(out, q, pages, heads, mask, options);
+  return out;
 }
 
-/// One mask for both cases, so that the kernels are compiled once.
-inline SlidingWindowMask decode_mask(Index window) {
-  return {window == 0 ? std::numeric_limits<Index>::max() : window};
+/// Differential attention, eq. (1), of H = heads.num_heads heads: q (n_q x 2H·d), lambda a number or n_q x H → n_q x
+/// H·dv. Throws ShapeError, and std::invalid_argument for heads that cannot be grouped.
+template <typename Q, typename Storage, typename Lambda, AttentionMask Mask = CausalMask>
+Matrix<typename Q::Scalar> decode_diff_attention(const Eigen::MatrixBase<Q>& q, const KeyValuePages<Storage>& pages,
+                                                 const Lambda& lambda, Heads heads, const Mask& mask = {},
+                                                 const AttentionOptions& options = {}) {
+  Matrix<typename Q::Scalar> out(q.rows(), detail::paged_output_cols("decode_diff_attention", heads, pages.shape));
+  decode_diff_attention_into(out, q, pages, lambda, heads, mask, options);
+  return out;
 }
 
-}  // namespace detail
-
-template <typename Out, typename Q, typename Storage, Executor E = Serial>
+/// decode_attention(), written to `out`, which must be n_q x H·dv.
+template <typename Out, typename Q, typename Storage, AttentionMask Mask = CausalMask>
 void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
-                           const KeyValuePages<Storage>& cache, Heads heads, Index window,
+                           const KeyValuePages<Storage>& pages, Heads heads, const Mask& mask = {},
+                           const AttentionOptions& options = {}) {
+  detail::ThreadWorkspace workspace;
+  decode_attention_into(out, q, pages, heads, mask, options, workspace);
+}
+
+/// decode_attention(), with scratch from `workspace`, on the threads of `executor`.
+template <typename Out, typename Q, typename Storage, AttentionMask Mask, Executor E = Serial>
+void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
+                           const KeyValuePages<Storage>& pages, Heads heads, const Mask& mask,
                            const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  detail::check_scalars<Scalar, Out>();
-  constexpr const char* where = "decode_attention";
-  heads = detail::checked_heads(where, heads);
-  const Index d = detail::checked_width(where, "q", q.cols(), heads.num_heads), dv = cache.shape.dv;
-  detail::check_decode<Scalar>(where, cache, heads, d, window);
-  if (cache.shape.key_maps != 1) detail::throw_shape({where, ": the cache must hold one map of keys, got two"});
-  detail::check_operand_sizes(where, q, q, q, heads.num_heads, dv);
-  detail::check_shape(where, "out", out, q.rows(), heads.num_heads * dv);
-
-  const detail::Readable<Q> q_read(q.derived());
-  detail::HeadOperands<Scalar, 1> in;
-  in.out = detail::writable_view_of(out);
-  in.q[0] = detail::view_of(q_read);
-  in.heads = heads;
-  in.d = in.q_step = d;
-  in.dv = dv;
-  in.scale = detail::scale_of<Scalar>(options, d);
-  detail::run_cached_heads<detail::StandardBlock<Scalar>>(in, cache, detail::decode_mask(window), workspace, executor);
+  detail::check_result_scalar<Scalar, Out>();
+  auto operands = detail::operands_of("decode_attention", q, pages, detail::operand("out", out), heads, mask, options);
+  operands.in.out = detail::writable_view_of(out);
+  const detail::ShiftedMask<Mask> shifted{mask, pages.first_key};
+  detail::run_cached_heads<detail::StandardBlock<Scalar>>(operands.in, pages, shifted, workspace, executor);
 }
 
-template <typename Out, typename Q, typename Storage, typename Lambda, Executor E = Serial>
+/// decode_diff_attention(), written to `out`, which must be n_q x H·dv.
+template <typename Out, typename Q, typename Storage, typename Lambda, AttentionMask Mask = CausalMask>
 void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
-                                const KeyValuePages<Storage>& cache, const Lambda& lambda, Heads heads, Index window,
-                                const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
-  using Scalar = typename Q::Scalar;
-  detail::check_scalars<Scalar, Out>();
-  constexpr const char* where = "decode_diff_attention";
-  heads = detail::checked_heads(where, heads);
-  const Index d = detail::checked_width(where, "q", q.cols(), 2 * heads.num_heads), dv = cache.shape.dv;
-  detail::check_decode<Scalar>(where, cache, heads, d, window);
-  detail::check_operand_sizes(where, q, q, q, heads.num_heads, dv);
-  detail::check_shape(where, "out", out, q.rows(), heads.num_heads * dv);
+                                const KeyValuePages<Storage>& pages, const Lambda& lambda, Heads heads,
+                                const Mask& mask = {}, const AttentionOptions& options = {}) {
+  detail::ThreadWorkspace workspace;
+  decode_diff_attention_into(out, q, pages, lambda, heads, mask, options, workspace);
+}
 
-  const detail::Readable<Q> q_read(q.derived());
-  const detail::ReadableLambda<Lambda> lambda_read(lambda);
-  detail::HeadOperands<Scalar, 2> in;
-  in.out = detail::writable_view_of(out);
-  for (Index map = 0; map < 2; ++map) {
-    in.q[map] = detail::view_of(q_read).middle_cols(map * d, q.cols() - map * d);
-  }
-  in.lambda = detail::lambda_view<Scalar>(where, lambda_read, q.rows(), heads.num_heads);
-  in.heads = heads;
-  in.d = d;
-  in.dv = dv;
-  in.q_step = 2 * d;
-  in.scale = detail::scale_of<Scalar>(options, d);
-  detail::run_cached_heads<detail::DifferentialBlock<Scalar>>(in, cache, detail::decode_mask(window), workspace,
-                                                              executor);
+/// decode_diff_attention(), with scratch from `workspace`, on the threads of `executor`.
+template <typename Out, typename Q, typename Storage, typename Lambda, AttentionMask Mask, Executor E = Serial>
+void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixBase<Q>& q,
+                                const KeyValuePages<Storage>& pages, const Lambda& lambda, Heads heads,
+                                const Mask& mask, const AttentionOptions& options, Workspace& workspace,
+                                E&& executor = {}) {
+  using Scalar = typename Q::Scalar;
+  detail::check_result_scalar<Scalar, Out>();
+  auto operands =
+      detail::operands_of("decode_diff_attention", q, pages, lambda, detail::operand("out", out), heads, mask, options);
+  operands.in.out = detail::writable_view_of(out);
+  const detail::ShiftedMask<Mask> shifted{mask, pages.first_key};
+  detail::run_cached_heads<detail::DifferentialBlock<Scalar>>(operands.in, pages, shifted, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1

@@ -1,6 +1,7 @@
 #pragma once
 
-// What the backward functions return: one gradient for every operand, of its shape.
+// Where the backward functions put their gradients: one for every operand, of its shape. Matrices of their own, which
+// are resized, for one head and many; or, for many, views of yours.
 
 #include <type_traits>
 
@@ -9,14 +10,15 @@
 
 namespace diffattn::inline v0_1 {
 
+/// Of standard attention, H heads and G of keys and values; H = G = 1 for one head.
 template <typename Scalar>
 struct AttentionGradients {
-  Matrix<Scalar> dq;  ///< n_q x d
-  Matrix<Scalar> dk;  ///< n_k x d
-  Matrix<Scalar> dv;  ///< n_k x dv
+  Matrix<Scalar> dq;  ///< n_q x H·d
+  Matrix<Scalar> dk;  ///< n_k x G·d
+  Matrix<Scalar> dv;  ///< n_k x G·dv
 };
 
-/// Lambda: the type of λ as it was given, a number or a column with one for every query.
+/// Of one differential head. Lambda: the type of λ as it was given, a number or a column with one for every query.
 template <typename Scalar, typename Lambda>
 struct DiffAttentionGradients {
   using LambdaGradient = std::conditional_t<detail::is_scalar_lambda<Lambda>, Scalar, Vector<Scalar>>;
@@ -27,6 +29,54 @@ struct DiffAttentionGradients {
   Matrix<Scalar> dk2;           ///< n_k x d
   Matrix<Scalar> dv;            ///< n_k x dv
   LambdaGradient dlambda = {};  ///< a number, or n_q x 1
+};
+
+/// Of H differential heads and G of keys and values, maps side by side as in the operands.
+template <typename Scalar, typename Lambda>
+struct MultiheadDiffAttentionGradients {
+  using LambdaGradient = std::conditional_t<detail::is_scalar_lambda<Lambda>, Scalar, Matrix<Scalar>>;
+
+  Matrix<Scalar> dq;            ///< n_q x 2H·d
+  Matrix<Scalar> dk;            ///< n_k x 2G·d, or G·d where both maps share their keys
+  Matrix<Scalar> dv;            ///< n_k x G·dv
+  LambdaGradient dlambda = {};  ///< a number, summed over queries and heads, or n_q x H
+};
+
+/// The gradients of standard attention in matrices of yours, of any strides: {dq, dk, dv}.
+template <typename Scalar>
+struct AttentionGradientViews {
+  template <typename DQ, typename DK, typename DV>
+  AttentionGradientViews(const Eigen::DenseBase<DQ>& dq_, const Eigen::DenseBase<DK>& dk_,
+                         const Eigen::DenseBase<DV>& dv_)
+      : dq(detail::writable_view_of(dq_)), dk(detail::writable_view_of(dk_)), dv(detail::writable_view_of(dv_)) {}
+
+  StridedView<Scalar> dq;
+  StridedView<Scalar> dk;
+  StridedView<Scalar> dv;
+};
+
+/// The same of differential attention: {dq, dk, dv, dlambda}, with a number for dlambda when λ is one.
+template <typename Scalar>
+struct DiffAttentionGradientViews {
+  template <typename DQ, typename DK, typename DV>
+  DiffAttentionGradientViews(const Eigen::DenseBase<DQ>& dq_, const Eigen::DenseBase<DK>& dk_,
+                             const Eigen::DenseBase<DV>& dv_, Scalar& dlambda_)
+      : dq(detail::writable_view_of(dq_)),
+        dk(detail::writable_view_of(dk_)),
+        dv(detail::writable_view_of(dv_)),
+        dlambda{&dlambda_, 1, 1, 1, 1} {}
+  template <typename DQ, typename DK, typename DV, typename DLambda>
+  DiffAttentionGradientViews(const Eigen::DenseBase<DQ>& dq_, const Eigen::DenseBase<DK>& dk_,
+                             const Eigen::DenseBase<DV>& dv_, const Eigen::DenseBase<DLambda>& dlambda_)
+      : dq(detail::writable_view_of(dq_)),
+        dk(detail::writable_view_of(dk_)),
+        dv(detail::writable_view_of(dv_)),
+        dlambda(detail::writable_view_of(dlambda_)) {}
+
+  StridedView<Scalar> dq;
+  StridedView<Scalar> dk;
+  StridedView<Scalar> dv;
+  StridedView<Scalar> dlambda;
 };
 
 }  // namespace diffattn::inline v0_1

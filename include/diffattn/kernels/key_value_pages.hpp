@@ -63,12 +63,14 @@ struct Page {
 
 }  // namespace detail
 
-/// The first n_k tokens of some pages, to be read.
+/// The first n_k tokens of some pages, to be read. They are those of positions [first_key, first_key + n_k): what stood
+/// before has been dropped.
 template <typename Storage>
 struct KeyValuePages {
   const std::shared_ptr<detail::Page<Storage>>* pages = nullptr;
   PageShape shape;
   Index n_k = 0;
+  Index first_key = 0;
 
   const Storage* keys(Index page, Index head, Index map) const {
     return pages[page]->data.get() + shape.keys_offset(head, map);
@@ -81,49 +83,55 @@ struct KeyValuePages {
 
 namespace detail {
 
+/// Packs the keys of one map into rows [first, …) of a page: strip by strip, transposed.
+template <typename Scalar, typename Storage>
+void pack_keys_into_page(Storage* to, Index first, const StridedView<const Scalar>& keys) {
+  constexpr Index kCols = Tile<Scalar>::kCols;
+  const Index d = keys.cols;
+  for (Index row = 0, present = 0; row < keys.rows; row += present) {
+    const Index at = (first + row) % kCols;  // in its strip
+    present = std::min(kCols - at, keys.rows - row);
+    Storage* const strip = to + (first + row - at) * d;
+    if constexpr (std::is_same_v<Scalar, Storage>) {
+      if (at == 0) {
+        pack_transposed_strip(strip, keys, row, present);
+        continue;
+      }
+    }
+    for (Index r = 0; r < present; ++r) {
+      Storage* const column = strip + at + r;
+      for (Index c = 0; c < d; ++c) column[c * kCols] = static_cast<Storage>(keys(row + r, c));
+    }
+  }
+}
+
+/// Packs values into rows [first, …) of a page. Returns whether all of them are finite, as they are stored.
+template <typename Scalar, typename Storage>
+bool pack_values_into_page(Storage* to, Index first, const StridedView<const Scalar>& values) {
+  constexpr Index kCols = Tile<Scalar>::kCols;
+  if constexpr (std::is_same_v<Scalar, Storage>) return pack_columns(to + first * kCols, kPageKeys, values);
+  bool finite = true;
+  for (Index col = 0; col < values.cols; col += kCols, to += kPageKeys * kCols) {
+    const Index present = std::min(kCols, values.cols - col);
+    for (Index row = 0; row < values.rows; ++row) {
+      Storage* const strip_row = to + (first + row) * kCols;
+      for (Index c = 0; c < present; ++c) {
+        strip_row[c] = static_cast<Storage>(values(row, col + c));
+        finite &= std::isfinite(static_cast<Scalar>(strip_row[c]));
+      }
+    }
+  }
+  return finite;
+}
+
 /// Packs the rows of one head's keys (all maps side by side) and values into rows [first, …) of a page.
 template <typename Scalar, typename Storage>
 void pack_into_page(Page<Storage>& page, const PageShape& shape, Index head, Index first,
                     const StridedView<const Scalar>& k, const StridedView<const Scalar>& v) {
-  constexpr Index kCols = Tile<Scalar>::kCols;
   for (Index map = 0; map < shape.key_maps; ++map) {
-    Storage* const to = page.data.get() + shape.keys_offset(head, map);
-    const auto keys = k.middle_cols(map * shape.d, shape.d);
-    for (Index row = 0; row < k.rows;) {
-      const Index at = (first + row) % kCols, present = std::min(kCols - at, k.rows - row);
-      Storage* const strip = to + (first + row - at) * shape.d;
-      if constexpr (std::is_same_v<Scalar, Storage>) {
-        if (at == 0) {
-          pack_transposed_strip(strip, keys, row, present);
-          row += present;
-          continue;
-        }
-      }
-      for (Index r = 0; r < present; ++r) {
-        Storage* const column = strip + at + r;
-        for (Index c = 0; c < shape.d; ++c) column[c * kCols] = static_cast<Storage>(keys(row + r, c));
-      }
-      row += present;
-    }
+    pack_keys_into_page(page.data.get() + shape.keys_offset(head, map), first, k.middle_cols(map * shape.d, shape.d));
   }
-
-  Storage* to = page.data.get() + shape.values_offset(head);
-  bool finite = true;
-  if constexpr (std::is_same_v<Scalar, Storage>) {
-    finite = pack_columns(to + first * kCols, kPageKeys, v);
-  } else {
-    for (Index col = 0; col < shape.dv; col += kCols, to += kPageKeys * kCols) {
-      const Index present = std::min(kCols, shape.dv - col);
-      for (Index row = 0; row < v.rows; ++row) {
-        Storage* const strip_row = to + (first + row) * kCols;
-        for (Index c = 0; c < present; ++c) {
-          const auto value = static_cast<Storage>(v(row, col + c));
-          strip_row[c] = value;
-          finite &= std::isfinite(static_cast<Scalar>(value));
-        }
-      }
-    }
-  }
+  const bool finite = pack_values_into_page(page.data.get() + shape.values_offset(head), first, v);
   char& flag = page.finite_values[static_cast<std::size_t>(head)];
   flag = finite && (first == 0 || flag != 0);
 }

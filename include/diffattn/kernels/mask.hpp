@@ -2,16 +2,23 @@
 
 // Masks: which keys a query sees, and what is added to their scores.
 //
+//   FullMask{} · CausalMask{} · SlidingWindowMask{window} · PrefixMask{prefix} · PaddingMask{num_valid}
+//   both(mask, mask)                                    what both let a query see
+//   with_bias(mask, bias)                               and a bias of bias.hpp, or your own, for what the mask shows
+//
 // Masks are aligned to the bottom right: query i of n_q sits at position i + n_k - n_q among the keys, so that the last
 // query sees what a decoding step would see. A query that sees no key gives a row of exact zeros. Whatever a masked key
-// or its value holds, NaN and Inf included, never reaches the output; NaN in a visible one does.
+// or its value holds, NaN and Inf included, never reaches the output; NaN in a visible one does. Keys that no query of
+// a block sees are skipped, chunk by chunk: a window and a padding make a call cheaper.
 //
 // A mask is any type with
 //   KeyRange visible_keys(Index query, Index n_q, Index n_k) const      keys [begin, end), 0 <= begin, end <= n_k,
 //                                                                       neither of them decreasing in `query`
-// and, when it has a bias, also
-//   Scalar bias(Index query, Index key, Index n_q, Index n_k) const     added to scale * q·k; -inf masks the key
-// with_bias(mask, bias) joins the two; biases nest: with_bias(with_bias(CausalMask{}, AlibiBias{m}), PaddingBias{n}).
+// and, if it likes,
+//   number bias(Index head, Index query, Index key, Index n_q, Index n_k) const      added to scale * q·k; -inf masks
+//   void check(const char* where, Index num_heads, Index n_q, Index n_k) const       throws what could not be meant
+// `head` is the query head, of a differential kernel the differential head. Masks nest in both() and with_bias():
+// with_bias(both(CausalMask{}, PaddingMask{n}), AlibiBias{slopes}).
 
 #include <algorithm>
 #include <concepts>
@@ -20,6 +27,7 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/kernels/bias.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -28,6 +36,15 @@ struct KeyRange {
   Index begin;
   Index end;
 };
+
+namespace detail {
+
+/// Refuses a negative field of a mask by name.
+inline void check_mask_field(const char* where, const char* field, Index value) {
+  if (value < 0) throw_invalid({where, ": the ", field, " must be 0 or more, got ", value});
+}
+
+}  // namespace detail
 
 /// Every query sees every key.
 struct FullMask {
@@ -42,7 +59,7 @@ struct CausalMask {
 };
 
 /// Query i sees the last `window` keys up to its own position p = i + n_k - n_q: those in (p - window, p].
-/// A window of 0 sees nothing; a negative one is refused when the mask is used.
+/// A window of 0 sees nothing; a negative one is refused.
 struct SlidingWindowMask {
   Index window = 0;
 
@@ -51,78 +68,68 @@ struct SlidingWindowMask {
     const Index end = std::clamp<Index>(position + 1, 0, n_k);
     return {window > position ? 0 : std::min(position - window + 1, end), end};
   }
-};
-
-/// Attention with linear biases (Press et al., arXiv 2108.12409): -slope * distance to the query's own position.
-struct AlibiBias {
-  double slope = 0;
-
-  double operator()(Index query, Index key, Index n_q, Index n_k) const {
-    const Index distance = query - n_q + n_k - key;
-    return -slope * static_cast<double>(distance < 0 ? -distance : distance);
+  void check(const char* where, Index /*num_heads*/, Index /*n_q*/, Index /*n_k*/) const {
+    detail::check_mask_field(where, "window of SlidingWindowMask", window);
   }
 };
 
-/// Only the first `num_valid` keys are real, the rest is padding.
-struct PaddingBias {
+/// Every query sees the first `prefix` keys, and those up to its own position: a prompt that is read both ways before
+/// a text that is not. A prefix of 0 is the causal mask; a negative one is refused.
+struct PrefixMask {
+  Index prefix = 0;
+
+  KeyRange visible_keys(Index query, Index n_q, Index n_k) const {
+    return {0, std::clamp<Index>(std::max(query - n_q + n_k + 1, prefix), 0, n_k)};
+  }
+  void check(const char* where, Index /*num_heads*/, Index /*n_q*/, Index /*n_k*/) const {
+    detail::check_mask_field(where, "prefix of PrefixMask", prefix);
+  }
+};
+
+/// Only the first `num_valid` keys are there, all of them if there are fewer. The others are padding, and cost nothing.
+/// A negative num_valid is refused.
+struct PaddingMask {
   Index num_valid = 0;
 
-  double operator()(Index /*query*/, Index key, Index /*n_q*/, Index /*n_k*/) const {
-    return key < num_valid ? 0.0 : -std::numeric_limits<double>::infinity();
+  KeyRange visible_keys(Index /*query*/, Index /*n_q*/, Index n_k) const { return {0, std::min(num_valid, n_k)}; }
+  void check(const char* where, Index /*num_heads*/, Index /*n_q*/, Index /*n_k*/) const {
+    detail::check_mask_field(where, "num_valid of PaddingMask", num_valid);
   }
 };
-
-/// Any n_q x n_k matrix of biases, -inf where a key is masked. Read in place: it must outlive the mask and, where a
-/// tape keeps the mask, the backward pass. A temporary Matrix is refused; a temporary Map or Block is a view like any
-/// other.
-template <typename Scalar>
-class MatrixBias {
- public:
-  template <typename Derived>
-  explicit MatrixBias(const Eigen::DenseBase<Derived>& matrix) : matrix_(detail::view_of(matrix)) {}
-  /// Would be gone before it is read: give the matrix a name.
-  template <typename Derived>
-  explicit MatrixBias(const Eigen::PlainObjectBase<Derived>&& temporary) = delete;
-
-  Scalar operator()(Index query, Index key, Index /*n_q*/, Index /*n_k*/) const { return matrix_(query, key); }
-
-  void check(const char* where, Index n_q, Index n_k) const {
-    if (matrix_.rows != n_q || matrix_.cols != n_k) {
-      detail::throw_shape(where, "the bias matrix", n_q, n_k, matrix_.rows, matrix_.cols);
-    }
-  }
-
- private:
-  StridedView<const Scalar> matrix_;
-};
-
-template <typename Derived>
-MatrixBias(const Eigen::DenseBase<Derived>&) -> MatrixBias<typename Derived::Scalar>;
 
 namespace detail {
 
 template <typename Mask>
 concept HasBias = requires(const Mask& mask, Index i) {
-  mask.bias(i, i, i, i);
+  mask.bias(i, i, i, i, i);
 };
 
-/// Refuses a mask that could not be meant, before any work.
+/// Refuses a mask, or a bias, that could not be meant, before any work. What is declared otherwise than mask.hpp says
+/// would be left out without a word, and is refused by the compiler.
 template <typename Mask>
-void check_mask(const char* where, const Mask& mask, Index n_q, Index n_k) {
-  if constexpr (requires { mask.check(where, n_q, n_k); }) mask.check(where, n_q, n_k);
+void check_mask(const char* where, const Mask& mask, Index num_heads, Index n_q, Index n_k) {
+  constexpr bool has_check = requires { mask.check(where, num_heads, n_q, n_k); };
+  static_assert(
+      HasBias<Mask> || !requires { mask.bias(n_q, n_q, n_q, n_q); },
+      "diffattn: bias() of a mask takes (head, query, key, n_q, n_k)");
+  static_assert(
+      has_check || !requires { mask.check(where, n_q, n_k); },
+      "diffattn: check() of a mask or a bias takes (where, num_heads, n_q, n_k)");
+  if constexpr (has_check) mask.check(where, num_heads, n_q, n_k);
 }
 
-inline void check_mask(const char* where, const SlidingWindowMask& mask, Index /*n_q*/, Index /*n_k*/) {
-  if (mask.window < 0) {
-    throw_invalid({where, ": the window of SlidingWindowMask must be 0 or more, got ", mask.window});
-  }
+/// Whether a bias is -inf, which no integer is.
+template <typename Number>
+bool is_minus_infinity(Number bias) {
+  using Limits = std::numeric_limits<Number>;
+  return Limits::has_infinity && bias == -Limits::infinity();
 }
 
 /// The bias of a pair as a Scalar. -inf stays -inf and only that does: a finite one that Scalar cannot hold is the
 /// lowest or the largest that it can.
 template <typename Scalar, typename Mask>
-Scalar bias_of(const Mask& mask, Index query, Index key, Index n_q, Index n_k) {
-  const auto bias = mask.bias(query, key, n_q, n_k);
+Scalar bias_of(const Mask& mask, Index head, Index query, Index key, Index n_q, Index n_k) {
+  const auto bias = mask.bias(head, query, key, n_q, n_k);
   using Bias = std::remove_cv_t<decltype(bias)>;
   if constexpr (std::is_floating_point_v<Bias> && sizeof(Bias) > sizeof(Scalar)) {
     using Limits = std::numeric_limits<Scalar>;
@@ -134,10 +141,9 @@ Scalar bias_of(const Mask& mask, Index query, Index key, Index n_q, Index n_k) {
 
 /// Whether the bias, if there is one, leaves key `key` visible. The range is not looked at.
 template <typename Mask>
-bool bias_shows(const Mask& mask, Index query, Index key, Index n_q, Index n_k) {
+bool bias_shows(const Mask& mask, Index head, Index query, Index key, Index n_q, Index n_k) {
   if constexpr (HasBias<Mask>) {
-    const auto bias = mask.bias(query, key, n_q, n_k);
-    return bias != -std::numeric_limits<std::remove_cv_t<decltype(bias)>>::infinity();
+    return !is_minus_infinity(mask.bias(head, query, key, n_q, n_k));
   } else {
     return true;
   }
@@ -146,16 +152,17 @@ bool bias_shows(const Mask& mask, Index query, Index key, Index n_q, Index n_k) 
 /// a + b, where only -inf is -inf: two finite biases that add up to less than any number are the lowest number.
 template <typename A, typename B>
 auto sum_of_biases(A a, B b) {
-  using Sum = decltype(a + b);
-  using Limits = std::numeric_limits<Sum>;
-  const bool masked = a == -std::numeric_limits<A>::infinity() || b == -std::numeric_limits<B>::infinity();
-  const Sum sum = a + b;
-  return sum == -Limits::infinity() && !masked ? Limits::lowest() : sum;
+  const auto sum = a + b;
+  using Sum = std::remove_cv_t<decltype(sum)>;
+  if (is_minus_infinity<Sum>(sum) && !is_minus_infinity(a) && !is_minus_infinity(b)) {
+    return std::numeric_limits<Sum>::lowest();
+  }
+  return Sum(sum);
 }
 
 }  // namespace detail
 
-/// A mask together with a bias for what it lets through.
+/// What with_bias returns.
 template <typename Mask, typename Bias>
 struct BiasedMask {
   Mask mask;
@@ -163,26 +170,67 @@ struct BiasedMask {
 
   KeyRange visible_keys(Index query, Index n_q, Index n_k) const { return mask.visible_keys(query, n_q, n_k); }
 
-  auto bias(Index query, Index key, Index n_q, Index n_k) const {
+  auto bias(Index head, Index query, Index key, Index n_q, Index n_k) const {
     if constexpr (detail::HasBias<Mask>) {
-      return detail::sum_of_biases(mask.bias(query, key, n_q, n_k), added(query, key, n_q, n_k));
+      return detail::sum_of_biases(mask.bias(head, query, key, n_q, n_k), added(head, query, key, n_q, n_k));
     } else {
-      return added(query, key, n_q, n_k);
+      return added(head, query, key, n_q, n_k);
     }
   }
 
-  void check(const char* where, Index n_q, Index n_k) const {
-    detail::check_mask(where, mask, n_q, n_k);
-    if constexpr (requires { added.check(where, n_q, n_k); }) added.check(where, n_q, n_k);
+  void check(const char* where, Index num_heads, Index n_q, Index n_k) const {
+    detail::check_mask(where, mask, num_heads, n_q, n_k);
+    detail::check_mask(where, added, num_heads, n_q, n_k);
   }
 };
 
+/// What `mask` shows, with `bias` added to its scores (bias.hpp). Biases nest and add up. Holds copies of both.
 template <typename Mask, typename Bias>
 BiasedMask<Mask, Bias> with_bias(const Mask& mask, const Bias& bias) {
+  static_assert(std::is_invocable_v<const Bias&, Index, Index, Index, Index, Index>,
+                "diffattn: a bias is called with (head, query, key, n_q, n_k)");
   return {mask, bias};
 }
 
-/// Requires of a mask what the kernels need of it.
+/// What both() returns.
+template <typename First, typename Second>
+struct BothMasks {
+  First first;
+  Second second;
+
+  KeyRange visible_keys(Index query, Index n_q, Index n_k) const {
+    const KeyRange a = first.visible_keys(query, n_q, n_k), b = second.visible_keys(query, n_q, n_k);
+    // Of nothing, the begin falls back to the end: neither end decreases from query to query, since none of theirs
+    // does.
+    const Index end = std::min(a.end, b.end);
+    return {std::min(std::max(a.begin, b.begin), end), end};
+  }
+
+  auto bias(Index head, Index query, Index key, Index n_q, Index n_k) const
+      requires(detail::HasBias<First> || detail::HasBias<Second>) {
+    if constexpr (!detail::HasBias<First>) {
+      return second.bias(head, query, key, n_q, n_k);
+    } else if constexpr (!detail::HasBias<Second>) {
+      return first.bias(head, query, key, n_q, n_k);
+    } else {
+      return detail::sum_of_biases(first.bias(head, query, key, n_q, n_k), second.bias(head, query, key, n_q, n_k));
+    }
+  }
+
+  void check(const char* where, Index num_heads, Index n_q, Index n_k) const {
+    detail::check_mask(where, first, num_heads, n_q, n_k);
+    detail::check_mask(where, second, num_heads, n_q, n_k);
+  }
+};
+
+/// What both masks let a query see; their biases add up. both(SlidingWindowMask{512}, PaddingMask{n}), for one. Holds
+/// copies of both.
+template <typename First, typename Second>
+BothMasks<First, Second> both(const First& first, const Second& second) {
+  return {first, second};
+}
+
+/// What the kernels require of a mask.
 template <typename M>
 concept AttentionMask = requires(const M& mask, Index i) {
   { mask.visible_keys(i, i, i) } -> std::same_as<KeyRange>;

@@ -35,13 +35,13 @@ Matrix<typename Q::Scalar> attention_map(const Eigen::MatrixBase<Q>& q, const Ei
   using Scalar = typename Q::Scalar;
   const Index n_q = q.rows(), n_k = k.rows();
   detail::check_shape("attention_map", "k", k, n_k, q.cols());
-  detail::check_mask("attention_map", mask, n_q, n_k);
+  detail::check_mask("attention_map", mask, 1, n_q, n_k);
   const Scalar scale = detail::scale_of<Scalar>(options, q.cols());
 
   Matrix<Scalar> p = Matrix<Scalar>::Zero(n_q, n_k);
   for (Index i = 0; i < n_q; ++i) {
     const auto [begin, end] = mask.visible_keys(i, n_q, n_k);
-    const auto visible = [&](Index j) { return detail::bias_shows(mask, i, j, n_q, n_k); };
+    const auto visible = [&](Index j) { return detail::bias_shows(mask, 0, i, j, n_q, n_k); };
 
     Scalar max = -std::numeric_limits<Scalar>::infinity();
     for (Index j = begin; j < end; ++j) {
@@ -52,7 +52,7 @@ Matrix<typename Q::Scalar> attention_map(const Eigen::MatrixBase<Q>& q, const Ei
       if constexpr (detail::HasBias<Mask>) {
         // A visible key is a score like any other, however low.
         p(i, j) =
-            std::max(p(i, j) + detail::bias_of<Scalar>(mask, i, j, n_q, n_k), std::numeric_limits<Scalar>::lowest());
+            std::max(p(i, j) + detail::bias_of<Scalar>(mask, 0, i, j, n_q, n_k), std::numeric_limits<Scalar>::lowest());
       }
       if (p(i, j) > max) max = p(i, j);
     }
@@ -77,7 +77,7 @@ Matrix<Scalar> apply_map(const Matrix<Scalar>& a, const Eigen::MatrixBase<V>& v,
   for (Index i = 0; i < n_q; ++i) {
     const auto [begin, end] = mask.visible_keys(i, n_q, n_k);
     for (Index j = begin; j < end; ++j) {
-      if (detail::bias_shows(mask, i, j, n_q, n_k)) out.row(i) += a(i, j) * v.row(j);
+      if (detail::bias_shows(mask, 0, i, j, n_q, n_k)) out.row(i) += a(i, j) * v.row(j);
     }
   }
   return out;
@@ -122,7 +122,7 @@ void for_each_visible(Index n_q, Index n_k, const Mask& mask, F&& f) {
   for (Index i = 0; i < n_q; ++i) {
     const auto [begin, end] = mask.visible_keys(i, n_q, n_k);
     for (Index j = begin; j < end; ++j) {
-      if (detail::bias_shows(mask, i, j, n_q, n_k)) f(i, j);
+      if (detail::bias_shows(mask, 0, i, j, n_q, n_k)) f(i, j);
     }
   }
 }

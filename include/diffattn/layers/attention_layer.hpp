@@ -1,17 +1,19 @@
 #pragma once
 
-// How the attention layers (MultiheadAttention, MultiheadDiffAttention and its V2) are called; they differ in what they
-// compute, not in this.
+// AttentionLayer: the one driver of all attention layers. MultiheadAttention, MultiheadDiffAttention and its V2 are it,
+// each with a variant of its own (attention_variant.hpp): they differ in what they compute, not in how they are called.
 //
 //   y = layer.forward(x);                     causal; or forward(x, mask), or (x, mask, lengths) for stacked sequences
-//   y = layer.forward(x, cache);              the tokens that follow those in a KvCache
+//   y = layer.forward(x, cache);              the tokens that follow those in a KvCache; or forward(x, cache, mask)
 //   y = layer.forward(x, mask, tape);         or (x, mask, lengths, tape): keeps what backward needs
 //   dx = layer.backward(dy, tape, grad);      from dy, the gradient of y
 //   layer.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
 //                                             into a matrix of yours, scratch and threads from you: after a first call
 //                                             of the largest shape no heap allocation
 //
-// x, y, dx, dy: tokens x embed_dim. y must not overlap x, nor dx dy.
+// x, y, dx, dy: tokens x embed_dim, of the layer's scalar, either storage order and any strides; an expression without
+// memory of its own is evaluated once. y must not overlap x, nor dx dy. A call without a workspace uses its thread's,
+// as attention() does.
 //
 // Tapes    forward leaves on the tape x, the rotated queries and keys, values and what each head attended to, about
 //          five times the size of x; scores are computed again. `grad` is a layer of the same configuration whose
@@ -21,191 +23,206 @@
 //          mask's bias reads in place must live until then.
 // Errors   before any work. ShapeError for an x, y, dx or dy that does not fit, and for lengths that do not add up to
 //          the rows of x. std::invalid_argument for a negative length, for a tape that no forward has filled, or the
-//          forward of a layer of another configuration, and for a `grad` of another configuration.
+//          forward of a layer of another configuration, and for a `grad` of another configuration. What a mask says
+//          of itself.
+// Threads  const functions may be called from several threads, each with a workspace of its own.
 
-#include <span>
-#include <vector>
+#include <type_traits>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
-#include "diffattn/layers/detail/remembered_mask.hpp"
+#include "diffattn/layers/attention_variant.hpp"
+#include "diffattn/layers/detail/attention_passes.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
+#include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/kv_cache.hpp"
+#include "diffattn/layers/sequences.hpp"
 
 namespace diffattn::inline v0_1 {
 
-namespace detail {
+template <typename Variant>
+class AttentionLayer : public detail::AttentionPasses<Variant> {
+  using Passes = detail::AttentionPasses<Variant>;
+  using Passes::config_, Passes::shape_;
 
-template <typename Scalar>
-struct AttentionTape {
-  Matrix<Scalar> x, q, k, v;  // q and k turned
-  Matrix<Scalar> attended;    // what the heads give, before the head norm
-  Matrix<Scalar> lambda;      // one a token and head, in DIFF V2
-  std::vector<Index> lengths;
-  RememberedMask mask;
-  Index num_heads = 0;  // of the layer that filled it
-  Index num_kv_heads = 0;
-  bool filled = false;
-};
-
-}  // namespace detail
-
-/// For a Layer that has config(), kName, same_shape(its own config, another), and
-///
-///   forward_sequences(y, x, mask, lengths, tape or null, workspace, executor)
-///   forward_cached(y, x, cache, workspace, executor), which ends before the cache's commit
-///   differentiate(dx, dy, tape, grad, workspace, executor)
-template <typename Layer, typename Scalar>
-class AttentionLayer {
  public:
-  struct Tape : detail::AttentionTape<Scalar> {};
+  using Scalar = typename Variant::Scalar;
+  using Config = typename Variant::Config;
+  using Tape = typename Passes::Tape;
+
+  /// Projections start as nn.Linear does, the variant's own parameters as it says. Throws std::invalid_argument for a
+  /// configuration that cannot be.
+  explicit AttentionLayer(const Config& config)
+      : Passes(detail::checked_attention_config(Variant::kName, Variant::kQueryMaps, config)) {
+    Initializer random(config.seed);
+    for (auto* projection : {&this->q_proj, &this->k_proj, &this->v_proj}) projection->initialize(random);
+    Variant::initialize(random);
+  }
+
+  /// The configuration, with what was left to its default filled in.
+  const Config& config() const { return config_; }
 
   /// y (n x embed_dim) for x (n x embed_dim), one sequence.
-  template <AttentionMask Mask = CausalMask>
-  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask = {}) const {
-    const Index whole[] = {x.rows()};
-    return forward(x, mask, whole);
+  template <typename X, AttentionMask Mask = CausalMask>
+  Matrix<Scalar> forward(const Eigen::MatrixBase<X>& x, const Mask& mask = {}) const {
+    return forward(x, mask, {x.rows()});
   }
 
   /// Several sequences stacked in the rows of x: `lengths` says how many rows each has. None sees another.
-  template <AttentionMask Mask>
-  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask, std::span<const Index> lengths) const {
-    Workspace workspace;
-    Matrix<Scalar> y(x.rows(), layer().config().embed_dim);
+  template <typename X, AttentionMask Mask>
+  Matrix<Scalar> forward(const Eigen::MatrixBase<X>& x, const Mask& mask, const SequenceLengths& lengths) const {
+    detail::ThreadWorkspace workspace;
+    Matrix<Scalar> y(x.rows(), config_.embed_dim);
     forward_into(y, x, mask, lengths, workspace);
     return y;
   }
 
-  /// y for the tokens that follow those in `cache`: appends them, and each attends to all up to itself (or to the last
-  /// `window`, if the cache has one). The same numbers whether a prompt comes whole, in chunks or token by token.
-  template <typename Storage>
-  Matrix<Scalar> forward(const Matrix<Scalar>& x, KvCache<Storage>& cache) const {
-    Workspace workspace;
-    Matrix<Scalar> y(x.rows(), layer().config().embed_dim);
-    forward_into(y, x, cache, workspace);
+  /// y for the tokens that follow those in `cache`, which joins them: the same numbers whether a prompt comes whole, in
+  /// chunks or token by token. The mask is that of all tokens ever fed, as if they stood in one piece: CausalMask, or
+  /// any other, with or without a bias. The cache's window, if it has one, is joined with both().
+  template <typename X, typename Storage, AttentionMask Mask = CausalMask>
+  Matrix<Scalar> forward(const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache, const Mask& mask = {}) const {
+    detail::ThreadWorkspace workspace;
+    Matrix<Scalar> y(x.rows(), config_.embed_dim);
+    forward_into(y, x, cache, mask, workspace);
     return y;
   }
 
-  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
-  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
-                    Workspace& workspace, E&& executor = {}) const {
-    const Index whole[] = {x.rows()};
-    forward_into(y, x, mask, whole, workspace, executor);
+  /// y for one sequence; fills the tape.
+  template <typename X, AttentionMask Mask>
+  Matrix<Scalar> forward(const Eigen::MatrixBase<X>& x, const Mask& mask, Tape& tape) const {
+    return forward(x, mask, {x.rows()}, tape);
   }
 
-  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
-  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
-                    std::span<const Index> lengths, Workspace& workspace, E&& executor = {}) const {
-    check_sequences(y, x, lengths);
-    layer().forward_sequences(y, x, mask, lengths, nullptr, workspace, executor);
-  }
-
-  template <typename Y, typename X, typename Storage, Executor E = Serial>
-  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
-                    Workspace& workspace, E&& executor = {}) const {
-    check_tokens(y, x);
-    if (x.rows() == 0) return;
-    layer().forward_cached(y, x, cache, workspace, executor);
-    cache.commit(x.rows());
-  }
-
-  /// y (n x embed_dim) for x (n x embed_dim), one sequence; fills the tape.
-  template <AttentionMask Mask>
-  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask, Tape& tape) const {
-    const Index whole[] = {x.rows()};
-    return forward(x, mask, whole, tape);
-  }
-
-  template <AttentionMask Mask>
-  Matrix<Scalar> forward(const Matrix<Scalar>& x, const Mask& mask, std::span<const Index> lengths, Tape& tape) const {
-    Workspace workspace;
-    Matrix<Scalar> y(x.rows(), layer().config().embed_dim);
+  /// y for several sequences; fills the tape.
+  template <typename X, AttentionMask Mask>
+  Matrix<Scalar> forward(const Eigen::MatrixBase<X>& x, const Mask& mask, const SequenceLengths& lengths,
+                         Tape& tape) const {
+    detail::ThreadWorkspace workspace;
+    Matrix<Scalar> y(x.rows(), config_.embed_dim);
     forward_into(y, x, mask, lengths, tape, workspace);
     return y;
   }
 
-  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
-  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask, Tape& tape,
-                    Workspace& workspace, E&& executor = {}) const {
-    const Index whole[] = {x.rows()};
-    forward_into(y, x, mask, whole, tape, workspace, executor);
-  }
-
-  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
-  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
-                    std::span<const Index> lengths, Tape& tape, Workspace& workspace, E&& executor = {}) const {
-    check_sequences(y, x, lengths);
-    begin(tape, x, mask, lengths);
-    layer().forward_sequences(y, x, mask, lengths, &tape, workspace, executor);
-    tape.filled = true;
-  }
-
-  /// dx; the gradients of the parameters are added to those of `grad`.
-  Matrix<Scalar> backward(const Matrix<Scalar>& dy, const Tape& tape, Layer& grad) const {
-    Workspace workspace;
+  /// dx (n x embed_dim) from dy (n x embed_dim); the gradients of the parameters are added to those of `grad`.
+  template <typename DY>
+  Matrix<Scalar> backward(const Eigen::MatrixBase<DY>& dy, const Tape& tape, AttentionLayer& grad) const {
+    detail::ThreadWorkspace workspace;
     Matrix<Scalar> dx(tape.x.rows(), tape.x.cols());
     backward_into(dx, dy, tape, grad, workspace);
     return dx;
   }
 
-  template <typename DX, typename DY, Executor E = Serial>
-  void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape, Layer& grad,
-                     Workspace& workspace, E&& executor = {}) const {
-    constexpr const char* where = Layer::kName;
-    if (!tape.filled) detail::throw_invalid({where, ": backward needs a tape that forward(x, mask, tape) has filled"});
-    const auto& config = layer().config();
-    const auto& other = grad.config();
-    if (tape.x.cols() != config.embed_dim || tape.q.cols() != layer().q_proj.weight.rows() ||
-        tape.num_heads != config.num_heads || tape.num_kv_heads != config.num_kv_heads) {
-      detail::throw_invalid({where, ": the tape was filled by a layer of another configuration"});
-    }
-    if (other.embed_dim != config.embed_dim || other.num_heads != config.num_heads ||
-        other.num_kv_heads != config.num_kv_heads || other.bias != config.bias || !Layer::same_shape(config, other)) {
-      detail::throw_invalid({where, ": grad must be a layer of the same configuration"});
-    }
-    detail::check_shape(where, "dy", dy, tape.x.rows(), config.embed_dim);
-    detail::check_shape(where, "dx", dx, tape.x.rows(), tape.x.cols());
-    layer().differentiate(dx, dy, tape, grad, workspace, executor);
+  /// forward(x, mask) into y.
+  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                    Workspace& workspace, E&& executor = {}) const {
+    forward_into(y, x, mask, {x.rows()}, workspace, executor);
   }
 
- protected:
-  /// A matrix of n x cols on the tape or, without one, in the workspace.
-  static MatrixMap<Scalar> part(Tape* tape, Matrix<Scalar> detail::AttentionTape<Scalar>::*member, Index n, Index cols,
-                                Workspace& workspace) {
-    if (tape == nullptr) return MatrixMap<Scalar>(workspace.take<Scalar>(n * cols), n, cols);
-    (tape->*member).resize(n, cols);
-    return MatrixMap<Scalar>((tape->*member).data(), n, cols);
+  /// forward(x, mask, lengths) into y.
+  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                    const SequenceLengths& lengths, Workspace& workspace, E&& executor = {}) const {
+    check_sequences(y, x, mask, lengths);
+    const detail::Readable<X> x_read(x.derived());
+    Passes::attend_to_sequences(output_of(y), input_of(x_read), mask, lengths, nullptr, workspace, executor);
+  }
+
+  /// forward(x, cache) into y.
+  template <typename Y, typename X, typename Storage, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
+                    Workspace& workspace, E&& executor = {}) const {
+    forward_into(y, x, cache, CausalMask{}, workspace, executor);
+  }
+
+  /// forward(x, cache, mask) into y.
+  template <typename Y, typename X, typename Storage, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
+                    const Mask& mask, Workspace& workspace, E&& executor = {}) const {
+    check_tokens(y, x);
+    if (x.rows() == 0) return;
+    const Index all_tokens = cache.position() + x.rows();
+    detail::check_mask(Variant::kName, mask, config_.num_heads, x.rows(), all_tokens);
+    const detail::Readable<X> x_read(x.derived());
+    Passes::attend_to_cache(output_of(y), input_of(x_read), cache, mask, workspace, executor);
+  }
+
+  /// forward(x, mask, tape) into y.
+  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask, Tape& tape,
+                    Workspace& workspace, E&& executor = {}) const {
+    forward_into(y, x, mask, {x.rows()}, tape, workspace, executor);
+  }
+
+  /// forward(x, mask, lengths, tape) into y.
+  template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                    const SequenceLengths& lengths, Tape& tape, Workspace& workspace, E&& executor = {}) const {
+    tape.filled = false;  // until forward has come to its end
+    check_sequences(y, x, mask, lengths);
+    detail::keep(tape.x, x);
+    tape.lengths.resize(static_cast<std::size_t>(lengths.size()));
+    for (Index s = 0; s < lengths.size(); ++s) tape.lengths[static_cast<std::size_t>(s)] = lengths[s];
+    tape.mask.remember(mask);
+    tape.shape = shape_;
+    Passes::attend_to_sequences(output_of(y), input_of(tape.x), mask, lengths, &tape, workspace, executor);
+    tape.filled = true;
+  }
+
+  /// backward(dy, tape, grad) into dx.
+  template <typename DX, typename DY, Executor E = Serial>
+  void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
+                     AttentionLayer& grad, Workspace& workspace, E&& executor = {}) const {
+    check_backward(dx, dy, tape, grad);
+    const detail::Readable<DY> dy_read(dy.derived());
+    Passes::differentiate(output_of(dx), input_of(dy_read), tape, grad, workspace, executor);
   }
 
  private:
   template <typename Y, typename X>
   void check_tokens(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x) const {
-    detail::check_shape(Layer::kName, "x", x, x.rows(), layer().config().embed_dim);
-    detail::check_shape(Layer::kName, "y", y, x.rows(), layer().config().embed_dim);
+    static_assert(std::is_same_v<typename X::Scalar, Scalar> && std::is_same_v<typename Y::Scalar, Scalar>,
+                  "diffattn: x and y must have the scalar type of the layer; convert with .template cast<>()");
+    detail::check_tokens(Variant::kName, config_.embed_dim, x.rows(), x.cols(), y.rows(), y.cols());
   }
 
-  template <typename Y, typename X>
-  void check_sequences(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x,
-                       std::span<const Index> lengths) const {
+  template <typename Y, typename X, typename Mask>
+  void check_sequences(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
+                       const SequenceLengths& lengths) const {
     check_tokens(y, x);
-    detail::check_lengths(Layer::kName, lengths, x.rows());
+    detail::check_lengths(Variant::kName, lengths, x.rows());
+    for (Index s = 0; s < lengths.size(); ++s) {
+      detail::check_mask(Variant::kName, mask, config_.num_heads, lengths[s], lengths[s]);
+    }
   }
 
-  /// Notes what backward needs to know of a call of forward; what forward computes it writes on the tape itself.
-  template <typename X, typename Mask>
-  void begin(Tape& tape, const Eigen::MatrixBase<X>& x, const Mask& mask, std::span<const Index> lengths) const {
-    tape.filled = false;  // until forward has come to its end
-    detail::keep(tape.x, x);
-    tape.lengths.assign(lengths.begin(), lengths.end());
-    tape.mask.remember(mask);
-    tape.num_heads = layer().config().num_heads;
-    tape.num_kv_heads = layer().config().num_kv_heads;
+  template <typename DX, typename DY>
+  void check_backward(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
+                      const AttentionLayer& grad) const {
+    static_assert(std::is_same_v<typename DX::Scalar, Scalar> && std::is_same_v<typename DY::Scalar, Scalar>,
+                  "diffattn: dx and dy must have the scalar type of the layer; convert with .template cast<>()");
+    constexpr const char* where = Variant::kName;
+    if (!tape.filled) detail::throw_invalid({where, ": backward needs a tape that forward(x, mask, tape) has filled"});
+    if (tape.shape != shape_) {
+      detail::throw_invalid({where, ": the tape was filled by a layer of another configuration"});
+    }
+    if (grad.shape_ != shape_) detail::throw_invalid({where, ": grad must be a layer of the same configuration"});
+    detail::check_shape(where, "dy", dy, tape.x.rows(), config_.embed_dim);
+    detail::check_shape(where, "dx", dx, tape.x.rows(), config_.embed_dim);
   }
 
-  const Layer& layer() const { return static_cast<const Layer&>(*this); }
+  template <typename M>
+  static auto input_of(const M& matrix) {
+    return detail::map_of(detail::view_of(matrix));
+  }
+  template <typename Y>
+  static auto output_of(const Eigen::MatrixBase<Y>& y) {
+    return detail::map_of(detail::writable_view_of(y));
+  }
 };
 
 }  // namespace diffattn::inline v0_1

@@ -21,8 +21,10 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -30,14 +32,17 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/sizes.hpp"
 #include "diffattn/kernels/key_value_pages.hpp"
+#include "diffattn/kernels/mask.hpp"
 
 namespace diffattn::inline v0_1 {
 
 struct KvCacheOptions {
   Index reserve = 0;     ///< tokens to make room for at the first use
   Index max_tokens = 0;  ///< the longest sequence that is taken; 0: no limit
-  Index window = 0;      ///< a query sees the last `window` tokens, its own included; 0: all of them
+  std::optional<Index> window =
+      std::nullopt;  ///< a query sees the last `window` tokens, its own included; left out: all
 };
 
 template <typename StorageType = float>
@@ -52,14 +57,16 @@ class KvCache {
   explicit KvCache(const KvCacheOptions& options) : options_(options) {
     check_not_negative("reserve", options.reserve);
     check_not_negative("max_tokens", options.max_tokens);
-    check_not_negative("window", options.window);
+    if (options.window) detail::check_positive("KvCache", "window", *options.window);
   }
 
   const KvCacheOptions& options() const { return options_; }
+  /// The window as a mask, of all tokens where there is none: both(mask, cache.window_mask()) is what a query sees.
+  SlidingWindowMask window_mask() const { return {options_.window.value_or(std::numeric_limits<Index>::max())}; }
   /// How many tokens have been fed: the position of the next one.
   Index position() const { return position_; }
   /// How many of them are still there to be seen: all, or at most the window.
-  Index size() const { return options_.window == 0 ? position_ : std::min(position_, options_.window); }
+  Index size() const { return std::min(position_, options_.window.value_or(position_)); }
   bool empty() const { return position_ == 0; }
   /// Bytes of keys and values held, room that is not yet used and pages shared with forks included.
   std::size_t memory_bytes() const {
@@ -77,7 +84,7 @@ class KvCache {
     }
     if (tokens == 0) return clear();
     if (first_visible(tokens) < dropped_) {
-      detail::throw_invalid({"KvCache: cannot truncate to ", tokens, " tokens, the window of ", options_.window,
+      detail::throw_invalid({"KvCache: cannot truncate to ", tokens, " tokens, the window of ", *options_.window,
                              " has dropped those before ", dropped_});
     }
     position_ = tokens;
@@ -134,7 +141,7 @@ class KvCache {
 
   /// What is there and `written` tokens behind it, for the kernels of decode.hpp.
   KeyValuePages<Storage> packed(Index written = 0) const {
-    return {pages_.data(), shape_, position_ - dropped_ + written};
+    return {pages_.data(), shape_, position_ - dropped_ + written, dropped_};
   }
 
   /// Makes what was written part of the cache, and drops what the window has left behind.
@@ -193,7 +200,7 @@ class KvCache {
 
   /// The first position that a query at `position` or later sees.
   Index first_visible(Index position) const {
-    return options_.window == 0 ? 0 : std::max<Index>(position - options_.window + 1, 0);
+    return options_.window ? std::max<Index>(position - *options_.window + 1, 0) : 0;
   }
 
   /// Makes a page that a fork shares our own. Only the last one that holds tokens has something to be copied.

@@ -80,6 +80,7 @@ class Linear {
     random.uniform(bias, bound);
   }
 
+  /// y (n x out) = x Wᵀ + b for x (n x in), any strides. Throws ShapeError before any work.
   template <typename Y, typename X, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Workspace& workspace,
                     E&& executor = {}) const {
@@ -94,13 +95,14 @@ class Linear {
     bool filled = false;
   };
 
-  /// y = x Wᵀ + b.
+  /// y (n x out) = x Wᵀ + b for x (n x in). Throws ShapeError.
   Matrix<Scalar> forward(const Matrix<Scalar>& x) const {
-    Workspace workspace;
+    detail::ThreadWorkspace workspace;
     Matrix<Scalar> y(x.rows(), weight.rows());
     forward_into(y, x, workspace);
     return y;
   }
+  /// y = x Wᵀ + b; fills the tape.
   Matrix<Scalar> forward(const Matrix<Scalar>& x, Tape& tape) const {
     const Matrix<Scalar> y = forward(x);
     tape.x = x;
@@ -112,7 +114,7 @@ class Linear {
   /// std::invalid_argument for a tape that no forward has filled, ShapeError for a dy, tape or grad of another shape.
   Matrix<Scalar> backward(const Matrix<Scalar>& dy, const Tape& tape, Linear& grad) const {
     if (!tape.filled) detail::throw_invalid({"Linear: backward needs a tape that forward(x, tape) has filled"});
-    Workspace workspace;
+    detail::ThreadWorkspace workspace;
     Matrix<Scalar> dx(tape.x.rows(), tape.x.cols());
     backward_into(dx, dy, tape.x, grad, workspace);
     return dx;

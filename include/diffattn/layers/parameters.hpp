@@ -27,6 +27,15 @@ void visit_parameters(Layer& layer, Visitor&& visitor) {
   std::remove_const_t<Layer>::visit(layer, visitor);
 }
 
+/// Visits the parameters of `part`, a layer inside a layer or model of yours, their names prefixed with "<name>.": what
+/// visit() of the whole calls for each of its parts. The order of the calls is the order in files and optimizers.
+template <typename Part, typename Visitor>
+void visit_part(std::string_view name, Part& part, Visitor&& visitor) {
+  visit_parameters(part, [&](std::string_view inner, auto& parameter) {
+    visitor(std::string_view(std::string(name).append(".").append(inner)), parameter);
+  });
+}
+
 /// How many numbers a layer learns.
 template <typename Layer>
 Index parameter_count(const Layer& layer) {
@@ -36,6 +45,8 @@ Index parameter_count(const Layer& layer) {
 }
 
 namespace detail {
+
+using diffattn::v0_1::visit_part;  // its old name
 
 /// Calls f(piece, values, count) for pieces of all parameters, numbered from 0, spread over the executor in one run.
 /// Where one ends and the next begins follows from the sizes alone. `begin` is told before how many there are.
@@ -107,14 +118,6 @@ void check_gradient(const char* where, const Layer& layer, const Layer& gradient
     ++at;
   });
   if (at != expected.size()) throw_shape({where, ": the gradient lacks ", expected[at].name.c_str()});
-}
-
-/// Visits the parameters of a part of a layer, their names prefixed with "<part>.".
-template <typename Part, typename Visitor>
-void visit_part(std::string_view part_name, Part& part, Visitor& visitor) {
-  visit_parameters(part, [&](std::string_view name, auto& parameter) {
-    visitor(std::string_view(std::string(part_name).append(".").append(name)), parameter);
-  });
 }
 
 }  // namespace detail

@@ -125,13 +125,49 @@ class RmsNorm {
     }
   }
 
-  /// y = norm(x), row by row. Throws ShapeError.
+  /// y (n x width) = norm(x) for x (n x width), row by row. Throws ShapeError.
   template <typename X>
   Matrix<Scalar> forward(const Eigen::MatrixBase<X>& x) const {
-    detail::check_shape("RmsNorm", "x", x, x.rows(), width_);
-    Matrix<Scalar> y = x;
-    for (Index i = 0; i < y.rows(); ++i) apply(y.row(i).data());
+    detail::ThreadWorkspace workspace;
+    Matrix<Scalar> y(x.rows(), width_);
+    forward_into(y, x, workspace);
     return y;
+  }
+
+  /// y (n x width) = norm(x) · factor for x (n x width) of any strides; y may be x. Throws ShapeError before any work.
+  /// Takes a copy from the workspace where rows do not lie one after another in memory.
+  template <typename Y, typename X, Executor E = Serial>
+  void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Workspace& workspace,
+                    E&& executor = {}, Scalar factor = Scalar(1)) const {
+    detail::check_shape("RmsNorm", "x", x, x.rows(), width_);
+    detail::check_shape("RmsNorm", "y", y, x.rows(), width_);
+    const detail::Readable<X> x_read(x.derived());
+    const StridedView<Scalar> to = detail::writable_view_of(y);
+    const auto frame = workspace.frame();
+    const Scalar* const from = packed(detail::view_of(x_read), workspace);
+    if (is_packed(to)) return forward_rows(to.data, from, x.rows(), executor, factor);
+    auto* const result = workspace.take<Scalar>(x.size());
+    forward_rows(result, from, x.rows(), executor, factor);
+    unpack(to, result);
+  }
+
+  /// From dy, the gradient of y, and the x that forward_into was given: dx (n x width), which may be dy, and into
+  /// `grad`, a norm of the same width, the gradient of the weight. Throws ShapeError before any work.
+  template <typename DX, typename DY, typename X, Executor E = Serial>
+  void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Eigen::MatrixBase<X>& x,
+                     RmsNorm& grad, Workspace& workspace, E&& executor = {}, Scalar factor = Scalar(1)) const {
+    detail::check_shape("RmsNorm", "x", x, x.rows(), width_);
+    detail::check_shape("RmsNorm", "dy", dy, x.rows(), width_);
+    detail::check_shape("RmsNorm", "dx", dx, x.rows(), width_);
+    const detail::Readable<X> x_read(x.derived());
+    const detail::Readable<DY> dy_read(dy.derived());
+    const StridedView<Scalar> to = detail::writable_view_of(dx);
+    const auto frame = workspace.frame();
+    const Scalar* const from_x = packed(detail::view_of(x_read), workspace);
+    const Scalar* const from_dy = packed(detail::view_of(dy_read), workspace);
+    Scalar* const result = is_packed(to) ? to.data : workspace.take<Scalar>(x.size());
+    backward_rows(result, from_dy, from_x, x.rows(), grad, factor, Store::overwrite, workspace, executor);
+    if (result != to.data) unpack(to, result);
   }
 
   /// What backward(dy, tape, grad) needs of forward(x, tape).
@@ -140,6 +176,7 @@ class RmsNorm {
     bool filled = false;
   };
 
+  /// y = norm(x); fills the tape.
   Matrix<Scalar> forward(const Matrix<Scalar>& x, Tape& tape) const {
     const Matrix<Scalar> y = forward(x);
     tape.x = x;
@@ -152,12 +189,9 @@ class RmsNorm {
   Matrix<Scalar> backward(const Matrix<Scalar>& dy, const Tape& tape, RmsNorm& grad) const {
     if (!tape.filled) detail::throw_invalid({"RmsNorm: backward needs a tape that forward(x, tape) has filled"});
     detail::check_shape("RmsNorm", "the tape's x", tape.x, tape.x.rows(), width_);
-    detail::check_shape("RmsNorm", "dy", dy, tape.x.rows(), width_);
-    Workspace workspace;
-    Serial executor;
-    Matrix<Scalar> dx(dy.rows(), dy.cols());
-    backward_rows(dx.data(), dy.data(), tape.x.data(), dy.rows(), grad, Scalar(1), Store::overwrite, workspace,
-                  executor);
+    detail::ThreadWorkspace workspace;
+    Matrix<Scalar> dx(tape.x.rows(), tape.x.cols());
+    backward_into(dx, dy, tape.x, grad, workspace);
     return dx;
   }
 
@@ -171,6 +205,26 @@ class RmsNorm {
 
  private:
   static constexpr Index kTaskRows = 64;  // also of what backward_rows adds up at a time: changing it changes roundings
+
+  /// Whether rows lie one after another in memory.
+  template <typename T>
+  static bool is_packed(const StridedView<T>& view) {
+    return view.col_stride == 1 && (view.row_stride == view.cols || view.rows <= 1);
+  }
+  /// The rows one after another: where they are, or a copy.
+  static const Scalar* packed(const StridedView<const Scalar>& view, Workspace& workspace) {
+    if (is_packed(view)) return view.data;
+    auto* const copy = workspace.take<Scalar>(view.rows * view.cols);
+    for (Index i = 0; i < view.rows; ++i) {
+      for (Index j = 0; j < view.cols; ++j) copy[i * view.cols + j] = view(i, j);
+    }
+    return copy;
+  }
+  static void unpack(const StridedView<Scalar>& to, const Scalar* from) {
+    for (Index i = 0; i < to.rows; ++i) {
+      for (Index j = 0; j < to.cols; ++j) to(i, j) = from[i * to.cols + j];
+    }
+  }
 
   Index width_;
 };

@@ -97,9 +97,25 @@ class Rotary {
     if (longrope) fill(long_, frequencies(&scaling_.long_factors), config.table_positions);
   }
 
-  /// Turns `heads` heads in every row of x (rows x at least heads·head_dim, contiguous rows) in place. Row i stands at
-  /// position first_position + i. Only dynamic and longrope ask how many tokens the whole sequence has: as many as to
-  /// the last row, or `sequence` if that is more. With Turn::back, the gradient of the result becomes that of x.
+  /// Turns `heads` heads in every row of x (rows x at least heads·head_dim, the columns of a row one after another in
+  /// memory) in place. Row i stands at position first_position + i. Only dynamic and longrope ask how many tokens the
+  /// whole sequence has: as many as to the last row, or `sequence` if that is more. With Turn::back, the gradient of
+  /// the result becomes that of x. Throws ShapeError.
+  template <typename X>
+  void apply(const Eigen::MatrixBase<X>& x, Index heads, Index first_position = 0, Index sequence = 0,
+             Turn turn = Turn::forward) const {
+    const StridedView<Scalar> view = detail::writable_view_of(x);
+    if (view.cols < heads * head_dim_) {
+      detail::throw_shape({"Rotary: x must have ", heads, " heads of ", head_dim_, " columns, got ", view.cols});
+    }
+    if (view.col_stride != 1 && view.cols > 1) {
+      detail::throw_shape({"Rotary: the columns of a row of x must lie one after another (row-major), got a stride of ",
+                           view.col_stride});
+    }
+    apply(view, heads, first_position, sequence, turn);
+  }
+
+  /// The same for a view, unchecked.
   void apply(const StridedView<Scalar>& x, Index heads, Index first_position = 0, Index sequence = 0,
              Turn turn = Turn::forward) const {
     sequence = std::max(sequence, first_position + x.rows);

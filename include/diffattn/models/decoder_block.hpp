@@ -12,15 +12,15 @@
 // Memory   2 · n · embed_dim values of the workspace, beside what attention and feed-forward take; no heap after a
 //          first call.
 
-#include <span>
-
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/row_blocks.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/kv_cache.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/rms_norm.hpp"
+#include "diffattn/layers/sequences.hpp"
 #include "diffattn/models/feed_forward.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -45,38 +45,41 @@ struct DecoderBlock {
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
-    detail::visit_part("input_layernorm", self.attention_norm, visitor);
-    detail::visit_part("self_attn", self.attention, visitor);
-    detail::visit_part("post_attention_layernorm", self.feed_forward_norm, visitor);
-    detail::visit_part("mlp", self.feed_forward, visitor);
+    visit_part("input_layernorm", self.attention_norm, visitor);
+    visit_part("self_attn", self.attention, visitor);
+    visit_part("post_attention_layernorm", self.feed_forward_norm, visitor);
+    visit_part("mlp", self.feed_forward, visitor);
   }
 
-  /// x = block(x), in place: the tokens of one sequence under a CausalMask, or those that follow what the layer's
-  /// KvCache holds, which they join.
-  template <typename MaskOrCache, Executor E>
-  void forward_in_place(MatrixMap<Scalar>& x, MaskOrCache&& mask_or_cache, Workspace& workspace, E& executor) const {
-    const auto frame = workspace.frame();
-    MatrixMap<Scalar> normed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
-    MatrixMap<Scalar> y(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
-    attention_norm.forward_rows(normed.data(), x.data(), x.rows(), executor);
-    attention.forward_into(y, normed, mask_or_cache, workspace, executor);
-    feed_forward_norm.add_forward_rows(normed.data(), x.data(), y.data(), x.rows(), executor);
-    feed_forward.forward_into(y, normed, workspace, executor);
-    detail::add_rows(x, y, executor);
+  /// x = block(x), in place, for the tokens of one sequence.
+  template <AttentionMask Mask, Executor E>
+  void forward_in_place(MatrixMap<Scalar>& x, const Mask& mask, Workspace& workspace, E& executor) const {
+    forward_around(x, workspace, executor, [&](MatrixMap<Scalar>& y, const MatrixMap<Scalar>& normed) {
+      attention.forward_into(y, normed, mask, workspace, executor);
+    });
+  }
+
+  /// The same for the tokens that follow those in `cache`, which they join.
+  template <typename Storage, AttentionMask Mask, Executor E>
+  void forward_in_place(MatrixMap<Scalar>& x, KvCache<Storage>& cache, const Mask& mask, Workspace& workspace,
+                        E& executor) const {
+    forward_around(x, workspace, executor, [&](MatrixMap<Scalar>& y, const MatrixMap<Scalar>& normed) {
+      attention.forward_into(y, normed, cache, mask, workspace, executor);
+    });
   }
 
   using Tape = DecoderBlockTape<Scalar, Attention>;
 
   /// y (n x embed_dim) = block(x), keeping what backward needs beside x.
-  template <Executor E>
-  void forward_into(Matrix<Scalar>& y, const Matrix<Scalar>& x, std::span<const Index> lengths, Tape& tape,
-                    Workspace& workspace, E& executor) const {
+  template <AttentionMask Mask, Executor E>
+  void forward_into(Matrix<Scalar>& y, const Matrix<Scalar>& x, const Mask& mask, const SequenceLengths& lengths,
+                    Tape& tape, Workspace& workspace, E& executor) const {
     // Norms write where the layers behind them would keep a copy.
     Matrix<Scalar>& attention_x = tape.attention.x;
     Matrix<Scalar>& feed_forward_x = tape.feed_forward.x;
     for (Matrix<Scalar>* part : {&attention_x, &feed_forward_x, &tape.attended}) part->resize(x.rows(), x.cols());
     attention_norm.forward_rows(attention_x.data(), x.data(), x.rows(), executor);
-    attention.forward_into(tape.attended, attention_x, CausalMask{}, lengths, tape.attention, workspace, executor);
+    attention.forward_into(tape.attended, attention_x, mask, lengths, tape.attention, workspace, executor);
     feed_forward_norm.add_forward_rows(feed_forward_x.data(), tape.attended.data(), x.data(), x.rows(), executor);
     feed_forward.forward_into(y, feed_forward_x, tape.feed_forward, workspace, executor);
     detail::add_rows(y, tape.attended, executor);
@@ -102,6 +105,20 @@ struct DecoderBlock {
   Attention attention;
   RmsNorm<Scalar> feed_forward_norm;
   FeedForward<Scalar, Weight> feed_forward;
+
+ private:
+  /// The block around its attention: attend(y, normed) computes y from normed.
+  template <Executor E, typename Attend>
+  void forward_around(MatrixMap<Scalar>& x, Workspace& workspace, E& executor, Attend&& attend) const {
+    const auto frame = workspace.frame();
+    MatrixMap<Scalar> normed(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
+    MatrixMap<Scalar> y(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
+    attention_norm.forward_rows(normed.data(), x.data(), x.rows(), executor);
+    attend(y, normed);
+    feed_forward_norm.add_forward_rows(normed.data(), x.data(), y.data(), x.rows(), executor);
+    feed_forward.forward_into(y, normed, workspace, executor);
+    detail::add_rows(x, y, executor);
+  }
 };
 
 }  // namespace diffattn::inline v0_1

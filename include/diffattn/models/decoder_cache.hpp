@@ -3,15 +3,18 @@
 // DecoderCache: a KvCache for every layer of a Decoder, kept in step. See layers/kv_cache.hpp for storage types,
 // windows, growth and what a fork shares.
 //
-//   DecoderCache<float> cache(model.num_layers(), {.max_tokens = 4096});
+//   DecoderCache<float> cache = model.make_cache({.max_tokens = 4096});
 //   model.logits(prompt, cache);  model.logits({token}, cache);
 //   auto branch = cache.fork();   cache.truncate(cache.position() - 1);
 //
 // Errors   std::invalid_argument, as KvCache says; before anything is changed. Whatever a call of a model throws,
-// memory
-//          that is short included, its cache is as before.
+//          memory that is short included, its cache is as before.
+//
+// Tested by tests/models/decoder_test.cpp, generate_test.cpp and failing_allocations_test.cpp.
 
 #include <cstddef>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
@@ -32,47 +35,77 @@ class DecoderCache {
     layers.assign(static_cast<std::size_t>(num_layers), KvCache<Storage>(options));
   }
 
+  /// Those of every layer's cache.
   const KvCacheOptions& options() const { return layers.front().options(); }
   /// How many tokens have been fed: the position of the next one.
   Index position() const { return layers.empty() ? 0 : layers.front().position(); }
   /// How many of them the next one can see.
   Index size() const { return layers.empty() ? 0 : layers.front().size(); }
+  /// Whether nothing has been fed.
   bool empty() const { return position() == 0; }
+  /// Bytes of keys and values held by all layers, as KvCache counts them.
   std::size_t memory_bytes() const {
     std::size_t bytes = 0;
     for (const KvCache<Storage>& layer : layers) bytes += layer.memory_bytes();
     return bytes;
   }
 
+  /// A cache that continues from here on its own and shares what is there.
   [[nodiscard]] DecoderCache fork() const { return *this; }
+
+  /// Throws std::invalid_argument, naming `where`, unless this is a cache for num_layers layers with room for so many
+  /// tokens more.
+  void check_room(const char* where, Index num_layers, Index tokens) const {
+    if (static_cast<Index>(layers.size()) != num_layers) {
+      detail::throw_invalid(
+          {where, ": the cache must have ", num_layers, " layers, got ", static_cast<Index>(layers.size())});
+    }
+    const Index most = options().max_tokens;
+    if (most != 0 && tokens > most - position()) {
+      detail::throw_invalid(
+          {where, ": the cache holds at most ", most, " tokens and has ", position(), ", cannot append ", tokens});
+    }
+  }
 
   /// Keeps the first `tokens` tokens. Throws std::invalid_argument as KvCache does, and nothing is changed.
   void truncate(Index tokens) {
     for (KvCache<Storage>& layer : layers) layer.truncate(tokens);  // in step: the first refuses, or none
   }
+  /// As new, but for the memory.
   void clear() noexcept {
     for (KvCache<Storage>& layer : layers) layer.clear();
   }
 
-  std::vector<KvCache<Storage>> layers;
+  std::vector<KvCache<Storage>> layers;  ///< one a layer of the model, all at one position
 };
 
 namespace detail {
 
-/// What several layers append, one after the other, is kept by all or by none: unless keep() is called before this
-/// object's end, the cache is as it was at its beginning. Costs nothing but that windows drop what they pass later.
+/// What is fed to a cache in the life of this object is kept as a whole or not at all: unless keep() is called before
+/// its end, the cache is as it was at its beginning. They nest.
+///
+/// Without a window, going back is forgetting the last tokens. With one, the first tokens must still be there, which a
+/// call of the model has at once (each layer drops what its window passes only when all layers are done), and several
+/// calls, which would keep everything for that, by a fork: what the cache held before.
 template <typename Storage>
 class CacheTransaction {
  public:
-  explicit CacheTransaction(DecoderCache<Storage>& cache) noexcept : cache_(cache), before_(cache.position()) {
+  enum class Calls { one, several };
+
+  explicit CacheTransaction(DecoderCache<Storage>& cache, Calls calls = Calls::one)
+      : cache_(cache), before_(cache.position()), holds_(calls == Calls::one) {
+    if (!holds_ && cache.options().window && before_ != 0) fork_.emplace(cache);
+    if (!holds_) return;
     for (KvCache<Storage>& layer : cache_.layers) layer.hold();
   }
   CacheTransaction(const CacheTransaction&) = delete;
   CacheTransaction& operator=(const CacheTransaction&) = delete;
   ~CacheTransaction() {
+    if (!keep_ && fork_) std::swap(cache_.layers, fork_->layers);
     for (KvCache<Storage>& layer : cache_.layers) {
+      // A callback of generate's may have cut the cache: what is shorter than before stays so.
       if (!keep_ && layer.position() > before_) layer.truncate(before_);
-      layer.release();
+      if (holds_) layer.release();
     }
   }
 
@@ -81,7 +114,9 @@ class CacheTransaction {
  private:
   DecoderCache<Storage>& cache_;
   Index before_;
+  bool holds_;
   bool keep_ = false;
+  std::optional<DecoderCache<Storage>> fork_;
 };
 
 }  // namespace detail

@@ -30,6 +30,7 @@ namespace diffattn::inline v0_1 {
 template <typename Scalar, typename Weight = Matrix<Scalar>>
 class FeedForward {
  public:
+  /// Weights are not set: initialize() or load them. Throws std::invalid_argument for a width below 1.
   FeedForward(Index embed_dim, Index hidden_dim)
       : gate_proj(detail::checked_positive(kName, "embed_dim", embed_dim),
                   detail::checked_positive(kName, "hidden_dim", hidden_dim)),
@@ -41,6 +42,7 @@ class FeedForward {
     for (Linear<Scalar, Weight>* projection : {&gate_proj, &up_proj, &down_proj}) projection->initialize(random);
   }
 
+  /// y (n x embed_dim) for x (n x embed_dim).
   Matrix<Scalar> forward(const Matrix<Scalar>& x) const {
     Workspace workspace;
     Matrix<Scalar> y(x.rows(), down_proj.weight.rows());
@@ -48,7 +50,7 @@ class FeedForward {
     return y;
   }
 
-  /// y may be x.
+  /// forward(x) into y, which may be x.
   template <typename Y, typename X, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Workspace& workspace,
                     E&& executor = {}) const {
@@ -91,6 +93,7 @@ class FeedForward {
     down_proj.forward_into(y, activated, workspace, executor);
     tape.filled = true;
   }
+  /// y, and what backward needs into `tape`.
   Matrix<Scalar> forward(const Matrix<Scalar>& x, Tape& tape) const {
     Workspace workspace;
     Matrix<Scalar> y(x.rows(), x.cols());
@@ -130,6 +133,7 @@ class FeedForward {
     const std::array gradients{Gradient{gate_proj, dgate, grad.gate_proj}, Gradient{up_proj, dup, grad.up_proj}};
     detail::linear_backward_all(dx, gradients, tape.x, workspace, executor);
   }
+  /// backward_into, with a dx and scratch of its own.
   Matrix<Scalar> backward(const Matrix<Scalar>& dy, const Tape& tape, FeedForward& grad) const {
     Workspace workspace;
     Matrix<Scalar> dx(dy.rows(), gate_proj.weight.cols());
@@ -139,9 +143,9 @@ class FeedForward {
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
-    detail::visit_part("gate_proj", self.gate_proj, visitor);
-    detail::visit_part("up_proj", self.up_proj, visitor);
-    detail::visit_part("down_proj", self.down_proj, visitor);
+    visit_part("gate_proj", self.gate_proj, visitor);
+    visit_part("up_proj", self.up_proj, visitor);
+    visit_part("down_proj", self.down_proj, visitor);
   }
 
  private:

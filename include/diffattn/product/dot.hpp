@@ -1,6 +1,8 @@
 #pragma once
 
-// The product of a query and a key where both lie.
+// The product of a query and a key where both lie: for so few rows that packing would cost more than it saves.
+//
+//   dot(a, b, depth)   a · b, both contiguous, any alignment; 2·depth FLOP
 
 #include "diffattn/core/simd.hpp"
 

@@ -2,8 +2,13 @@
 
 // y = x Wᵀ + b: the product of every linear layer, on the register tile of the attention kernels.
 //
-// W is (out x in) as PyTorch stores it. A few rows (decoding) are bound by reading it once: they read it where it is.
-// More go through packed_product.hpp.
+//   matmul_transposed(y, x, w, bias, workspace, executor)   y (n x out), x (n x in), w (out x in), bias out values or
+//   null
+//
+// W is (out x in) as PyTorch stores it, of the scalar or of a narrower type. Up to 4 rows of contiguous operands
+// (decoding) are bound by reading W once: they read it where it is. Everything else is packed (packed_product.hpp).
+// Memory  none for a few rows; else that of packed_product.hpp. y must not overlap x or w.
+// Cost    2·n·out·in FLOP, or the time of reading W once.
 
 #include <algorithm>
 
@@ -21,12 +26,14 @@ template <typename Scalar, typename Stored>
 class RowByRowProduct {
   static constexpr Index kLanes = simd::kLanes<Scalar>;
   static constexpr bool kNarrow = sizeof(Stored) < sizeof(Scalar);
-  /// Rows of W read side by side, to have that many sums in flight. Narrow ones end before the hardware's prefetchers
-  /// have caught on: they are read as one long stream, and ahead of it.
+  /// Rows of W read side by side, to have that many sums in flight. Rows of a narrower type are so short that the
+  /// hardware's prefetchers find each too late: those are read one after the other, as one long stream, and fetched
+  /// ahead of it.
   static constexpr Index kOutputs = kNarrow ? 1 : 4;
   static constexpr Index kAhead = 4096 / static_cast<Index>(sizeof(Stored));
 
  public:
+  /// Of x: with more, packing W for all of them costs less than reading it in here for each.
   static constexpr Index kMostRows = 4;
 
   /// Outputs [first, first + count) of every row.
@@ -80,9 +87,10 @@ void matmul_transposed(const StridedView<Scalar>& y, const StridedView<const Sca
     return multiply(y, x, w.transposed(), bias, Store::overwrite, workspace, executor);
   }
   if (n == 0) return;
-  constexpr Index kPiece = 64;
-  executor.run(divide_up(outputs, kPiece), [&](Index task, Index /*worker*/) {
-    RowByRowProduct<Scalar, Stored>::run(y, x, w, bias, task * kPiece, std::min(kPiece, outputs - task * kPiece));
+  constexpr Index kTaskOutputs = 64;  // enough to be worth a task, few enough to share out evenly
+  executor.run(divide_up(outputs, kTaskOutputs), [&](Index task, Index /*worker*/) {
+    const Index first = task * kTaskOutputs;
+    RowByRowProduct<Scalar, Stored>::run(y, x, w, bias, first, std::min(kTaskOutputs, outputs - first));
   });
 }
 

@@ -2,6 +2,16 @@
 
 // y = a b, y = a b + bias or y += a b: the products that linear layers and their gradients are made of.
 //
+//   multiply(y, a, b, bias, store, workspace, executor)   one product: y (m x n), a (m x depth), b (depth x n)
+//   multiply_all(products, workspace, executor)           several, which may share one run of the executor
+//
+// Operands  any strides; contiguous rows or columns of a and b, and contiguous rows of y, are fast. b may be stored in
+// a
+//           narrower type. y must not overlap a or b. A depth of 0 gives zeros, or the bias.
+// Memory    a packed copy of a, and for each worker one strip of b and the sums of one block, from `workspace`.
+// Cost      2·m·n·depth FLOP; a and b are packed, which costs as much as reading them once (b once for every 1,024
+// rows).
+//
 // a is packed a block of depth at a time: [block][group][steps][kRows]. A task is a block of y, whose sums stay in the
 // second-level cache; so does what it reads of a, once for every strip of b. A strip is packed just before it is used
 // and stays in the first-level cache, so that b is read once for each block of rows, whatever its type and strides.
@@ -100,7 +110,7 @@ struct PackedRows {
   /// Packs `rows`, all of `a` or some, steps [k, k + steps) of depth.
   template <typename T>
   void pack(const StridedView<const T>& rows, Index k, Index steps) const {
-    pack_rows(data + padded_rows * k, rows.middle_cols(k, steps), Scalar(1));
+    pack_rows(data + padded_rows * k, rows.middle_cols(k, steps));
   }
 };
 
@@ -157,7 +167,7 @@ void multiply_block(const Product<Scalar, T>& product, Index row, Index col, Ind
   }
 }
 
-/// One product, as two runs.
+/// One product, as two runs of the executor: one packs a, one multiplies.
 template <typename Scalar, typename T, Executor E>
 void multiply(const Product<Scalar, T>& product, Workspace& workspace, E& executor) {
   using Block = ProductBlock<Scalar>;

@@ -1,6 +1,10 @@
 #pragma once
 
 // Memory that is fetched a few rows at a time while something else is computed, so that nobody waits for it.
+//
+//   PrefetchedRows rows(view);   rows.advance(i, n)   has asked for the first i of n equal parts after the call
+//
+// A request is a hint: nothing is read, and rows that do not exist may be asked for.
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/simd.hpp"

@@ -3,6 +3,14 @@
 // The register tile: kRows x kCols sums that live in vector registers while `depth` products are added to each. Every
 // product of the library (Q Kᵀ, A V, a linear layer) is made of these.
 //
+//   add_product(to, stride, add, a, b, depth, rows, cols, …)   one tile:  to (rows x cols) = a (rows x depth) · b, or
+//   += add_products(out, out_strip, a, b, b_strip, …)             a row of tiles: any number of columns
+//
+// Shapes  rows <= kRows; a anywhere, by a step from row to row and one from depth to depth; b one strip,
+//         [depth][kCols] (packed.hpp). Tiles of a third and two thirds of kRows, and of half of kCols, do for what is
+//         left over, so that little is computed for nobody: `to` must have room for the tile.
+// Sums    chains of kChain products along depth, added up in order: the result depends on nothing but the operands.
+//
 // Per step of depth it loads two packets of b, broadcasts kRows scalars of a, and does 2·kRows fused multiply-adds:
 // with 16 registers 12 FMAs for 8 loads, which keeps both FMA pipes of a core with two load ports busy.
 
@@ -22,11 +30,10 @@ struct Tile {
   static constexpr Index kRows = simd::kRegisters >= 32 ? 12 : 6;
 };
 
-/// Products that are added up in one chain; chains are then added to each other. An error grows with the length of a
-/// chain, and most of the error of attention is that of its scores, so theirs are shorter. (Half the error of a single
-/// chain over d and over 256 keys, for 1 to 3 % of the time; with 32 everywhere no less, for another 1 %.)
+/// Products that are added up in one chain along depth; the sums of chains are then added to each other. An error grows
+/// with the length of a chain: with 64, 256 keys have half the error of a single chain, for 1 to 3 % of the time; with
+/// 32 no less, for another 1 %.
 inline constexpr Index kChain = 64;
-inline constexpr Index kScoreChain = 32;
 
 constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr Index divide_up(Index n, Index divisor) { return (n + divisor - 1) / divisor; }
@@ -119,19 +126,21 @@ EIGEN_ALWAYS_INLINE void add_product_of_size(Scalar* to, Index stride, bool add,
 }
 
 /// to(r, c) = Σ_k a(r, k) · b[k·kCols + c], or += with `add`, for the smallest tile that holds rows x cols: rows of
-/// `to` are `stride` apart and aligned to a packet; more columns than a tile has are as many as it has. Fetches `first`
-/// and `second` on the way. A chain (see kChain) starts at every multiple of `chain`. A call of its own, compiled once
-/// for each scalar: beside the product it costs nothing, and compiling it at every use would cost seconds.
+/// `to` are `stride` apart and aligned to a packet; cols may exceed kCols, of which the tile computes kCols. Fetches
+/// `first` and `second` on the way. A chain (see kChain) starts at every multiple of `chain`. A call of its own,
+/// compiled once for each scalar: beside the product it costs nothing, and compiling it at every use would cost
+/// seconds.
 template <typename Scalar>
 EIGEN_DONT_INLINE void add_product(Scalar* to, Index stride, bool add, const LeftOperand<Scalar>& a, const Scalar* b,
                                    Index depth, Index rows, Index cols, const Ahead<Scalar>& first = {},
                                    const Ahead<Scalar>& second = {}, Index chain = kChain) {
   constexpr Index kThird = Tile<Scalar>::kRows / 3;
-  // Scalars a step. Who has nothing to fetch asks for what is at hand: that costs less than a branch.
-  const auto a_step = [&](const Ahead<Scalar>& ahead) {
+  // What to fetch in a step of depth. Where there is nothing to fetch, b is asked for: it is near, and that costs less
+  // than a branch.
+  const auto per_step = [&](const Ahead<Scalar>& ahead) {
     return ahead.data == nullptr ? Ahead<Scalar>{b, 0} : Ahead<Scalar>{ahead.data, divide_up(ahead.size, depth)};
   };
-  const Ahead<Scalar> first_step = a_step(first), second_step = a_step(second);
+  const Ahead<Scalar> first_step = per_step(first), second_step = per_step(second);
   const auto of_width = [&](auto packets) {
     constexpr Index kPackets = decltype(packets)::value;
     if (rows > 2 * kThird)

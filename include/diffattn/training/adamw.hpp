@@ -124,13 +124,15 @@ class AdamW {
 
   const AdamWConfig& config() const { return config_; }
 
-  /// Updates `model` by `gradient`, at the configured learning rate.
+  /// Updates `model` by `gradient`, which has the same parameters, at the configured learning rate. Throws ShapeError
+  /// before any work for parameters that are not those it was made for.
   template <typename Model>
   void step(Model& model, const Model& gradient) {
     step(model, gradient, config_.learning_rate);
   }
 
-  /// The same at a learning rate of its own, with work spread over `executor`.
+  /// The same at a learning rate of its own, with work spread over `executor`. Throws std::invalid_argument, too, for a
+  /// rate that is not finite.
   template <typename Model, Executor E = Serial>
   void step(Model& model, const Model& gradient, double learning_rate, E&& executor = {}) {
     check("model", model);

@@ -12,8 +12,7 @@
 //
 // State    how many windows were drawn: with the same tokens and config, setting `drawn` resumes.
 // Errors   std::invalid_argument if there are not at least length + 1 tokens, or a count is below 1, or a batch would
-// be
-//          more than memory holds. After std::bad_alloc a sampler is as before.
+//          be more than memory holds. After std::bad_alloc a sampler is as before.
 // Memory   one index a window. The tokens stay the caller's (a TokenFile maps them from disk) and have to outlive it: a
 //          temporary container is refused.
 
@@ -46,6 +45,7 @@ struct Batch {
 template <typename Token>
 class BatchSampler {
  public:
+  /// Throws std::invalid_argument as said above.
   BatchSampler(std::span<const Token> tokens, const BatchSamplerConfig& config) : tokens_(tokens), config_(config) {
     if (config.length < 1 || config.batch_size < 1) {
       detail::throw_invalid(
@@ -68,6 +68,7 @@ class BatchSampler {
   = delete;
 
   const BatchSamplerConfig& config() const { return config_; }
+  /// How many windows an epoch has.
   Index windows_per_epoch() const { return windows_; }
 
   /// Fills `batch`, whose memory is used again. Throws std::invalid_argument if `drawn` was set to a negative number.

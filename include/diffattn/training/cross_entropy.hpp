@@ -2,18 +2,17 @@
 
 // Cross-entropy on logits: the mean over counted tokens of −log softmax(logits)[target], and its gradient
 //
-//   d loss / d logits(i, c) = (softmax(logits)(i, c) − [c = target_i]) / count        rows that do not count: exactly
-//   0.
+//   d loss / d logits(i, c) = (softmax(logits)(i, c) − [c = target_i]) / count        0 in rows that do not count
 //
 // torch.nn.functional.cross_entropy with reduction="mean": no probabilities are stored, and the largest logit of a row
 // is taken off first, so any finite logits give a finite loss and gradient.
 //
-// Shapes   logits (n x vocab), any strides; one target for each row, in [0, vocab) or `ignore`.
+// Shapes   logits (n x vocab), any strides; one target for each row, in [0, vocab) or `ignore_index`, −100 unless it is
+//          given: such a row does not count.
 // Aliasing the gradient may be written over the logits; no other overlap.
 // Errors   ShapeError, or std::invalid_argument for a target out of range; before any work.
 // Edges    nothing counted (all targets ignored, or n = 0): loss 0 and gradient 0, where PyTorch gives NaN. A NaN in a
-// row
-//          that counts makes the loss NaN; one in a row that does not is never seen.
+//          row that counts makes the loss NaN; one in a row that does not is never seen.
 // Memory   a sum for each row, from the workspace.
 // Threads  a row is one task's, and the rows are added up in order: the same bits for any executor.
 
@@ -28,7 +27,7 @@
 
 namespace diffattn::inline v0_1 {
 
-/// A target that counts for nothing, PyTorch's ignore_index.
+/// The target that counts for nothing unless another is given: PyTorch's default ignore_index.
 inline constexpr Index kIgnoreTarget = -100;
 
 struct CrossEntropyLoss {
@@ -98,24 +97,26 @@ CrossEntropyLoss cross_entropy_rows(Gradient& gradient, const Logits& logits, st
 
 }  // namespace detail
 
-/// The loss alone.
+/// The loss alone. A target of `ignore_index` does not count. Throws ShapeError for another number of targets than rows,
+/// std::invalid_argument for a target out of range.
 template <typename Logits, Executor E = Serial>
 CrossEntropyLoss cross_entropy(const Eigen::MatrixBase<Logits>& logits, std::span<const Index> targets,
-                               Index ignore = kIgnoreTarget, E&& executor = {}) {
+                               Index ignore_index = kIgnoreTarget, E&& executor = {}) {
   Workspace workspace;
   const detail::Readable<Logits> read(logits.derived());
-  return detail::cross_entropy_rows<false>(read, read, targets, ignore, workspace, executor);
+  return detail::cross_entropy_rows<false>(read, read, targets, ignore_index, workspace, executor);
 }
 
-/// The loss, and its gradient into a matrix of yours: n x vocab, and `logits` itself if you need them no more.
+/// The loss, and its gradient into a matrix of yours: n x vocab, and `logits` itself if you need them no more. Throws as
+/// above, and ShapeError for a gradient that is not n x vocab.
 template <typename Gradient, typename Logits, Executor E = Serial>
 CrossEntropyLoss cross_entropy_into(const Eigen::MatrixBase<Gradient>& gradient,
                                     const Eigen::MatrixBase<Logits>& logits, std::span<const Index> targets,
-                                    Index ignore, Workspace& workspace, E&& executor = {}) {
+                                    Index ignore_index, Workspace& workspace, E&& executor = {}) {
   detail::check_shape("cross_entropy", "the gradient", gradient, logits.rows(), logits.cols());
   const detail::Readable<Logits> read(logits.derived());
   auto& writable = const_cast<Gradient&>(gradient.derived());  // Eigen's idiom for an output that may be a temporary
-  return detail::cross_entropy_rows<true>(writable, read, targets, ignore, workspace, executor);
+  return detail::cross_entropy_rows<true>(writable, read, targets, ignore_index, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1

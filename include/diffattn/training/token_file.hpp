@@ -21,6 +21,7 @@ class TokenFile {
   static_assert(std::is_unsigned_v<Token>, "diffattn: tokens are unsigned integers");
 
  public:
+  /// Maps the file. Throws std::runtime_error and FormatError as said above.
   explicit TokenFile(const std::filesystem::path& path) : file_(path) {
     if (file_.size() % sizeof(Token) != 0) {
       throw FormatError(path.string() + ": " + std::to_string(file_.size()) +

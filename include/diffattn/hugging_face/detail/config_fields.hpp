@@ -1,6 +1,8 @@
 #pragma once
 
 // The fields of one JSON object that anybody may have written, each checked as it is read. What is null is as absent.
+//
+// Tested by tests/hugging_face/diffllama_config_test.cpp.
 
 #include <cmath>
 #include <cstdlib>

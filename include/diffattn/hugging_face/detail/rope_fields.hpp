@@ -6,6 +6,8 @@
 //   rope_theta             in that object, or else at top level, or else 10000
 //   rope_type              or else its older name, type
 //   original_max_position_embeddings, partial_rotary_factor      at top level, or else in that object
+//
+// Tested by tests/hugging_face/diffllama_config_test.cpp.
 
 #include <algorithm>
 #include <cmath>

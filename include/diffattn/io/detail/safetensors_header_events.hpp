@@ -5,7 +5,10 @@
 // safetensors_header.hpp's business.
 //
 // Errors   by the caller's fail(why). Equal keys at once; else the first problem, once the whole text is known to be
-// JSON. Cost     one pass and no tree: time and memory grow with the length of the header, whatever is in it.
+//          JSON.
+// Cost     one pass and no tree: time and memory grow with the length of the header, whatever is in it.
+//
+// Tested by tests/io/bad_files_test.cpp, mutations_test.cpp and tests/fuzz.
 
 #include <algorithm>
 #include <bit>

@@ -10,10 +10,11 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// Query rows [first, first + count) out of n_q, with what they may see.
+/// Query rows [first, first + count) out of n_q of one query head, with what they may see.
 template <typename Mask>
 struct RowRange {
   const Mask& mask;
+  Index head;
   Index first;
   Index count;
   Index n_q;
@@ -24,7 +25,9 @@ struct RowRange {
   KeyRange keys_of_any() const { return {keys_of(first).begin, keys_of(first + count - 1).end}; }
   KeyRange keys_of_all() const { return {keys_of(first + count - 1).begin, keys_of(first).end}; }
 
-  RowRange rows(Index begin, Index num) const { return {mask, first + begin, std::min(num, count - begin), n_q, n_k}; }
+  RowRange rows(Index begin, Index num) const {
+    return {mask, head, first + begin, std::min(num, count - begin), n_q, n_k};
+  }
 
   /// The rows, counted from the first, that see some of `keys`.
   KeyRange rows_that_see(const KeyRange& keys) const {
@@ -51,7 +54,7 @@ template <typename Mask, typename F>
 void for_each_visible(const RowRange<Mask>& rows, Index first_key, const KeyRange& columns, F&& f) {
   for_each_row(rows, first_key, columns, [&](Index r, const KeyRange& seen) {
     for (Index c = seen.begin; c < seen.end; ++c) {
-      if (bias_shows(rows.mask, rows.first + r, first_key + c, rows.n_q, rows.n_k)) f(r, c);
+      if (bias_shows(rows.mask, rows.head, rows.first + r, first_key + c, rows.n_q, rows.n_k)) f(r, c);
     }
   });
 }

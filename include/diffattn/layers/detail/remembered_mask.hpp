@@ -16,7 +16,7 @@ class RememberedMask {
   struct Holder {
     virtual ~Holder() = default;
     virtual KeyRange visible_keys(Index query, Index n_q, Index n_k) const = 0;
-    virtual double bias(Index query, Index key, Index n_q, Index n_k) const = 0;
+    virtual double bias(Index head, Index query, Index key, Index n_q, Index n_k) const = 0;
     const void* type = nullptr;
     bool has_bias = false;
   };
@@ -30,9 +30,9 @@ class RememberedMask {
     KeyRange visible_keys(Index query, Index n_q, Index n_k) const override {
       return mask.visible_keys(query, n_q, n_k);
     }
-    double bias(Index query, Index key, Index n_q, Index n_k) const override {
+    double bias(Index head, Index query, Index key, Index n_q, Index n_k) const override {
       if constexpr (HasBias<Mask>) {
-        return static_cast<double>(mask.bias(query, key, n_q, n_k));
+        return static_cast<double>(mask.bias(head, query, key, n_q, n_k));
       } else {
         return 0;
       }
@@ -48,19 +48,27 @@ class RememberedMask {
     KeyRange visible_keys(Index query, Index n_q, Index n_k) const { return held.visible_keys(query, n_q, n_k); }
   };
   struct Biased : Range {
-    double bias(Index query, Index key, Index n_q, Index n_k) const { return this->held.bias(query, key, n_q, n_k); }
+    double bias(Index head, Index query, Index key, Index n_q, Index n_k) const {
+      return this->held.bias(head, query, key, n_q, n_k);
+    }
   };
 
  public:
-  /// Keeps a copy; no allocation if the last one was of the same type. What a bias reads in place must live on.
+  /// Keeps a copy; no allocation if the last one was of the same type and size. What a bias reads in place must live
+  /// on.
   template <typename Mask>
   void remember(const Mask& mask) {
-    // A copy that throws half way must not leave a destroyed mask in the holder.
-    if constexpr (std::is_nothrow_copy_constructible_v<Mask>) {
+    // A copy that throws half way must not leave a destroyed mask in the holder; one that is assigned may reuse memory.
+    constexpr bool constructs = std::is_nothrow_copy_constructible_v<Mask>;
+    if constexpr (constructs || std::is_copy_assignable_v<Mask>) {
       if (holder_ != nullptr && holder_->type == &kType<Mask>) {
         Mask& old = static_cast<HolderOf<Mask>&>(*holder_).mask;
-        std::destroy_at(&old);
-        std::construct_at(&old, mask);
+        if constexpr (constructs) {
+          std::destroy_at(&old);
+          std::construct_at(&old, mask);
+        } else {
+          old = mask;
+        }
         return;
       }
     }

@@ -14,6 +14,7 @@
 #include "diffattn/core/row_blocks.hpp"
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/rotary.hpp"
 #include "diffattn/layers/sequences.hpp"
 
@@ -40,26 +41,26 @@ struct SequenceExecutor {
 };
 
 /// Whether sequences give all workers about as much to do when each stays with one; attention's work is the square.
-inline bool run_side_by_side(std::span<const Index> lengths, Index workers) {
+inline bool run_side_by_side(const SequenceLengths& lengths, Index workers) {
   double longest = 0, all = 0;
-  for (const Index length : lengths) {
-    const double work = static_cast<double>(length) * static_cast<double>(length);
+  for (Index s = 0; s < lengths.size(); ++s) {
+    const double length = static_cast<double>(lengths[s]), work = length * length;
     longest = std::max(longest, work);
     all += work;
   }
-  const Index rounds = (static_cast<Index>(lengths.size()) + workers - 1) / workers;
+  const Index rounds = (lengths.size() + workers - 1) / workers;
   return workers > 1 && longest * static_cast<double>(rounds * workers) <= 1.25 * all;
 }
 
 /// Calls f(sequence, workspace, executor) for each sequence: side by side, each on one worker, which wakes the threads
 /// once; or, if that left some idle, one after another on all of them.
 template <Executor E, typename F>
-void for_each_sequence(std::span<const Index> lengths, Workspace& workspace, E& executor, F&& f) {
-  const auto count = static_cast<Index>(lengths.size()), workers = executor.concurrency();
+void for_each_sequence(const SequenceLengths& lengths, Workspace& workspace, E& executor, F&& f) {
+  const Index count = lengths.size(), workers = executor.concurrency();
   const auto frame = workspace.frame();
   auto* const rows = workspace.take<SequenceRows>(count);
   for (Index s = 0, first = 0; s < count; ++s) {
-    rows[s] = {s, first, lengths[static_cast<std::size_t>(s)]};
+    rows[s] = {s, first, lengths[s]};
     first += rows[s].count;
   }
   if (!run_side_by_side(lengths, workers)) {
@@ -74,13 +75,41 @@ void for_each_sequence(std::span<const Index> lengths, Workspace& workspace, E& 
   });
 }
 
-/// embed_dim / parts. Throws std::invalid_argument unless it divides.
-inline Index checked_head_dim(const char* where, Index embed_dim, const char* parts_name, Index parts) {
-  check_positive(where, "embed_dim", embed_dim);
-  if (embed_dim % parts != 0) {
-    throw_invalid({where, ": ", parts_name, " = ", parts, " must divide embed_dim = ", embed_dim});
+/// Throws ShapeError unless x has embed_dim columns and y its shape.
+inline void check_tokens(const char* where, Index embed_dim, Index x_rows, Index x_cols, Index y_rows, Index y_cols) {
+  if (x_cols != embed_dim && x_rows == embed_dim) {
+    throw_shape({where, ": x must have embed_dim = ", embed_dim, " columns, one token a row, got ", x_rows, " x ",
+                 x_cols, ": did you mean x.transpose()?"});
   }
-  return embed_dim / parts;
+  if (x_cols != embed_dim) throw_shape(where, "x", x_rows, embed_dim, x_rows, x_cols);
+  if (y_rows != x_rows || y_cols != embed_dim) throw_shape(where, "y", x_rows, embed_dim, y_rows, y_cols);
+}
+
+/// A mask that is not copied: a bias may hold memory, and decoding must not take any.
+template <typename Mask>
+struct MaskReference {
+  const Mask& mask;
+
+  KeyRange visible_keys(Index query, Index n_q, Index n_k) const { return mask.visible_keys(query, n_q, n_k); }
+  auto bias(Index head, Index query, Index key, Index n_q, Index n_k) const requires HasBias<Mask> {
+    return mask.bias(head, query, key, n_q, n_k);
+  }
+};
+
+/// A view as one type of matrix, whatever its strides: what is a template on it is compiled once.
+template <typename Scalar>
+using StridedMap = Eigen::Map<Matrix<Scalar>, Eigen::Unaligned, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
+template <typename Scalar>
+using ConstStridedMap =
+    Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
+
+template <typename Scalar>
+ConstStridedMap<Scalar> map_of(const StridedView<const Scalar>& view) {
+  return {view.data, view.rows, view.cols, {view.row_stride, view.col_stride}};
+}
+template <typename Scalar>
+StridedMap<Scalar> map_of(const StridedView<Scalar>& view) {
+  return {view.data, view.rows, view.cols, {view.row_stride, view.col_stride}};
 }
 
 template <typename Scalar>

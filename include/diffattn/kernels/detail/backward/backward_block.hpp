@@ -13,6 +13,8 @@
 
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/backward/backward_operands.hpp"
+#include "diffattn/kernels/detail/backward/block_columns.hpp"
+#include "diffattn/kernels/detail/backward/copied_rows.hpp"
 #include "diffattn/kernels/detail/forward/row_block.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -27,72 +29,58 @@ class BackwardBlock {
  public:
   /// Every block reads and writes the sums of dK and dV once, in products as deep as it has rows.
   static constexpr Index kBlockRows = 96;
+  using Operands = HeadOperands<Scalar, kMaps>;
+  using Gradients = HeadGradients<Scalar, kMaps>;
   using Head = BackwardHead<Scalar, kMaps>;
   using Sums = KeyValueSums<Scalar, kMaps>;
-  using Rows = BackwardRows<Scalar, kMaps>;
 
   /// Takes the scratch of one worker; no block will have more than `max_rows` rows or see more than `max_keys` keys.
   BackwardBlock(Workspace& workspace, const Head& shape, Index max_rows, Index max_keys)
-      : panel_rows_(round_up(std::min(max_rows, kBlockRows), kRows)) {
+      : panel_rows_(round_up(std::min(max_rows, kBlockRows), kRows)), copies_(workspace, shape, kBlockRows) {
     const Index chunks = divide_up(max_keys, kChunk) + 1;
     panel_ = workspace.take<Scalar>(chunks * kPanels * panel_rows_ * kChunk);
     step_ = workspace.take<Scalar>(kPanels * panel_rows_ * kStride);
     chunk_factor_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     chunk_dot_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     for (Index map = 0; map < kMaps; ++map) {
-      q_rows_[map] = workspace.take<Scalar>(kBlockRows * shape.d);
-      q_columns_[map] = workspace.take<Scalar>(packed_strips_size<Scalar>(shape.d, kBlockRows));
       dq_[map] = workspace.take<Scalar>(kGroups * group_size(shape.d));
       softmax_[map] = workspace.take<RowSoftmax<Scalar>>(kGroups);
     }
-    dout_rows_ = workspace.take<Scalar>(kBlockRows * shape.dv);
-    dout_columns_ = workspace.take<Scalar>(packed_strips_size<Scalar>(shape.dv, kBlockRows));
   }
 
-  /// Writes dQ and D_2 of the block's rows and adds what they contribute to dK / s and dV.
+  /// Writes dQ and D_2 of `rows` and adds what they contribute to dK / s and dV. head: the keys and values that
+  /// rows.head reads; sums: theirs.
   template <typename Mask>
-  void run(const Rows& block, const Head& head, const Sums& sums, const RowRange<Mask>& rows, Scalar scale) {
+  void run(const Operands& in, const Gradients& grad, const Head& head, const Sums& sums, const RowRange<Mask>& rows) {
     const Index groups = divide_up(rows.count, kRows);
-    const ScoreScale<Scalar> score_scale = split_scale<Mask>(scale);
-    const ScaledExp2<Scalar> exp2(score_scale.of_exponent);
-    bool finite = head.finite;
+    const ScoreScale<Scalar> scale = split_scale<Mask>(in.scale);
+    const ScaledExp2<Scalar> exp2(scale.of_exponent);
+    const bool finite_rows = copies_.copy(in, grad, rows, scale.of_queries);
     for (Index map = 0; map < kMaps; ++map) {
-      copy_rows(q_rows_[map], block.q[map], score_scale.of_queries);
-      finite &= pack_columns(q_columns_[map], rows.count, block.q[map]);
       for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
-      std::fill(dq_[map], dq_[map] + groups * group_size(head.d), Scalar(0));
+      std::fill(dq_[map], dq_[map] + groups * group_size(in.d), Scalar(0));
     }
-    copy_rows(dout_rows_, block.dout, Scalar(1));
-    finite &= pack_columns(dout_columns_, rows.count, block.dout);
 
     const KeyRange keys = rows.keys_of_any();
-    const Index begin = keys.begin / kChunk * kChunk;
-    for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
-      const KeyRange columns = columns_of(keys, first_key);
+    Index chunks = 0;
+    for_each_chunk(keys, [&](const BlockChunk& chunk) {
+      ++chunks;
+      const KeyRange columns = block_columns<Scalar>(keys, chunk.first_key);
       for (Index g = 0; g < groups; ++g) {
-        fill_panel(head, rows.rows(g * kRows, kRows), g, groups, first_key, chunk, columns,
-                   first_key + kChunk < keys.end, score_scale, exp2);
+        fill_panel(head, rows.rows(g * kRows, kRows), g, groups, chunk, columns, scale, exp2);
       }
-    }
-    finite &= set_factors(block, rows, divide_up(keys.end - begin, kChunk), exp2);
-    for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
-      const KeyRange columns = columns_of(keys, first_key);
-      differentiate(rows.count, chunk, columns);
+    });
+    const bool finite = set_factors(in, grad, rows, chunks, exp2) && finite_rows && head.finite;
+    for_each_chunk(keys, [&](const BlockChunk& chunk) {
+      const KeyRange columns = block_columns<Scalar>(keys, chunk.first_key);
+      differentiate(rows.count, chunk.number, columns);
       if (finite) {
-        add_gradients(head, sums, rows, first_key, chunk, columns, first_key + kChunk < keys.end);
+        add_gradients(head, sums, rows, chunk, columns);
       } else {
-        add_visible_gradients(head, sums, rows, first_key, columns);
+        add_visible_gradients(head, sums, rows, chunk.first_key, columns);
       }
-    }
-
-    Scalar scales[kRows];
-    std::fill(scales, scales + kRows, scale);
-    for (Index map = 0; map < kMaps; ++map) {
-      for (Index g = 0; g < groups; ++g) {
-        const Index present = std::min(kRows, rows.count - g * kRows);
-        write_rows(block.dq[map].middle_rows(g * kRows, present), dq_[map] + g * group_size(head.d), scales);
-      }
-    }
+    });
+    write_queries(in, grad, rows);
   }
 
  private:
@@ -107,89 +95,85 @@ class BackwardBlock {
   /// dS of map m; step kMaps is A. [panel_rows_][kStride].
   Scalar* step(Index p) const { return step_ + p * panel_rows_ * kStride; }
 
-  /// The columns of a chunk that some row of the block sees, up to the end of a packet and of a lowest tile.
-  static KeyRange columns_of(const KeyRange& keys, Index first_key) {
-    constexpr Index kStep = std::max(kLanes, kRows / 3);
-    const Index begin = std::max<Index>(keys.begin - first_key, 0) / kCols * kCols;
-    return {begin, std::min(round_up(keys.end - first_key, kStep), kChunk)};
-  }
-
-  /// What of `columns` some row of a group sees, as columns_of has it.
-  static KeyRange columns_of_group(const KeyRange& keys, Index first_key, const KeyRange& columns) {
-    const KeyRange seen = columns_of(keys, first_key);
-    const Index begin = std::clamp(seen.begin, columns.begin, columns.end);
-    return {begin, std::clamp(seen.end, begin, columns.end)};
-  }
-
-  /// Weights, relative to the base so far, dA, and Σ weight · dA, of one group and chunk; 0 where no row of the group
+  /// dA, weights relative to the base so far, and Σ weight · dA, of one group and chunk; 0 where no row of the group
   /// sees a column.
   template <typename Mask>
-  void fill_panel(const Head& head, const RowRange<Mask>& rows, Index g, Index groups, Index first_key, Index chunk,
-                  const KeyRange& block_columns, bool more, const ScoreScale<Scalar>& scale,
-                  const ScaledExp2<Scalar>& exp2) {
-    const Index at = g * kRows * kChunk;
-    const KeyRange columns = columns_of_group(rows.keys_of_any(), first_key, block_columns);
+  void fill_panel(const Head& head, const RowRange<Mask>& rows, Index g, Index groups, const BlockChunk& chunk,
+                  const KeyRange& of_block, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
+    const Index at = g * kRows * kChunk, next_key = chunk.first_key + kChunk;
+    const KeyRange columns = group_columns<Scalar>(rows.keys_of_any(), chunk.first_key, of_block);
     for (Index p = 0; p < kPanels; ++p) {
       for (Index r = 0; r < rows.count; ++r) {
-        fill_unseen(panel(chunk, p) + at + r * kChunk, block_columns, columns, Scalar(0));
+        fill_unseen(panel(chunk.number, p) + at + r * kChunk, of_block, columns, Scalar(0));
       }
     }
-    Scalar* const da = panel(chunk, kMaps) + at;
     const auto ahead = [&](const Scalar* next, Index p) {
-      return more ? ChunkAhead<Scalar>{next, g, groups, panel(chunk + 1, p) + at, kRows * kChunk}
-                  : ChunkAhead<Scalar>{};
+      return chunk.last ? ChunkAhead<Scalar>{}
+                        : ChunkAhead<Scalar>{next, g, groups, panel(chunk.number + 1, p) + at, kRows * kChunk};
     };
-    const ChunkAhead<Scalar> after_values = ahead(head.values + (first_key + kChunk) * head.dv, kMaps);
+    Scalar* const da = panel(chunk.number, kMaps) + at;
+    multiply_values(da, head, rows, g, chunk.first_key, columns, ahead(head.values + next_key * head.dv, kMaps));
+    for (Index map = 0; map < kMaps; ++map) {
+      Scalar* const weights = panel(chunk.number, map) + at;
+      const LeftOperand<Scalar> q{copies_.q_rows[map] + g * kRows * head.d, head.d, 1};
+      score_chunk(weights, q, head.keys[map] + chunk.first_key * head.d, head.d, rows, chunk.first_key, columns, scale,
+                  ahead(head.keys[map] + next_key * head.d, map));
+      Scalar growth[kRows];
+      softmax_[map][g].add_chunk(weights, weights, kChunk, rows.count, columns.begin, columns.end, exp2, growth);
+      const Index values = slot(chunk.number, map) + g * kPaddedRows;
+      std::copy(softmax_[map][g].base, softmax_[map][g].base + kPaddedRows, chunk_factor_ + values);
+      set_dots(chunk_dot_ + values, weights, da, rows.count, columns);
+    }
+  }
+
+  /// dA = dout Vᵀ of one group and chunk, 0 for what a row does not see.
+  template <typename Mask>
+  void multiply_values(Scalar* da, const Head& head, const RowRange<Mask>& rows, Index g, Index first_key,
+                       const KeyRange& columns, const ChunkAhead<Scalar>& ahead) {
+    const LeftOperand<Scalar> dout{copies_.dout_rows + g * kRows * head.dv, head.dv, 1};
     for (Index c = columns.begin; c < columns.end; c += kCols) {
-      const LeftOperand<Scalar> dout{dout_rows_ + g * kRows * head.dv, head.dv, 1};
       add_product(da + c, kChunk, false, dout, head.values + (first_key + c) * head.dv, head.dv, rows.count,
-                  columns.end - c, after_values.of_chunk(c * head.dv, kCols * head.dv),
-                  after_values.of_panel(c, kChunk), kScoreChain);
+                  columns.end - c, ahead.of_chunk(c * head.dv, kCols * head.dv), ahead.of_panel(c, kChunk),
+                  kScoreChain);
     }
     const KeyRange all = rows.keys_of_all();
     if (HasBias<Mask> || first_key + columns.begin < all.begin || first_key + columns.end > all.end) {
-      clear_hidden(da, rows, first_key, columns);
+      clear_hidden(da, kChunk, rows, first_key, columns);
     }
-    for (Index map = 0; map < kMaps; ++map) {
-      Scalar* const weights = panel(chunk, map) + at;
-      const LeftOperand<Scalar> q{q_rows_[map] + g * kRows * head.d, head.d, 1};
-      score_chunk(weights, q, head.keys[map] + first_key * head.d, head.d, rows, first_key, columns, scale,
-                  ahead(head.keys[map] + (first_key + kChunk) * head.d, map));
-      Scalar growth[kRows];
-      softmax_[map][g].add_chunk(weights, weights, kChunk, rows.count, columns.begin, columns.end, exp2, growth);
-      const Index values = slot(chunk, map) + g * kPaddedRows;
-      std::copy(softmax_[map][g].base, softmax_[map][g].base + kPaddedRows, chunk_factor_ + values);
-      for (Index r = 0; r < rows.count; ++r) {
-        auto dot = simd::broadcast(Scalar(0));
-        for (Index c = r * kChunk + columns.begin; c < r * kChunk + columns.end; c += kLanes) {
-          dot = simd::fma(simd::load(weights + c), simd::load(da + c), dot);
-        }
-        chunk_dot_[values + r] = simd::reduce_add(dot);
+  }
+
+  /// dots[r] = Σ weight · dA over the columns of row r.
+  static void set_dots(Scalar* dots, const Scalar* weights, const Scalar* da, Index rows, const KeyRange& columns) {
+    for (Index r = 0; r < rows; ++r) {
+      auto dot = simd::broadcast(Scalar(0));
+      for (Index c = r * kChunk + columns.begin; c < r * kChunk + columns.end; c += kLanes) {
+        dot = simd::fma(simd::load(weights + c), simd::load(da + c), dot);
       }
+      dots[r] = simd::reduce_add(dot);
     }
   }
 
   /// 1/l_1, −λ/l_2 and D_m of every row; 0 for a row that saw no key. Returns whether all are finite.
   template <typename Mask>
-  bool set_factors(const Rows& block, const RowRange<Mask>& rows, Index chunks, const ScaledExp2<Scalar>& exp2) {
+  bool set_factors(const Operands& in, const Gradients& grad, const RowRange<Mask>& rows, Index chunks,
+                   const ScaledExp2<Scalar>& exp2) {
     Scalar not_finite = 0;  // x · 0 is 0, or NaN
     for (Index row = 0; row < rows.count; ++row) {
       const Index g = row / kRows, r = row % kRows;
       for (Index map = 0; map < kMaps; ++map) {
-        const Scalar sum = softmax_[map][g].sum(r);
-        const Scalar inverse = sum == Scalar(0) ? Scalar(0) : Scalar(1) / sum;
+        const Scalar inverse = normaliser(softmax_[map][g].sum(r));
         Scalar dot = 0;
         for (Index chunk = 0; chunk < chunks; ++chunk) {
           Scalar* const value = chunk_factor_ + slot(chunk, map) + g * kPaddedRows + r;
           // What turns the weights of the chunk into probabilities; 0 while the row has seen no key.
           *value = simd::first(exp2(simd::broadcast(*value - softmax_[map][g].base[r]))) * inverse;
           dot += chunk_dot_[slot(chunk, map) + g * kPaddedRows + r] * *value;
-          if (map == 1) *value *= -block.lambda(rows.first + row, block.head_index);
+          if (map == 1) *value *= -in.lambda(rows.first + row, rows.head);
           not_finite += *value * Scalar(0);
         }
         dots_[map][row] = dot;
         not_finite += dot * Scalar(0);
-        if (map == 1) block.d2[row] = dot;
+        if (map == 1) grad.second_dots(rows.head)[rows.first + row] = dot;
       }
     }
     return not_finite == Scalar(0);
@@ -221,35 +205,47 @@ class BackwardBlock {
   /// dQ += dS K, dK += dSᵀ Q, dV += Aᵀ g for one chunk. On the way the tiles of dK and dV that come next are fetched,
   /// and the panel and the columns of K of the next chunk, if there is one.
   template <typename Mask>
-  void add_gradients(const Head& head, const Sums& sums, const RowRange<Mask>& rows, Index first_key, Index chunk,
-                     const KeyRange& columns, bool more) {
-    const auto add_transposed = [&](Scalar* to, Index p, const Scalar* b, Index width) {
-      const Index piece = divide_up(panel_rows_ * kChunk, divide_up(kChunk, kRows) * divide_up(width, kCols));
-      Ahead<Scalar> of_panel{more ? panel(chunk + 1, p) : nullptr, piece};
-      for (Index k = columns.begin; k < columns.end; k += kRows) {
-        Scalar* const tile = to + (first_key + k) * kCols;
-        // None of the others has a gradient to add.
-        const auto [begin, end] = rows.rows_that_see({first_key + k, first_key + k + kRows});
-        add_products(tile, sums.padded_keys * kCols, {step(p) + begin * kStride + k, 1, kStride}, b + begin * kCols,
-                     rows.count * kCols, std::min(kRows, columns.end - k), width, end - begin,
-                     {tile + kRows * kCols, kRows * kCols}, sums.padded_keys * kCols, of_panel);
-        if (more) of_panel.data += piece * divide_up(width, kCols);
-      }
-    };
-    add_transposed(sums.dv, kMaps, dout_columns_, head.dv);
-    const Index groups = divide_up(rows.count, kRows), strip = head.n_k * kCols;
+  void add_gradients(const Head& head, const Sums& sums, const RowRange<Mask>& rows, const BlockChunk& chunk,
+                     const KeyRange& columns) {
+    add_transposed(sums.dv, kMaps, copies_.dout_columns, head.dv, sums.padded_keys, rows, chunk, columns);
     for (Index map = 0; map < kMaps; ++map) {
-      add_transposed(sums.dk[map], map, q_columns_[map], head.d);
-      for (Index g = 0; g < groups; ++g) {
-        const Scalar* const next = head.key_columns[map] + (first_key + kChunk) * kCols;
-        const ChunkAhead<Scalar> ahead{more ? next : nullptr, g, groups};
-        const RowRange<Mask> group = rows.rows(g * kRows, kRows);
-        const auto [begin, end] = columns_of_group(group.keys_of_any(), first_key, columns);
-        add_products(dq_[map] + g * group_size(head.d), kRows * kCols,
-                     {step(map) + g * kRows * kStride + begin, kStride, 1},
-                     head.key_columns[map] + (first_key + begin) * kCols, strip, group.count, head.d,
-                     std::min(end, head.n_k - first_key) - begin, ahead.of_chunk(0, kChunk * kCols), strip, {});
-      }
+      add_transposed(sums.dk[map], map, copies_.q_columns[map], head.d, sums.padded_keys, rows, chunk, columns);
+      add_query_gradients(head, map, rows, chunk, columns);
+    }
+  }
+
+  /// to += (step p)ᵀ b, a tile of keys at a time. to: [strip of width][padded_keys][kCols]; b: [strip][row][kCols].
+  template <typename Mask>
+  void add_transposed(Scalar* to, Index p, const Scalar* b, Index width, Index padded_keys, const RowRange<Mask>& rows,
+                      const BlockChunk& chunk, const KeyRange& columns) {
+    const Index piece = divide_up(panel_rows_ * kChunk, divide_up(kChunk, kRows) * divide_up(width, kCols));
+    Ahead<Scalar> of_panel{chunk.last ? nullptr : panel(chunk.number + 1, p), piece};
+    for (Index k = columns.begin; k < columns.end; k += kRows) {
+      const Index key = chunk.first_key + k;
+      Scalar* const tile = to + key * kCols;
+      // None of the others has a gradient to add.
+      const auto [begin, end] = rows.rows_that_see({key, key + kRows});
+      add_products(tile, padded_keys * kCols, {step(p) + begin * kStride + k, 1, kStride}, b + begin * kCols,
+                   rows.count * kCols, std::min(kRows, columns.end - k), width, end - begin,
+                   {tile + kRows * kCols, kRows * kCols}, padded_keys * kCols, of_panel);
+      if (!chunk.last) of_panel.data += piece * divide_up(width, kCols);
+    }
+  }
+
+  /// dQ / s += dS K for one map and chunk, group by group.
+  template <typename Mask>
+  void add_query_gradients(const Head& head, Index map, const RowRange<Mask>& rows, const BlockChunk& chunk,
+                           const KeyRange& columns) {
+    const Index groups = divide_up(rows.count, kRows), strip = head.n_k * kCols;
+    const Scalar* const next = chunk.last ? nullptr : head.key_columns[map] + (chunk.first_key + kChunk) * kCols;
+    for (Index g = 0; g < groups; ++g) {
+      const ChunkAhead<Scalar> ahead{next, g, groups};
+      const RowRange<Mask> group = rows.rows(g * kRows, kRows);
+      const auto [begin, end] = group_columns<Scalar>(group.keys_of_any(), chunk.first_key, columns);
+      add_products(dq_[map] + g * group_size(head.d), kRows * kCols,
+                   {step(map) + g * kRows * kStride + begin, kStride, 1},
+                   head.key_columns[map] + (chunk.first_key + begin) * kCols, strip, group.count, head.d,
+                   std::min(end, head.n_k - chunk.first_key) - begin, ahead.of_chunk(0, kChunk * kCols), strip, {});
     }
   }
 
@@ -266,26 +262,37 @@ class BackwardBlock {
     const Index dk_strip = sums.padded_keys * kCols;
     for_each_visible(rows, first_key, columns, [&](Index r, Index k) {
       const Index key = (first_key + k) * kCols, at = r * kStride + k;
-      add_row(sums.dv + key, dk_strip, step(kMaps)[at], dout_columns_ + r * kCols, rows.count * kCols, head.dv);
+      add_row(sums.dv + key, dk_strip, step(kMaps)[at], copies_.dout_columns + r * kCols, rows.count * kCols, head.dv);
       for (Index map = 0; map < kMaps; ++map) {
         const Scalar ds = step(map)[at];
-        add_row(sums.dk[map] + key, dk_strip, ds, q_columns_[map] + r * kCols, rows.count * kCols, head.d);
+        add_row(sums.dk[map] + key, dk_strip, ds, copies_.q_columns[map] + r * kCols, rows.count * kCols, head.d);
         add_row(dq_[map] + r / kRows * group_size(head.d) + r % kRows * kCols, kRows * kCols, ds,
                 head.key_columns[map] + key, head.n_k * kCols, head.d);
       }
     });
   }
 
+  /// dQ = s · what has been added up.
+  template <typename Mask>
+  void write_queries(const Operands& in, const Gradients& grad, const RowRange<Mask>& rows) {
+    Scalar scales[kRows];
+    std::fill(scales, scales + kRows, in.scale);
+    for (Index map = 0; map < kMaps; ++map) {
+      const StridedView<Scalar> to = grad.queries(map, rows.head).middle_rows(rows.first, rows.count);
+      for (Index g = 0; g < divide_up(rows.count, kRows); ++g) {
+        const Index present = std::min(kRows, rows.count - g * kRows);
+        write_rows(to.middle_rows(g * kRows, present), dq_[map] + g * group_size(in.d), scales);
+      }
+    }
+  }
+
   Index panel_rows_;
-  Scalar* panel_;             // [chunk][panel][panel_rows_][kChunk]
-  Scalar* step_;              // [panel][panel_rows_][kStride]
-  Scalar* chunk_factor_;      // [chunk][map][group][kPaddedRows]: what weights are relative to, then their factor
-  Scalar* chunk_dot_;         // the same of Σ weight · dA
-  Scalar* q_rows_[kMaps];     // [row][d], scaled
-  Scalar* q_columns_[kMaps];  // [strip of d][row][kCols]
-  Scalar* dq_[kMaps];         // [group][strip of d][kRows][kCols]: dQ / s
-  Scalar* dout_rows_;         // [row][dv]
-  Scalar* dout_columns_;      // [strip of dv][row][kCols]
+  CopiedRows<Scalar, kMaps> copies_;
+  Scalar* panel_;         // [chunk][panel][panel_rows_][kChunk]
+  Scalar* step_;          // [panel][panel_rows_][kStride]
+  Scalar* chunk_factor_;  // [chunk][map][group][kPaddedRows]: what weights are relative to, then their factor
+  Scalar* chunk_dot_;     // the same of Σ weight · dA
+  Scalar* dq_[kMaps];     // [group][strip of d][kRows][kCols]: dQ / s
   RowSoftmax<Scalar>* softmax_[kMaps];   // [group]
   Scalar dots_[kMaps][kGroups * kRows];  // D_m
 };

@@ -1,12 +1,34 @@
 #pragma once
 
-// What the gradients of a block of query rows are computed from, and where they go: the packed head that all blocks
-// read, the sums that its blocks add to, and the rows of one block.
+// Where the gradients of a call go, and what those of a block of query rows are computed from: the packed head that all
+// blocks read, and the sums that they add to.
 
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/kernels/options.hpp"
+#include "diffattn/kernels/detail/operands.hpp"
 
 namespace diffattn::inline v0_1::detail {
+
+/// The gradients of one call, by the names of what they are gradients of. of_k is the same view twice when the maps
+/// share their keys.
+template <typename Scalar, Index kMaps>
+struct HeadGradients : HeadLayout {
+  /// layout: that of the operands.
+  HeadGradients(const HeadLayout& layout, const StridedView<const Scalar>& dout_) : HeadLayout(layout), dout(dout_) {}
+
+  StridedView<const Scalar> dout;
+  StridedView<Scalar> of_q[kMaps];
+  StridedView<Scalar> of_k[kMaps];
+  StridedView<Scalar> of_v;
+  Scalar* d2 = nullptr;  // [head][query]: D of the second map (dλ = −D); one map has none
+
+  StridedView<const Scalar> result(Index head) const { return value_head(dout, head); }
+  StridedView<Scalar> queries(Index map, Index head) const { return query_head(of_q[map], head); }
+  StridedView<Scalar> keys(Index map, Index kv_head) const { return key_head(of_k[map], kv_head); }
+  StridedView<Scalar> values(Index kv_head) const { return value_head(of_v, kv_head); }
+  Scalar* second_dots(Index head) const { return d2 + head * dout.rows; }
+
+  bool shared_keys() const { return of_k[0].data == of_k[kMaps - 1].data; }
+};
 
 /// Keys and values of one head, packed once and read by every block of its query rows.
 template <typename Scalar, Index kMaps>
@@ -26,17 +48,6 @@ struct KeyValueSums {
   Scalar* dk[kMaps] = {};
   Scalar* dv = nullptr;
   Index padded_keys = 0;
-};
-
-/// The operands and results of one block: its rows of each.
-template <typename Scalar, Index kMaps>
-struct BackwardRows {
-  StridedView<const Scalar> q[kMaps];
-  StridedView<const Scalar> dout;
-  StridedView<Scalar> dq[kMaps];
-  Scalar* d2 = nullptr;  // one value a row: D of the second map
-  LambdaView<Scalar> lambda;
-  Index head_index = 0;  // of λ
 };
 
 }  // namespace diffattn::inline v0_1::detail

@@ -5,91 +5,108 @@
 // the pages of a cache (few_rows_packed.hpp). Scores of all keys are kept, both softmaxes are finished, and V meets the
 // combined weights in a single pass, where two standard calls would read it twice.
 //
-// Keys are taken in pieces of a fixed size. A piece turns its scores into weights relative to its own maximum; once all
-// are done, maxima and sums of the pieces give each its factor. Pieces have sums of values of their own, which are
-// added up in order: any number of threads gives the same bits.
+// Keys are taken in chunks. A chunk turns its scores into weights relative to its own largest score; once all are done,
+// largest scores and sums of the chunks give each its factor. Chunks have sums of values of their own, which are added
+// up in order: any number of threads gives the same bits.
 
 #include <algorithm>
-#include <cmath>
 
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/blocking.hpp"
 #include "diffattn/kernels/detail/exp2.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
-#include "diffattn/kernels/detail/row_softmax.hpp"
-#include "diffattn/kernels/detail/score_scale.hpp"
+#include "diffattn/kernels/detail/scores.hpp"
+#include "diffattn/kernels/detail/softmax.hpp"
 #include "diffattn/kernels/detail/visible_pairs.hpp"
 #include "diffattn/kernels/mask.hpp"
+#include "diffattn/product/packed.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
-/// The rows of one call: queries, weights and sums, and what each row sees. A row is a query of one of the query heads
-/// that share a key head, numbered head by head.
+/// The rows of one call: queries, weights and sums, and what each row sees. A row is a query of one of the sharers of a
+/// key head, numbered sharer by sharer.
 template <typename Scalar, Index kMaps, typename Mask>
 struct FewRowsState {
-  static constexpr Index kPiece = 256;  // keys in a piece
   // Rows of weights a power of two apart would fall on the same few lines of the nearest cache.
-  static constexpr Index kWeightStride = kPiece + 16;
+  static constexpr Index kWeightStride = kChunk + 16;
   static constexpr Index kCols = Tile<Scalar>::kCols;
 
   const HeadOperands<Scalar, kMaps>& in;
   const Mask& mask;
   Index n_q;
   Index n_k;
-  Index rows;    // that share a key head
+  Index rows;    // of each key head
   Index width;   // of a row of sums, whole strips
-  Index first;   // the first piece that some row sees
-  Index pieces;  // from there on
+  Index first;   // the first chunk that some row sees
+  Index chunks;  // from there on
   Scalar* queries;
   Scalar* all_weights;
   Scalar* all_sums;
 
-  Index query(Index row) const { return row % n_q; }
-  Index query_head(Index head, Index row) const { return head * (rows / n_q) + row / n_q; }
-  Index slot(Index piece, Index head) const { return piece * in.heads.num_kv_heads + head; }
-  Index index(Index piece, Index head, Index map, Index row) const {
-    return (slot(piece, head) * kMaps + map) * rows + row;
+  FewRowsState(const HeadOperands<Scalar, kMaps>& operands, Index num_keys, const Mask& visible, Workspace& workspace)
+      : in(operands), mask(visible), n_q(in.n_q()), n_k(num_keys) {
+    rows = n_q * in.heads_per_kv_head();
+    width = round_up(in.dv, kCols);
+    first = mask.visible_keys(0, n_q, n_k).begin / kChunk;
+    chunks = std::max<Index>(divide_up(mask.visible_keys(n_q - 1, n_q, n_k).end, kChunk) - first, 0);
+    const Index slots = chunks * in.heads.num_kv_heads;
+    queries = workspace.take<Scalar>(in.heads.num_kv_heads * kMaps * rows * in.d);
+    all_weights = workspace.take<Scalar>(slots * kMaps * rows * kWeightStride);
+    all_sums = workspace.take<Scalar>(slots * rows * width);
   }
+
+  Index query(Index row) const { return row % n_q; }
+  Index query_head(Index head, Index row) const { return head * in.heads_per_kv_head() + row / n_q; }
+  /// All queries of a query head, with what they see.
+  RowRange<Mask> queries_of(Index head) const { return {mask, head, 0, n_q, n_q, n_k}; }
+  Index slot(Index chunk, Index head) const { return chunk * in.heads.num_kv_heads + head; }
+  Index index(Index chunk, Index head, Index map, Index row) const {
+    return (slot(chunk, head) * kMaps + map) * rows + row;
+  }
+
+  /// How many indices there are.
+  Index size() const { return index(chunks, 0, 0, 0); }
 
   /// [head][map][row][d], multiplied by scale.of_queries.
   Scalar* q(Index head, Index map) const { return queries + (head * kMaps + map) * rows * in.d; }
-  /// [piece][head][map][row][kWeightStride].
-  Scalar* weights(Index piece, Index head, Index map, Index row) const {
-    return all_weights + index(piece, head, map, row) * kWeightStride;
+  /// [chunk][head][map][row][kWeightStride].
+  Scalar* weights(Index chunk, Index head, Index map, Index row) const {
+    return all_weights + index(chunk, head, map, row) * kWeightStride;
   }
-  /// [piece][head][row][width].
-  Scalar* sums(Index piece, Index head, Index row) const { return all_sums + (slot(piece, head) * rows + row) * width; }
+  /// [chunk][head][row][width].
+  Scalar* sums(Index chunk, Index head, Index row) const { return all_sums + (slot(chunk, head) * rows + row) * width; }
 
-  /// The first key of a piece, to which its columns are relative.
-  Index first_key(Index piece) const { return (first + piece) * kPiece; }
-  /// Columns of a piece that a query sees.
-  KeyRange columns_of(Index piece, Index query) const {
+  /// The first key of a chunk, to which its columns are relative.
+  Index first_key(Index chunk) const { return (first + chunk) * kChunk; }
+  /// Columns of a chunk that a query sees.
+  KeyRange columns_of(Index chunk, Index query) const {
     const KeyRange keys = mask.visible_keys(query, n_q, n_k);
-    const Index begin = std::clamp<Index>(keys.begin - first_key(piece), 0, kPiece);
-    return {begin, std::clamp(keys.end - first_key(piece), begin, kPiece)};
+    const Index begin = std::clamp<Index>(keys.begin - first_key(chunk), 0, kChunk);
+    return {begin, std::clamp(keys.end - first_key(chunk), begin, kChunk)};
   }
   /// Columns that some query sees: neither end of a mask's ranges decreases from query to query.
-  KeyRange columns_of_any(Index piece) const {
-    const Index begin = columns_of(piece, 0).begin;
-    return {begin, std::max(begin, columns_of(piece, n_q - 1).end)};
+  KeyRange columns_of_any(Index chunk) const {
+    const Index begin = columns_of(chunk, 0).begin;
+    return {begin, std::max(begin, columns_of(chunk, n_q - 1).end)};
   }
   /// The same, widened to whole strips.
-  KeyRange strips_of_any(Index piece) const {
-    const KeyRange columns = columns_of_any(piece);
+  KeyRange strips_of_any(Index chunk) const {
+    const KeyRange columns = columns_of_any(chunk);
     return {columns.begin / kCols * kCols, round_up(columns.end, kCols)};
   }
 };
 
 /// `Source` knows where keys and values are:
 ///   heads_of_task(heads, maps)           how many of the heads make a task
-///   score(state, piece, heads)           weights(…, map, row)[c] = q · k for the columns that some row sees
-///   add_values(state, piece, heads)      sums(…, row) = Σ_c weights(…, 0, row)[c] · v over what each row sees
+///   score(state, chunk, heads)           weights(…, map, row)[c] = q · k for the columns that some row sees
+///   add_values(state, chunk, heads)      sums(…, row) = Σ_c weights(…, 0, row)[c] · v over what each row sees
 template <typename Scalar, Index kMaps, typename Mask, typename Source>
 class FewRows {
   using State = FewRowsState<Scalar, kMaps, Mask>;
-  static constexpr Index kLanes = simd::kLanes<Scalar>;
 
  public:
+  /// Attention of all heads; n_k is told apart from `in`, which has no keys when they are in pages.
   template <Executor E>
   static void run(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
                   Workspace& workspace, E& executor) {
@@ -98,15 +115,15 @@ class FewRows {
     const Index heads = in.heads.num_kv_heads, rows = few.state_.rows;
     const Index together = std::min(heads, Source::heads_of_task(heads, kMaps)), splits = divide_up(heads, together);
     const auto for_each_part = [&](auto&& f) {
-      executor.run(few.state_.pieces * splits, [&](Index task, Index /*worker*/) {
+      executor.run(few.state_.chunks * splits, [&](Index task, Index /*worker*/) {
         const Index head = task % splits * together;
         f(task / splits, KeyRange{head, std::min(heads, head + together)});
       });
     };
     for (Index head = 0; head < heads; ++head) few.pack_queries(head);
-    for_each_part([&](Index piece, const KeyRange& part) { few.score(piece, part); });
+    for_each_part([&](Index chunk, const KeyRange& part) { few.score(chunk, part); });
     executor.run(heads * rows, [&](Index task, Index /*worker*/) { few.set_factors(task / rows, task % rows); });
-    for_each_part([&](Index piece, const KeyRange& part) { few.add_values(piece, part); });
+    for_each_part([&](Index chunk, const KeyRange& part) { few.add_values(chunk, part); });
     for (Index head = 0; head < heads; ++head) few.write(head);
   }
 
@@ -116,125 +133,89 @@ class FewRows {
       : source_(source),
         scale_(split_scale<Mask>(in.scale)),
         exp2_(scale_.of_exponent),
-        state_{in, mask, in.q[0].rows, n_k, 0, 0, 0, 0, nullptr, nullptr, nullptr} {
-    State& s = state_;
-    s.rows = s.n_q * (in.heads.num_heads / in.heads.num_kv_heads);
-    s.width = round_up(in.dv, State::kCols);
-    s.first = mask.visible_keys(0, s.n_q, n_k).begin / State::kPiece;
-    s.pieces = std::max<Index>(divide_up(mask.visible_keys(s.n_q - 1, s.n_q, n_k).end, State::kPiece) - s.first, 0);
-    const Index heads = in.heads.num_kv_heads, slots = s.pieces * heads;
-    s.queries = workspace.take<Scalar>(heads * kMaps * s.rows * in.d);
-    s.all_weights = workspace.take<Scalar>(slots * kMaps * s.rows * State::kWeightStride);
-    s.all_sums = workspace.take<Scalar>(slots * s.rows * s.width);
-    max_ = workspace.take<Scalar>(slots * kMaps * s.rows);
-    weight_sum_ = workspace.take<Scalar>(slots * kMaps * s.rows);
-  }
+        state_(in, n_k, mask, workspace),
+        factor_(workspace.take<Scalar>(state_.size())),
+        weight_sum_(workspace.take<Scalar>(state_.size())) {}
 
   void pack_queries(Index head) {
     const State& s = state_;
     for (Index map = 0; map < kMaps; ++map) {
-      const Index step = s.in.q[map].col_stride;
-      for (Index row = 0; row < s.rows; ++row) {
-        const Scalar* const from = &s.in.q[map](s.query(row), s.query_head(head, row) * s.in.q_step);
-        Scalar* const to = s.q(head, map) + row * s.in.d;
-        for (Index c = 0; c < s.in.d; ++c) to[c] = from[c * step] * scale_.of_queries;
+      for (Index i = 0; i < s.in.heads_per_kv_head(); ++i) {
+        const auto q = s.in.queries(map, s.query_head(head, i * s.n_q));
+        copy_rows(s.q(head, map) + i * s.n_q * s.in.d, q, scale_.of_queries);
       }
     }
   }
 
-  void score(Index piece, const KeyRange& heads) {
+  void score(Index chunk, const KeyRange& heads) {
     const State& s = state_;
-    source_.score(s, piece, heads);
-    const KeyRange columns = s.strips_of_any(piece);
+    source_.score(s, chunk, heads);
+    const KeyRange columns = s.strips_of_any(chunk);
     for (Index head = heads.begin; head < heads.end; ++head) {
       for (Index map = 0; map < kMaps; ++map) {
+        for (Index row = 0; row < s.rows; row += s.n_q) {
+          finish_scores(s.weights(chunk, head, map, row), s.kWeightStride, s.queries_of(s.query_head(head, row)),
+                        s.first_key(chunk), columns, scale_);
+        }
         for (Index row = 0; row < s.rows; ++row) {
-          Scalar* const scores = s.weights(piece, head, map, row);
-          mask_scores(scores, s.query(row), s.columns_of(piece, s.query(row)), columns, s.first_key(piece));
-          const Index at = s.index(piece, head, map, row);
-          exponentiate(scores, columns, max_[at], weight_sum_[at]);
+          const Index at = s.index(chunk, head, map, row);
+          Scalar* const scores = s.weights(chunk, head, map, row);
+          const auto [base, sum] = exponentiate_row(scores, columns.begin, columns.end, exp2_);
+          factor_[at] = base;
+          weight_sum_[at] = sum;
         }
       }
     }
   }
 
-  void mask_scores(Scalar* scores, Index query, const KeyRange& seen, const KeyRange& columns, Index first_key) const {
-    const Index begin = std::clamp(seen.begin, columns.begin, columns.end);
-    const Index end = std::clamp(seen.end, begin, columns.end);
-    fill_unseen(scores, columns, {begin, end}, kMinusInfinity<Scalar>);
-    if constexpr (HasBias<Mask>) {
-      for (Index c = begin; c < end; ++c) {
-        const auto bias = bias_of<Scalar>(state_.mask, query, first_key + c, state_.n_q, state_.n_k);
-        scores[c] = biased_score(scores[c], scale_, bias);
-      }
-    }
-  }
-
-  /// 2^(c·(score − max)) in place.
-  void exponentiate(Scalar* scores, const KeyRange& columns, Scalar& max, Scalar& sum) const {
-    auto packet_max = simd::broadcast(kMinusInfinity<Scalar>);
-    for (Index c = columns.begin; c < columns.end; c += kLanes) {
-      packet_max = simd::max(simd::load(scores + c), packet_max);
-    }
-    max = simd::reduce_max(packet_max);
-    const auto base = simd::broadcast(finite_or_zero(max));
-    auto packet_sum = simd::broadcast(Scalar(0));
-    for (Index c = columns.begin; c < columns.end; c += kLanes) {
-      const auto weight = exp2_(simd::sub(simd::load(scores + c), base));
-      simd::store(scores + c, weight);
-      packet_sum = simd::add(packet_sum, weight);
-    }
-    sum = simd::reduce_add(packet_sum);
-  }
-
-  /// What turns the weights of each piece into probabilities, 2^(c·(m_piece − m))/l, times −λ for the second map, takes
-  /// the place of the piece's maximum.
+  /// What turns the weights of each chunk into probabilities, 2^(c·(its base − the largest))/l, times −λ for the second
+  /// map.
   void set_factors(Index head, Index row) {
     const State& s = state_;
     const Index query = s.query(row), query_head = s.query_head(head, row);
     for (Index map = 0; map < kMaps; ++map) {
-      Scalar max = kMinusInfinity<Scalar>, sum = 0;
-      for (Index piece = 0; piece < s.pieces; ++piece) max = std::max(max, max_[s.index(piece, head, map, row)]);
-      const Scalar base = finite_or_zero(max);
-      for (Index piece = 0; piece < s.pieces; ++piece) {
-        const Index at = s.index(piece, head, map, row);
-        max_[at] = simd::first(exp2_(simd::broadcast(max_[at] - base)));
-        sum += max_[at] * weight_sum_[at];
+      BaseAndSum<Scalar> all{kNoBase<Scalar>, 0};
+      for (Index chunk = 0; chunk < s.chunks; ++chunk) {
+        all.base = std::max(all.base, factor_[s.index(chunk, head, map, row)]);
       }
-      if (s.in.lse[map].data != nullptr) s.in.lse[map](query, query_head) = scale_.of_exponent * max + std::log2(sum);
-      const Scalar sign = map == 0 ? Scalar(1) : -s.in.lambda(query, query_head);
-      const Scalar factor = sum == Scalar(0) ? Scalar(0) : sign / sum;
-      for (Index piece = 0; piece < s.pieces; ++piece) max_[s.index(piece, head, map, row)] *= factor;
+      for (Index chunk = 0; chunk < s.chunks; ++chunk) {
+        const Index at = s.index(chunk, head, map, row);
+        factor_[at] = simd::first(exp2_(simd::broadcast(factor_[at] - all.base)));
+        all.sum += factor_[at] * weight_sum_[at];
+      }
+      if (s.in.lse[map].data != nullptr) s.in.lse[map](query, query_head) = log_sum_exp(all, scale_.of_exponent);
+      const Scalar factor = normaliser(all.sum, map == 0 ? Scalar(1) : -s.in.lambda(query, query_head));
+      for (Index chunk = 0; chunk < s.chunks; ++chunk) factor_[s.index(chunk, head, map, row)] *= factor;
     }
   }
 
   /// Combines the weights of both maps, in the place of the first, and multiplies by V.
-  void add_values(Index piece, const KeyRange& heads) {
+  void add_values(Index chunk, const KeyRange& heads) {
     const State& s = state_;
-    const KeyRange columns = s.strips_of_any(piece);
+    const KeyRange columns = s.strips_of_any(chunk);
     for (Index head = heads.begin; head < heads.end; ++head) {
       for (Index row = 0; row < s.rows; ++row) {
-        Scalar* const p1 = s.weights(piece, head, 0, row);
-        const Scalar* const p2 = s.weights(piece, head, kMaps - 1, row);
-        const auto f1 = simd::broadcast(max_[s.index(piece, head, 0, row)]);
-        const auto f2 = simd::broadcast(max_[s.index(piece, head, kMaps - 1, row)]);
-        for (Index c = columns.begin; c < columns.end; c += kLanes) {
-          auto weight = simd::mul(simd::load(p1 + c), f1);
-          if constexpr (kMaps == 2) weight = simd::fma(simd::load(p2 + c), f2, weight);
-          simd::store(p1 + c, weight);
+        Scalar* const p1 = s.weights(chunk, head, 0, row);
+        const Scalar f1 = factor_[s.index(chunk, head, 0, row)];
+        if constexpr (kMaps == 1) {
+          scale_row(p1, columns.begin, columns.end, f1);
+        } else {
+          const Scalar f2 = factor_[s.index(chunk, head, 1, row)];
+          combine_maps(p1, s.weights(chunk, head, 1, row), f2, p1, f1, columns.begin, columns.end);
         }
       }
     }
-    source_.add_values(s, piece, heads);
+    source_.add_values(s, chunk, heads);
   }
 
+  /// Adds up the sums of the chunks.
   void write(Index head) {
     const State& s = state_;
     for (Index row = 0; row < s.rows; ++row) {
-      const auto out = s.in.out.block(s.query(row), s.query_head(head, row) * s.in.dv, 1, s.in.dv);
-      for (Index c = 0; c < s.in.dv; ++c) out(0, c) = s.pieces == 0 ? Scalar(0) : s.sums(0, head, row)[c];
-      for (Index piece = 1; piece < s.pieces; ++piece) {
-        const Scalar* const sums = s.sums(piece, head, row);
+      const auto out = s.in.result(s.query_head(head, row)).middle_rows(s.query(row), 1);
+      for (Index c = 0; c < s.in.dv; ++c) out(0, c) = s.chunks == 0 ? Scalar(0) : s.sums(0, head, row)[c];
+      for (Index chunk = 1; chunk < s.chunks; ++chunk) {
+        const Scalar* const sums = s.sums(chunk, head, row);
         for (Index c = 0; c < s.in.dv; ++c) out(0, c) += sums[c];
       }
     }
@@ -244,7 +225,7 @@ class FewRows {
   ScoreScale<Scalar> scale_;
   ScaledExp2<Scalar> exp2_;
   State state_;
-  Scalar* max_;         // of every piece, head, map and row; then the factor of its weights
+  Scalar* factor_;      // of every chunk, head, map and row: what its weights are relative to, then their factor
   Scalar* weight_sum_;  // likewise
 };
 

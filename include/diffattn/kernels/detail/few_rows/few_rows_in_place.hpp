@@ -16,26 +16,25 @@ struct InPlaceSource {
 
   static Index heads_of_task(Index heads, Index /*maps*/) { return heads; }
 
-  /// Whether the rows that share a key head are few enough, and keys and values contiguous.
+  /// Whether the rows of a key head are few enough, and keys and values contiguous.
   static bool suits(const HeadOperands<Scalar, kMaps>& in) {
-    constexpr Index kMostRows = 4;
-    return in.q[0].rows * (in.heads.num_heads / in.heads.num_kv_heads) <= kMostRows && in.k[0].col_stride == 1 &&
+    return in.n_q() * in.heads_per_kv_head() <= kFewRows && in.k[0].col_stride == 1 &&
            in.k[kMaps - 1].col_stride == 1 && in.v.col_stride == 1;
   }
 
   template <typename Mask>
-  void score(const FewRowsState<Scalar, kMaps, Mask>& s, Index piece, const KeyRange& heads) const {
+  void score(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
     // Scores of a packet of keys are gathered where sums of values will be (those are at least as many), so that rows
     // of weights are written a packet at a time.
-    Scalar* const tile = s.sums(piece, heads.begin, 0);
-    const KeyRange columns = s.columns_of_any(piece);
+    Scalar* const tile = s.sums(chunk, heads.begin, 0);
+    const KeyRange columns = s.columns_of_any(chunk);
     for (Index c = columns.begin; c < columns.end; c += kLanes) {
       const Index present = std::min(kLanes, columns.end - c);
       for (Index i = 0; i < present; ++i) {
         Scalar* to = tile + i;
         for (Index head = heads.begin; head < heads.end; ++head) {
           for (Index map = 0; map < kMaps; ++map) {
-            const Scalar* const k = &s.in.k[map](s.first_key(piece) + c + i, head * s.in.k_step);
+            const Scalar* const k = &s.in.keys(map, head)(s.first_key(chunk) + c + i, 0);
             for (Index row = 0; row < s.rows; ++row, to += kLanes) {
               *to = dot(s.q(head, map) + row * s.in.d, k, s.in.d);
             }
@@ -46,32 +45,33 @@ struct InPlaceSource {
       const Scalar* from = tile;
       for (Index head = heads.begin; head < heads.end; ++head) {
         for (Index row = 0; row < kMaps * s.rows; ++row, from += kLanes) {
-          std::copy_n(from, present, s.weights(piece, head, 0, row) + c);
+          std::copy_n(from, present, s.weights(chunk, head, 0, row) + c);
         }
       }
     }
   }
 
   template <typename Mask>
-  void add_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index piece, const KeyRange& heads) const {
+  void add_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
     constexpr Index kKeys = 4;  // whose values are added together
-    const KeyRange columns = s.columns_of_any(piece);
-    std::fill(s.sums(piece, heads.begin, 0), s.sums(piece, heads.end - 1, 0) + s.rows * s.width, Scalar(0));
+    const KeyRange columns = s.columns_of_any(chunk);
+    std::fill(s.sums(chunk, heads.begin, 0), s.sums(chunk, heads.end - 1, 0) + s.rows * s.width, Scalar(0));
     for (Index c = columns.begin; c < columns.end; c += kKeys) {
       for (Index head = heads.begin; head < heads.end; ++head) {
         for (Index row = 0; row < s.rows; ++row) {
-          const KeyRange seen = s.columns_of(piece, s.query(row));
+          const Index query_head = s.query_head(head, row);
+          const KeyRange seen = s.columns_of(chunk, s.query(row));
           const Index begin = std::max(c, seen.begin), end = std::min({c + kKeys, columns.end, seen.end});
-          const Scalar* const v = &s.in.v(s.first_key(piece) + c, head * s.in.dv);
-          Scalar* const sums = s.sums(piece, head, row);
-          const Scalar* const weights = s.weights(piece, head, 0, row);
+          const Scalar* const v = &s.in.values(head)(s.first_key(chunk) + c, 0);
+          Scalar* const sums = s.sums(chunk, head, row);
+          const Scalar* const weights = s.weights(chunk, head, 0, row);
           if (!HasBias<Mask> && end - begin == kKeys) {
             add_rows<kKeys>(sums, weights + c, v, s.in.v.row_stride, s.in.dv);
             continue;
           }
           // A weight of 0 does not keep a NaN or Inf out: only what a row sees is touched.
           for (Index i = begin; i < end; ++i) {
-            if (!bias_shows(s.mask, s.query(row), s.first_key(piece) + i, s.n_q, s.n_k)) continue;
+            if (!bias_shows(s.mask, query_head, s.query(row), s.first_key(chunk) + i, s.n_q, s.n_k)) continue;
             add_rows<1>(sums, weights + i, v + (i - c) * s.in.v.row_stride, 0, s.in.dv);
           }
         }
@@ -80,7 +80,8 @@ struct InPlaceSource {
   }
 
  private:
-  /// The same head's next key: runs of one head are too short for the hardware to foresee.
+  /// Asks for the same head's next key: with heads side by side, one key of one head is too short a run of memory for
+  /// the hardware to see where it goes on.
   static void prefetch(const Scalar* k, Index depth) {
     constexpr Index kLine = 64 / sizeof(Scalar);
     for (Index c = 0; c < depth; c += kLine) simd::prefetch(k + c);

@@ -9,13 +9,11 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "diffattn/kernels/detail/blocking.hpp"
 #include "diffattn/kernels/detail/few_rows/few_rows.hpp"
 #include "diffattn/kernels/key_value_pages.hpp"
 
 namespace diffattn::inline v0_1::detail {
-
-/// Places in memory that are read side by side.
-inline constexpr Index kStreams = 4;
 
 /// A strip of keys or values, the rows that meet it, and where the products go.
 template <typename Scalar, typename Storage>
@@ -97,44 +95,65 @@ void multiply_streams(Index count, Index to_stride, Index a_stride, Index depth,
   }
 }
 
+/// Keys and values in the pages of a cache, a page for each chunk.
 template <typename Storage>
 struct PackedSource {
   const KeyValuePages<Storage>& pages;
 
-  /// Heads enough for a stream of their own for each, or for each map of each.
+  /// As many heads as make kStreams streams, each map of each head being one.
   static Index heads_of_task(Index /*heads*/, Index maps) { return kStreams / maps; }
 
   template <typename Scalar, Index kMaps, typename Mask>
-  void score(const FewRowsState<Scalar, kMaps, Mask>& s, Index piece, const KeyRange& heads) const {
-    static_assert(FewRowsState<Scalar, kMaps, Mask>::kPiece == kPageKeys);
-    const KeyRange columns = s.strips_of_any(piece);
+  void score(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
+    const KeyRange columns = s.strips_of_any(chunk);
     const Index strips = (columns.end - columns.begin) / s.kCols, maps = pages.shape.key_maps;
     // Maps that share their keys meet each strip together.
     const Index rows = maps == kMaps ? s.rows : kMaps * s.rows, count = (heads.end - heads.begin) * maps * strips;
     multiply_streams(count, s.kWeightStride, s.in.d, s.in.d, rows, [&](Index i) {
       const Index head = heads.begin + i / strips / maps, map = i / strips % maps;
       const Index column = columns.begin + i % strips * s.kCols;
-      return StripProduct<Scalar, Storage>{s.weights(piece, head, map, 0) + column, s.q(head, map),
-                                           pages.keys(s.first + piece, head, map) + column * s.in.d};
+      return StripProduct<Scalar, Storage>{s.weights(chunk, head, map, 0) + column, s.q(head, map),
+                                           pages.keys(s.first + chunk, head, map) + column * s.in.d};
     });
   }
 
   template <typename Scalar, Index kMaps, typename Mask>
-  void add_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index piece, const KeyRange& heads) const {
+  void add_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
     const Index strips = s.width / s.kCols, count = (heads.end - heads.begin) * strips;
     const auto add = [&](Index row, Index rows, const KeyRange& seen) {
       multiply_streams(count, s.width, s.kWeightStride, seen.end - seen.begin, rows, [&](Index i) {
         const Index head = heads.begin + i / strips, column = i % strips * s.kCols;
         return StripProduct<Scalar, Storage>{
-            s.sums(piece, head, row) + column, s.weights(piece, head, 0, row) + seen.begin,
-            pages.values(s.first + piece, head) + column * kPageKeys + seen.begin * s.kCols};
+            s.sums(chunk, head, row) + column, s.weights(chunk, head, 0, row) + seen.begin,
+            pages.values(s.first + chunk, head) + column * kPageKeys + seen.begin * s.kCols};
       });
     };
     bool finite = true;
-    for (Index head = heads.begin; head < heads.end; ++head) finite &= pages.finite_values(s.first + piece, head);
-    if (finite) return add(0, s.rows, s.columns_of_any(piece));
+    for (Index head = heads.begin; head < heads.end; ++head) finite &= pages.finite_values(s.first + chunk, head);
+    if (finite) return add(0, s.rows, s.columns_of_any(chunk));
     // A weight of 0 does not keep a NaN or Inf out: a row touches only what it sees.
-    for (Index row = 0; row < s.rows; ++row) add(row, 1, s.columns_of(piece, s.query(row)));
+    if constexpr (HasBias<Mask>) {
+      for (Index head = heads.begin; head < heads.end; ++head) add_visible_values(s, chunk, head);
+    } else {
+      for (Index row = 0; row < s.rows; ++row) add(row, 1, s.columns_of(chunk, s.query(row)));
+    }
+  }
+
+ private:
+  /// The sums of one head, pair by pair: a bias may hide any key.
+  template <typename Scalar, Index kMaps, typename Mask>
+  void add_visible_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, Index head) const {
+    std::fill_n(s.sums(chunk, head, 0), s.rows * s.width, Scalar(0));
+    for (Index first = 0; first < s.rows; first += s.n_q) {
+      for_each_visible(s.queries_of(s.query_head(head, first)), s.first_key(chunk), {0, kChunk}, [&](Index r, Index c) {
+        const Scalar weight = s.weights(chunk, head, 0, first + r)[c];
+        Scalar* const sums = s.sums(chunk, head, first + r);
+        const Storage* const values = pages.values(s.first + chunk, head) + c * s.kCols;
+        for (Index col = 0; col < s.width; ++col) {
+          sums[col] += weight * static_cast<Scalar>(values[col / s.kCols * kPageKeys * s.kCols + col % s.kCols]);
+        }
+      });
+    }
   }
 };
 

@@ -4,108 +4,114 @@
 // rows or keys at a time, with no scratch but the stack; head by head, the smallest on the calling thread.
 
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/kernels/detail/blocking.hpp"
 #include "diffattn/kernels/detail/exp2.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
-#include "diffattn/kernels/detail/row_softmax.hpp"
-#include "diffattn/kernels/detail/score_scale.hpp"
+#include "diffattn/kernels/detail/scores.hpp"
+#include "diffattn/kernels/detail/softmax.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/product/dot.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
+/// One query head of such a problem.
 template <typename Scalar, Index kMaps, typename Mask>
 class SmallProblem {
   static constexpr Index kLanes = simd::kLanes<Scalar>;
-  static constexpr Index kKeys = 4;           // scored side by side
-  static constexpr Index kRows = 4;           // given values side by side
-  static constexpr Index kTinyPairs = 6 * 6;  // of a query and a key, too few to be worth a task
-  static constexpr Index kMostWeights = 640;  // of a map, rows padded to whole packets
-  static_assert(kTinyPairs * kLanes <= kMostWeights);
-  static_assert(kMostWeights % kLanes == 0, "the weights of the second map must begin at a packet");
+  static constexpr Index kKeys = 4;  // scored side by side
+  static constexpr Index kRows = 4;  // given values side by side
+  static_assert(kTinyPairs * kLanes <= kMostSmallWeights);
+  static_assert(kMostSmallWeights % kLanes == 0, "the weights of the second map must begin at a packet");
 
  public:
+  using Operands = HeadOperands<Scalar, kMaps>;
+
   /// The wider contiguous rows are, the more packing would cost: up to 6, 8 or 17 queries and as many keys.
-  static bool suits(const HeadOperands<Scalar, kMaps>& in) {
-    const Index n_q = in.q[0].rows, n_k = in.k[0].rows;
+  static bool suits(const Operands& in) {
+    const Index n_q = in.n_q(), n_k = in.n_k();
     if (n_q * n_k <= kTinyPairs) return true;
     for (Index map = 0; map < kMaps; ++map) {
       if (in.q[map].col_stride != 1 || in.k[map].col_stride != 1) return false;
     }
     const Index most_pairs = in.d < kLanes ? kTinyPairs : in.d < 8 * kLanes ? 8 * 8 : 17 * 17;
-    // Fewer queries than kRows have a path of their own (few_rows.hpp).
-    return n_q > kRows && n_q * n_k <= most_pairs && n_q * round_up(n_k, kLanes) <= kMostWeights;
+    // Up to kFewRows queries have a path of their own (few_rows.hpp).
+    return n_q > kFewRows && n_q * n_k <= most_pairs && n_q * round_up(n_k, kLanes) <= kMostSmallWeights;
   }
 
   template <Executor E>
-  static void run(const HeadOperands<Scalar, kMaps>& in, const Mask& mask, E& executor) {
-    if (in.q[0].rows * in.k[0].rows > kTinyPairs) {
-      return executor.run(in.heads.num_heads, [&](Index head, Index /*worker*/) { run_head(in, mask, head); });
+  static void run(const Operands& in, const Mask& mask, E& executor) {
+    const auto run_head = [&](Index head) { SmallProblem(in, mask, head).run(); };
+    if (in.n_q() * in.n_k() > kTinyPairs) {
+      return executor.run(in.heads.num_heads, [&](Index head, Index /*worker*/) { run_head(head); });
     }
-    for (Index head = 0; head < in.heads.num_heads; ++head) run_head(in, mask, head);
+    for (Index head = 0; head < in.heads.num_heads; ++head) run_head(head);
   }
 
  private:
-  static void run_head(const HeadOperands<Scalar, kMaps>& in, const Mask& mask, Index head) {
-    const Index n_q = in.q[0].rows, n_k = in.k[0].rows, group = in.heads.num_heads / in.heads.num_kv_heads;
-    const Index width = round_up(n_k, kLanes);
-    const ScoreScale<Scalar> scale = split_scale<Mask>(in.scale);
-    const ScaledExp2<Scalar> exp2(scale.of_exponent);
-    alignas(simd::kMostAlignment) Scalar weights[kMaps][kMostWeights];
-    // Step by step for all rows, so that none waits for what it has just stored.
-    for (Index map = 0; map < kMaps; ++map) {
-      const auto q = in.q[map].middle_cols(head * in.q_step, in.d);
-      const auto k = in.k[map].middle_cols(head / group * in.k_step, in.d);
-      Index row = 0;
-      for (; row + 2 <= n_q; row += 2) set_scores<2>(weights[map] + row * width, width, q, k, mask, row);
-      for (; row < n_q; ++row) set_scores<1>(weights[map] + row * width, width, q, k, mask, row);
-      for (row = 0; row < n_q; ++row) {
-        finish_scores(weights[map] + row * width, width, scale, mask, row, n_q, n_k);
-      }
-    }
-    for (Index map = 0; map < kMaps; ++map) {
-      for (Index row = 0; row < n_q; ++row) {
-        set_weights(weights[map] + row * width, width, scale, exp2, in.lse[map], row, head);
-      }
-    }
+  SmallProblem(const Operands& in, const Mask& mask, Index head)
+      : in_(in),
+        rows_{mask, head, 0, in.n_q(), in.n_q(), in.n_k()},
+        width_(round_up(in.n_k(), kLanes)),
+        scale_(split_scale<Mask>(in.scale)),
+        exp2_(scale_.of_exponent) {}
+
+  Scalar* weights(Index map, Index row) { return weights_[map] + row * width_; }
+
+  /// Step by step for all rows, so that none waits for what it has just stored.
+  void run() {
+    for (Index map = 0; map < kMaps; ++map) set_scores(map);
+    for (Index map = 0; map < kMaps; ++map) set_weights(map);
     if constexpr (kMaps == 2) {
-      for (Index row = 0; row < n_q; ++row) {
-        const auto lambda = simd::broadcast(-in.lambda(row, head));
-        for (Index c = row * width; c < (row + 1) * width; c += kLanes) {
-          const auto p1 = simd::load(weights[0] + c), p2 = simd::load(weights[1] + c);
-          simd::store(weights[0] + c, simd::fma(lambda, p2, p1));
-        }
+      const Index width = width_;
+      for (Index row = 0; row < rows_.count; ++row) {
+        Scalar* const p1 = weights(0, row);
+        combine_maps(p1, weights(1, row), -in_.lambda(row, rows_.head), p1, Scalar(1), 0, width);
       }
     }
     Index row = 0;
-    for (; row + kRows <= n_q; row += kRows) {
-      add_values<kRows>(in, mask, weights[0] + row * width, width, row, head, group);
+    for (; row + kRows <= rows_.count; row += kRows) add_values<kRows>(row);
+    for (; row < rows_.count; ++row) add_values<1>(row);
+  }
+
+  void set_scores(Index map) {
+    const auto q = in_.queries(map, rows_.head), k = in_.keys(map, in_.kv_head(rows_.head));
+    Index row = 0;
+    for (; row + 2 <= rows_.count; row += 2) set_products<2>(weights(map, row), q, k, row);
+    for (; row < rows_.count; ++row) set_products<1>(weights(map, row), q, k, row);
+    if constexpr (!HasBias<Mask>) {
+      // As if the queries had been multiplied. What lies between the keys of two rows is overwritten next.
+      const Scalar factor = scale_.of_queries;
+      for (row = 0; row < rows_.count; ++row) {
+        Scalar* const products = weights(map, row);
+        const KeyRange keys = rows_.keys_of(row);
+        for (Index key = keys.begin; key < keys.end; ++key) products[key] *= factor;
+      }
     }
-    for (; row < n_q; ++row) add_values<1>(in, mask, weights[0] + row * width, width, row, head, group);
+    finish_scores(weights_[map], width_, rows_, 0, {0, width_}, scale_);
   }
 
   /// q · k for kCount rows, which read what any of them sees of the keys together.
   template <Index kCount>
-  static void set_scores(Scalar* scores, Index width, const StridedView<const Scalar>& q,
-                         const StridedView<const Scalar>& k, const Mask& mask, Index row) {
-    Index key = mask.visible_keys(row, q.rows, k.rows).begin;
-    const Index end = mask.visible_keys(row + kCount - 1, q.rows, k.rows).end;
+  EIGEN_ALWAYS_INLINE void set_products(Scalar* products, const StridedView<const Scalar>& q,
+                                        const StridedView<const Scalar>& k, Index row) const {
+    Index key = rows_.keys_of(row).begin;
+    const Index end = rows_.keys_of(row + kCount - 1).end;
     if (q.col_stride == 1 && k.col_stride == 1) {
       for (; key + kKeys <= end; key += kKeys) {
-        dot_products<kCount>(scores + key, width, &q(row, 0), q.row_stride, &k(key, 0), k.row_stride, q.cols);
+        dot_products<kCount>(products + key, width_, &q(row, 0), q.row_stride, &k(key, 0), k.row_stride, q.cols);
       }
       for (; key < end; ++key) {
-        for (Index r = 0; r < kCount; ++r) scores[r * width + key] = dot(&q(row + r, 0), &k(key, 0), q.cols);
+        for (Index r = 0; r < kCount; ++r) products[r * width_ + key] = dot(&q(row + r, 0), &k(key, 0), q.cols);
       }
     }
     for (; key < end; ++key) {
       for (Index r = 0; r < kCount; ++r) {
         Scalar sum = 0;
         for (Index c = 0; c < q.cols; ++c) sum += q(row + r, c) * k(key, c);
-        scores[r * width + key] = sum;
+        products[r * width_ + key] = sum;
       }
     }
   }
@@ -138,103 +144,119 @@ class SmallProblem {
     }
   }
 
-  /// Products become scores, -inf for what the row does not see.
-  static void finish_scores(Scalar* scores, Index width, const ScoreScale<Scalar>& scale, const Mask& mask, Index row,
-                            Index n_q, Index n_k) {
-    const KeyRange keys = mask.visible_keys(row, n_q, n_k);
-    std::fill(scores, scores + keys.begin, kMinusInfinity<Scalar>);
-    std::fill(scores + keys.end, scores + width, kMinusInfinity<Scalar>);
-    for (Index key = keys.begin; key < keys.end; ++key) {
-      if constexpr (HasBias<Mask>) {
-        scores[key] = biased_score(scores[key], scale, bias_of<Scalar>(mask, row, key, n_q, n_k));
-      } else {
-        scores[key] *= scale.of_queries;  // as if the query had been
-      }
+  /// Scores become probabilities, in place; all 0 for a row that sees no key.
+  void set_weights(Index map) {
+    const Index width = width_;
+    const ScaledExp2<Scalar> exp2 = exp2_;  // a copy, for which stores to weights need no reload
+    for (Index row = 0; row < rows_.count; ++row) {
+      const auto base_and_sum = exponentiate_row(weights(map, row), 0, width, exp2);
+      if (in_.lse[map].data != nullptr) in_.lse[map](row, rows_.head) = log_sum_exp(base_and_sum, scale_.of_exponent);
+      scale_row(weights(map, row), 0, width, normaliser(base_and_sum.sum));
     }
   }
 
-  /// Scores become probabilities, in place; all 0 when there is no key.
-  static void set_weights(Scalar* scores, Index width, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2,
-                          const StridedView<Scalar>& lse, Index row, Index head) {
-    auto packet_max = simd::broadcast(RowSoftmax<Scalar>::kNoBase);
-    for (Index j = 0; j < width; j += kLanes) packet_max = simd::max(packet_max, simd::load(scores + j));
-    const Scalar max = simd::reduce_max(packet_max);
-    auto sums = simd::broadcast(Scalar(0));
-    for (Index j = 0; j < width; j += kLanes) {
-      const auto weight = exp2(simd::sub(simd::load(scores + j), simd::broadcast(max)));
-      simd::store(scores + j, weight);
-      sums = simd::add(sums, weight);
-    }
-    const Scalar sum = simd::reduce_add(sums);
-    if (lse.data != nullptr) lse(row, head) = scale.of_exponent * max + std::log2(sum);
-    const auto inverse = simd::broadcast(sum == Scalar(0) ? Scalar(0) : Scalar(1) / sum);
-    for (Index j = 0; j < width; j += kLanes) simd::store(scores + j, simd::mul(simd::load(scores + j), inverse));
-  }
-
-  /// kPresent rows of the result, from `row` on. A weight of 0 does not keep a NaN or Inf out: only what a row sees is
-  /// touched.
+  /// The keys that kPresent rows see: those that all of them do and no bias hides, and what each sees before and after.
   template <Index kPresent>
-  static void add_values(const HeadOperands<Scalar, kMaps>& in, const Mask& mask, const Scalar* weights, Index width,
-                         Index row, Index head, Index group) {
-    const Index n_q = in.q[0].rows, n_k = in.v.rows;
-    KeyRange seen[kPresent], all{0, n_k};  // by each row; by all of them, with no key that a bias hides
-    for (Index r = 0; r < kPresent; ++r) {
-      seen[r] = mask.visible_keys(row + r, n_q, n_k);
-      all = {std::max(all.begin, seen[r].begin), std::min(all.end, seen[r].end)};
-    }
-    if (HasBias<Mask> || all.end < all.begin) all.end = all.begin;
-    const auto for_each_seen = [&](Index r, Index begin, Index end, const auto& add) {
-      for (Index key = std::max(begin, seen[r].begin); key < std::min(end, seen[r].end); ++key) {
-        if (bias_shows(mask, row + r, key, n_q, n_k)) add(weights[r * width + key], key);
-      }
-    };
+  struct SeenKeys {
+    KeyRange before[kPresent];
+    KeyRange by_all;
+    KeyRange after[kPresent];
+  };
 
-    const StridedView<const Scalar> v = in.v.middle_cols(head / group * in.dv, in.dv);
-    const StridedView<Scalar> out = in.out.block(row, head * in.dv, kPresent, in.dv);
-    // `whole`: packets lie in the rows of v and out as they are. Else they are gathered, so that the arithmetic is the
-    // same whatever the strides.
-    const auto add_columns = [&](auto packets, auto whole, Index c) {
-      constexpr Index kPackets = decltype(packets)::value;
-      const auto values = [&](Index key, Index first) {
-        if constexpr (decltype(whole)::value) return simd::loadu(&v(key, first));
-        alignas(simd::kMostAlignment) Scalar gathered[kLanes];
-        for (Index i = 0; i < kLanes; ++i) gathered[i] = v(key, std::min(first + i, in.dv - 1));
-        return simd::load(gathered);
-      };
-      simd::Packet<Scalar> sums[kPresent][kPackets];
-      const auto add = [&](Index r, Scalar weight, Index key) {
-        for (Index p = 0; p < kPackets; ++p) {
-          sums[r][p] = simd::fma(simd::broadcast(weight), values(key, c + p * kLanes), sums[r][p]);
-        }
-      };
-      for (Index r = 0; r < kPresent; ++r) {
-        for (auto& sum : sums[r]) sum = simd::broadcast(Scalar(0));
-        for_each_seen(r, 0, all.begin, [&](Scalar weight, Index key) { add(r, weight, key); });
-      }
-      for (Index key = all.begin; key < all.end; ++key) {
-#pragma GCC unroll 4
-        for (Index r = 0; r < kPresent; ++r) add(r, weights[r * width + key], key);
-      }
-      for (Index r = 0; r < kPresent; ++r) {
-        for_each_seen(r, all.end, n_k, [&](Scalar weight, Index key) { add(r, weight, key); });
-        if constexpr (decltype(whole)::value) {
-          for (Index p = 0; p < kPackets; ++p) simd::storeu(&out(r, c + p * kLanes), sums[r][p]);
-        } else {
-          alignas(simd::kMostAlignment) Scalar gathered[kLanes];
-          simd::store(gathered, sums[r][0]);
-          for (Index i = 0; i < std::min(kLanes, in.dv - c); ++i) out(r, c + i) = gathered[i];
-        }
-      }
-    };
-    constexpr std::integral_constant<Index, 1> one;
-    constexpr std::integral_constant<Index, 2> two;
+  template <Index kPresent>
+  SeenKeys<kPresent> seen_from(Index row) const {
+    SeenKeys<kPresent> seen;
+    seen.by_all = {0, rows_.n_k};
+    for (Index r = 0; r < kPresent; ++r) {
+      const KeyRange keys = rows_.keys_of(row + r);
+      seen.by_all = {std::max(seen.by_all.begin, keys.begin), std::min(seen.by_all.end, keys.end)};
+    }
+    if (HasBias<Mask> || seen.by_all.end < seen.by_all.begin) seen.by_all.end = seen.by_all.begin;
+    for (Index r = 0; r < kPresent; ++r) {
+      const KeyRange keys = rows_.keys_of(row + r);
+      seen.before[r] = {keys.begin, std::min(seen.by_all.begin, keys.end)};
+      seen.after[r] = {std::max(seen.by_all.end, keys.begin), keys.end};
+    }
+    return seen;
+  }
+
+  /// kPresent rows of the result, from `row` on.
+  template <Index kPresent>
+  void add_values(Index row) {
+    const SeenKeys<kPresent> seen = seen_from<kPresent>(row);
+    const StridedView<const Scalar> v = in_.values(in_.kv_head(rows_.head));
+    const StridedView<Scalar> out = in_.result(rows_.head).middle_rows(row, kPresent);
     Index c = 0;
     if (v.col_stride == 1 && out.col_stride == 1) {
-      for (; c + 2 * kLanes <= in.dv; c += 2 * kLanes) add_columns(two, std::true_type{}, c);
-      for (; c + kLanes <= in.dv; c += kLanes) add_columns(one, std::true_type{}, c);
+      for (; c + 2 * kLanes <= in_.dv; c += 2 * kLanes) add_columns<2, true>(out, v, seen, row, c);
+      for (; c + kLanes <= in_.dv; c += kLanes) add_columns<1, true>(out, v, seen, row, c);
     }
-    for (; c < in.dv; c += kLanes) add_columns(one, std::false_type{}, c);
+    for (; c < in_.dv; c += kLanes) add_columns<1, false>(out, v, seen, row, c);
   }
+
+  /// kPackets packets of columns of kPresent rows of the result. A weight of 0 does not keep a NaN or Inf out: only
+  /// what a row sees is touched. kWhole: packets lie in the rows of v and out as they are; else they are gathered, so
+  /// that the arithmetic is the same whatever the strides.
+  template <Index kPackets, bool kWhole, Index kPresent>
+  EIGEN_ALWAYS_INLINE void add_columns(const StridedView<Scalar>& out, const StridedView<const Scalar>& v,
+                                       const SeenKeys<kPresent>& seen, Index row, Index c) {
+    simd::Packet<Scalar> sums[kPresent][kPackets];
+    const Scalar* const weights = this->weights(0, row);
+    const Index width = width_;
+    const auto add = [&](Index r, Index key) {
+      const auto weight = simd::broadcast(weights[r * width + key]);
+      for (Index p = 0; p < kPackets; ++p) {
+        sums[r][p] = simd::fma(weight, values_at<kWhole>(v, key, c + p * kLanes), sums[r][p]);
+      }
+    };
+    const auto add_seen = [&](Index r, const KeyRange& keys) {
+      for (Index key = keys.begin; key < keys.end; ++key) {
+        if (bias_shows(rows_.mask, rows_.head, row + r, key, rows_.n_q, rows_.n_k)) add(r, key);
+      }
+    };
+    for (Index r = 0; r < kPresent; ++r) {
+      for (auto& sum : sums[r]) sum = simd::broadcast(Scalar(0));
+      add_seen(r, seen.before[r]);
+    }
+    for (Index key = seen.by_all.begin; key < seen.by_all.end; ++key) {
+#pragma GCC unroll 4
+      for (Index r = 0; r < kPresent; ++r) add(r, key);
+    }
+    for (Index r = 0; r < kPresent; ++r) {
+      add_seen(r, seen.after[r]);
+      for (Index p = 0; p < kPackets; ++p) store_at<kWhole>(out, r, c + p * kLanes, sums[r][p]);
+    }
+  }
+
+  /// Columns [col, col + kLanes) of a row; past the end of a row that is gathered, its last value.
+  template <bool kWhole>
+  static EIGEN_ALWAYS_INLINE simd::Packet<Scalar> values_at(const StridedView<const Scalar>& v, Index row, Index col) {
+    if constexpr (kWhole) {
+      return simd::loadu(&v(row, col));
+    } else {
+      alignas(simd::kMostAlignment) Scalar gathered[kLanes];
+      for (Index i = 0; i < kLanes; ++i) gathered[i] = v(row, std::min(col + i, v.cols - 1));
+      return simd::load(gathered);
+    }
+  }
+  template <bool kWhole>
+  static EIGEN_ALWAYS_INLINE void store_at(const StridedView<Scalar>& out, Index row, Index col,
+                                           const simd::Packet<Scalar>& values) {
+    if constexpr (kWhole) {
+      simd::storeu(&out(row, col), values);
+    } else {
+      alignas(simd::kMostAlignment) Scalar gathered[kLanes];
+      simd::store(gathered, values);
+      for (Index i = 0; i < std::min(kLanes, out.cols - col); ++i) out(row, col + i) = gathered[i];
+    }
+  }
+
+  const Operands& in_;
+  RowRange<Mask> rows_;  // all queries of the head
+  Index width_;          // of a row of weights, whole packets
+  ScoreScale<Scalar> scale_;
+  ScaledExp2<Scalar> exp2_;
+  alignas(simd::kMostAlignment) Scalar weights_[kMaps][kMostSmallWeights];  // [map][row][width_]
 };
 
 }  // namespace diffattn::inline v0_1::detail

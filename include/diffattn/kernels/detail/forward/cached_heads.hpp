@@ -1,7 +1,7 @@
 #pragma once
 
-// How a call against packed pages becomes tasks: a few queries go page by page (few_rows_packed.hpp), more of them in
-// row blocks, as head_schedule.hpp has them, but with nothing left to pack.
+// A call against the packed pages of a cache: a few queries go page by page (few_rows/few_rows_packed.hpp), more of
+// them in row blocks, as head_schedule.hpp has them, but with nothing left to pack.
 
 #include <algorithm>
 #include <type_traits>
@@ -9,7 +9,8 @@
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/few_rows/few_rows_packed.hpp"
-#include "diffattn/kernels/detail/forward/row_block.hpp"
+#include "diffattn/kernels/detail/forward/block_tasks.hpp"
+#include "diffattn/kernels/detail/forward/packed_heads.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 #include "diffattn/kernels/key_value_pages.hpp"
 
@@ -21,68 +22,83 @@ void widen(Scalar* to, const Storage* from, Index count) {
   for (Index i = 0; i < count; i += simd::kLanes<Scalar>) simd::store(to + i, simd::load_as<Scalar>(from + i));
 }
 
+/// The pages of one key head at a time, as row blocks read them: where they are, or widened when they are stored in a
+/// narrower type.
+template <typename Scalar, typename Storage, Index kMaps>
+class HeadOfPages {
+  static constexpr bool kNarrow = !std::is_same_v<Scalar, Storage>;
+
+ public:
+  HeadOfPages(const KeyValuePages<Storage>& cache, Workspace& workspace)
+      : cache_(cache),
+        count_(divide_up(cache.n_k, kPageKeys)),
+        key_maps_(cache.shape.key_maps),
+        widened_size_(key_maps_ * cache.shape.keys_size() + cache.shape.values_size()),
+        pages_(workspace.take<PackedPart<Scalar>>(count_)) {
+    head_.pages = pages_;
+    head_.value_stride = kPageKeys;
+    head_.n_k = cache.n_k;
+    head_.d = cache.shape.d;
+    head_.dv = cache.shape.dv;
+    if constexpr (kNarrow) widened_ = workspace.take<Scalar>(count_ * widened_size_);
+  }
+
+  /// Turns to another key head.
+  template <typename E>
+  void select(Index head, E& executor) {
+    executor.run(count_, [&](Index page, Index /*worker*/) {
+      if constexpr (kNarrow) {
+        widen_page(page, head);
+      } else {
+        for (Index map = 0; map < kMaps; ++map) {
+          pages_[page].keys[map] = cache_.keys(page, head, std::min(map, key_maps_ - 1));
+        }
+        pages_[page].values = cache_.values(page, head);
+      }
+    });
+    head_.finite_values = true;
+    for (Index page = 0; page < count_; ++page) head_.finite_values &= cache_.finite_values(page, head);
+  }
+
+  const PackedHead<Scalar>& operator[](Index /*i*/) const { return head_; }
+
+ private:
+  void widen_page(Index page, Index head) {
+    const Index keys_size = cache_.shape.keys_size();
+    Scalar* const keys = widened_ + page * widened_size_;
+    for (Index map = 0; map < kMaps; ++map) pages_[page].keys[map] = keys + std::min(map, key_maps_ - 1) * keys_size;
+    for (Index map = 0; map < key_maps_; ++map) widen(keys + map * keys_size, cache_.keys(page, head, map), keys_size);
+    Scalar* const values = keys + key_maps_ * keys_size;
+    widen(values, cache_.values(page, head), cache_.shape.values_size());
+    pages_[page].values = values;
+  }
+
+  const KeyValuePages<Storage>& cache_;
+  Index count_;         // of pages
+  Index key_maps_;      // in the cache
+  Index widened_size_;  // of one page
+  PackedPart<Scalar>* pages_;
+  Scalar* widened_ = nullptr;
+  PackedHead<Scalar> head_;
+};
+
+/// Attention of all heads against a cache; `in` has no keys and values. Block: StandardBlock or DifferentialBlock.
 template <typename Block, typename Scalar, typename Storage, typename Mask, Executor E>
 void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyValuePages<Storage>& cache,
                       const Mask& mask, Workspace& workspace, E& executor) {
-  constexpr Index kDecodeQueries = 4;
-  const Index n_q = in.q[0].rows, n_k = cache.n_k;
-  if (n_q == 0) return;
-  if (n_q <= kDecodeQueries || n_k == 0) {
+  if (in.n_q() == 0) return;
+  if (in.n_q() <= kFewRows || cache.n_k == 0) {
     const PackedSource<Storage> source{cache};
-    return FewRows<Scalar, Block::kMaps, Mask, PackedSource<Storage>>::run(in, source, n_k, mask, workspace, executor);
+    return FewRows<Scalar, Block::kMaps, Mask, PackedSource<Storage>>::run(in, source, cache.n_k, mask, workspace,
+                                                                           executor);
   }
-
   const auto frame = workspace.frame();
-  const ScoreScale<Scalar> scale = split_scale<Mask>(in.scale);
-  const Index group = in.heads.num_heads / in.heads.num_kv_heads, blocks = divide_up(n_q, Block::kBlockRows);
-  const Index pages = divide_up(n_k, kPageKeys), key_maps = cache.shape.key_maps, workers = executor.concurrency();
-  const Index keys_size = cache.shape.keys_size(), values_size = cache.shape.values_size();
-  auto* const parts = workspace.take<PackedPart<Scalar>>(pages);
-  PackedHead<Scalar> packed;
-  packed.pages = parts;
-  packed.value_stride = packed.page_keys = kPageKeys;
-  packed.n_k = n_k;
-  packed.d = in.d;
-  packed.dv = in.dv;
-  // Pages of a narrower type are widened, one head at a time.
-  Scalar* widened = nullptr;
-  if constexpr (!std::is_same_v<Scalar, Storage>) {
-    widened = workspace.take<Scalar>(pages * (key_maps * keys_size + values_size));
-  }
-  auto* const scratch = workspace.take<Block>(workers);
-  for (Index worker = 0; worker < workers; ++worker) new (scratch + worker) Block(workspace, packed, n_k);
-
+  BlockTasks<Block, Scalar, Mask> tasks(in, mask, cache.n_k);
+  HeadOfPages<Scalar, Storage, Block::kMaps> pages(cache, workspace);
+  tasks.take_scratch(pages[0], cache.n_k, workspace, executor.concurrency());
   for (Index head = 0; head < in.heads.num_kv_heads; ++head) {
-    executor.run(pages, [&](Index page, Index /*worker*/) {
-      PackedPart<Scalar>& part = parts[page];
-      if constexpr (std::is_same_v<Scalar, Storage>) {
-        for (Index map = 0; map < Block::kMaps; ++map) {
-          part.keys[map] = cache.keys(page, head, std::min(map, key_maps - 1));
-        }
-        part.values = cache.values(page, head);
-      } else {
-        Scalar* to = widened + page * (key_maps * keys_size + values_size);
-        for (Index map = 0; map < Block::kMaps; ++map) part.keys[map] = to + std::min(map, key_maps - 1) * keys_size;
-        for (Index map = 0; map < key_maps; ++map, to += keys_size) {
-          widen(to, cache.keys(page, head, map), keys_size);
-        }
-        widen(to, cache.values(page, head), values_size);
-        part.values = to;
-      }
-    });
-    packed.finite_values = true;
-    for (Index page = 0; page < pages; ++page) packed.finite_values &= cache.finite_values(page, head);
-
-    executor.run(group * blocks, [&](Index task, Index worker) {
-      const Index first = (blocks - 1 - task % blocks) * Block::kBlockRows, query_head = head * group + task / blocks;
-      const RowRange<Mask> rows{mask, first, std::min(Block::kBlockRows, n_q - first), n_q, n_k};
-      StridedView<const Scalar> q[Block::kMaps];
-      for (Index map = 0; map < Block::kMaps; ++map) {
-        q[map] = in.q[map].block(first, query_head * in.q_step, rows.count, in.d);
-      }
-      scratch[worker].run(in.out.block(first, query_head * in.dv, rows.count, in.dv), q, packed, rows, scale, in.lambda,
-                          in.lse, query_head);
-    });
+    pages.select(head, executor);
+    tasks.run(head, 1, pages, executor);
   }
 }
 

@@ -15,19 +15,6 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// p1 = p1 · f1[row] + p2 · f2[row] in the given columns, whole packets, of `rows` rows, kChunk apart.
-template <typename Scalar>
-void combine_maps(Scalar* p1, const Scalar* p2, const Scalar* f1, const Scalar* f2, Index rows,
-                  const KeyRange& columns) {
-  for (Index r = 0; r < rows; ++r, p1 += kChunk, p2 += kChunk) {
-    const auto first = simd::broadcast(f1[r]), second = simd::broadcast(f2[r]);
-#pragma GCC unroll 4
-    for (Index c = columns.begin; c < columns.end; c += simd::kLanes<Scalar>) {
-      simd::store(p1 + c, simd::fma(simd::load(p1 + c), first, simd::mul(simd::load(p2 + c), second)));
-    }
-  }
-}
-
 template <typename Scalar>
 class DifferentialBlock {
   static constexpr Index kRows = Tile<Scalar>::kRows;
@@ -37,7 +24,6 @@ class DifferentialBlock {
 
  public:
   static constexpr Index kMaps = 2;
-  static constexpr Index kBlockRows = 48;
 
   /// Takes the scratch of one worker, for blocks of up to max_rows. No block will see more than max_keys keys, counted
   /// from the start of the chunk that the first is in.
@@ -56,84 +42,71 @@ class DifferentialBlock {
     factors_ = workspace.take<Scalar>(2 * groups_ * kPaddedRows);
   }
 
-  /// q, out: the block's rows. lambda, lse: of all rows and heads.
+  /// Computes `rows` of the result. head: the keys and values that rows.head reads.
   template <typename Mask>
-  void run(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[2], const PackedHead<Scalar>& head,
-           const RowRange<Mask>& rows, const ScoreScale<Scalar>& scale, const LambdaView<Scalar>& lambda,
-           const StridedView<Scalar> (&lse)[2], Index head_index) {
+  void run(const HeadOperands<Scalar, 2>& in, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
+           const ScoreScale<Scalar>& scale) {
     const Index groups = divide_up(rows.count, kRows);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
     for (Index map = 0; map < 2; ++map) {
-      copy_rows(q_[map], q[map], scale.of_queries);
+      copy_rows(q_[map], in.queries(map, rows.head).middle_rows(rows.first, rows.count), scale.of_queries);
       for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
     }
     std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
 
-    const KeyRange keys = rows.keys_of_any();
-    const Index begin = keys.begin / kChunk * kChunk;
-    RowsAhead<2> rows_ahead(out, q, std::min(rows.first, kBlockRows), 3 * groups * divide_up(keys.end - begin, kChunk));
-    for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
+    const auto group = [&](Index g) { return rows.rows(g * kRows, kRows); };
+    RowsAhead<2> rows_ahead(in, rows, 3 * groups);
+    for_each_chunk(rows.keys_of_any(), [&](const BlockChunk& chunk) {
       for (Index map = 0; map < 2; ++map) {
         for (Index g = 0; g < groups; ++g) {
           rows_ahead.fetch_some();
-          score(head, rows.rows(g * kRows, kRows), map, g, first_key, chunk, keys.end, scale, exp2);
+          score(head, group(g), map, g, chunk, scale, exp2);
         }
       }
-    }
-    for (Index g = 0; g < groups; ++g) set_factors(rows.rows(g * kRows, kRows), g, lambda, head_index);
-    for (Index first_key = begin, chunk = 0; first_key < keys.end; first_key += kChunk, ++chunk) {
+    });
+    for (Index g = 0; g < groups; ++g) set_factors(in, group(g), g);
+    for_each_chunk(rows.keys_of_any(), [&](const BlockChunk& chunk) {
       for (Index g = 0; g < groups; ++g) {
         rows_ahead.fetch_some();
-        add_values(head, rows.rows(g * kRows, kRows), g, first_key, chunk, keys.end, exp2);
+        add_values(head, group(g), g, chunk, exp2);
       }
-    }
-
-    constexpr auto ones = [] {
-      std::array<Scalar, kRows> values{};
-      values.fill(Scalar(1));
-      return values;
-    }();
-    for (Index g = 0; g < groups; ++g) {
-      const Index present = std::min(kRows, rows.count - g * kRows);
-      write_rows(out.middle_rows(g * kRows, present), sums_ + g * group_sums_, ones.data());
-      for (Index map = 0; map < 2; ++map) {
-        write_log_sum_exp(lse[map], rows.first + g * kRows, present, head_index, softmax_[map][g], scale);
-      }
-    }
+    });
+    for (Index g = 0; g < groups; ++g) write(in, group(g), g, scale);
   }
 
  private:
   Index slot(Index chunk, Index map, Index g) const { return (chunk * groups_ + g) * 2 + map; }
+  Scalar* panel(Index chunk, Index map, Index g) const { return panel_ + slot(chunk, map, g) * kTile; }
 
   /// Scores of one group, map and chunk, turned into weights relative to the base so far. The scores stay in the
   /// nearest cache, while the place of the weights is fetched.
   template <typename Mask>
-  void score(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index map, Index g, Index first_key,
-             Index chunk, Index end_key, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
-    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
+  void score(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index map, Index g, const BlockChunk& chunk,
+             const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
+    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
     if (columns.begin >= columns.end) return;
-    Scalar* const weights = panel_ + slot(chunk, map, g) * kTile;
+    Scalar* const weights = panel(chunk.number, map, g);
     // The second map's keys come next, then the first's of the next chunk.
     ChunkAhead<Scalar> ahead{nullptr, g, groups_, weights, kTile};
     if (head.fetch_ahead()) {
-      if (map == 0) ahead.chunk = head.chunk_keys(1, first_key);
-      if (map == 1 && first_key + kChunk < end_key) ahead.chunk = head.chunk_keys(0, first_key + kChunk);
+      if (map == 0) ahead.chunk = head.chunk_keys(1, chunk.first_key);
+      if (map == 1 && !chunk.last) ahead.chunk = head.chunk_keys(0, chunk.first_key + kChunk);
     }
     const LeftOperand<Scalar> q{q_[map] + g * kRows * head.d, head.d, 1};
-    score_chunk(scores_, q, head.chunk_keys(map, first_key), head.d, rows, first_key, columns, scale, ahead);
+    score_chunk(scores_, q, head.chunk_keys(map, chunk.first_key), head.d, rows, chunk.first_key, columns, scale,
+                ahead);
     RowSoftmax<Scalar>& softmax = softmax_[map][g];
     Scalar growth[kRows];
     softmax.add_chunk(weights, scores_, kChunk, rows.count, columns.begin, columns.end, exp2, growth);
-    std::copy(softmax.base, softmax.base + kPaddedRows, chunk_base_ + slot(chunk, map, g) * kPaddedRows);
+    std::copy(softmax.base, softmax.base + kPaddedRows, chunk_base_ + slot(chunk.number, map, g) * kPaddedRows);
   }
 
-  /// 1/l1 and −λ/l2 for the rows of a group; 0 for a row that saw no key.
+  /// 1/l1 and −λ/l2 for the rows of a group.
   template <typename Mask>
-  void set_factors(const RowRange<Mask>& rows, Index g, const LambdaView<Scalar>& lambda, Index head_index) {
+  void set_factors(const HeadOperands<Scalar, 2>& in, const RowRange<Mask>& rows, Index g) {
     for (Index r = 0; r < rows.count; ++r) {
-      const Scalar sum1 = softmax_[0][g].sum(r), sum2 = softmax_[1][g].sum(r);
-      factors(0, g)[r] = sum1 == Scalar(0) ? Scalar(0) : Scalar(1) / sum1;
-      factors(1, g)[r] = sum2 == Scalar(0) ? Scalar(0) : -lambda(rows.first + r, head_index) / sum2;
+      factors(0, g)[r] = normaliser(softmax_[0][g].sum(r));
+      factors(1, g)[r] = normaliser(softmax_[1][g].sum(r), -in.lambda(rows.first + r, rows.head));
     }
     for (Index map = 0; map < 2; ++map)
       std::fill(factors(map, g) + rows.count, factors(map, g) + kPaddedRows, Scalar(0));
@@ -143,35 +116,49 @@ class DifferentialBlock {
 
   /// Combines both maps of one group and chunk, in the place of the first, and multiplies by V.
   template <typename Mask>
-  void add_values(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index first_key, Index chunk,
-                  Index end_key, const ScaledExp2<Scalar>& exp2) {
-    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
+  void add_values(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, const BlockChunk& chunk,
+                  const ScaledExp2<Scalar>& exp2) {
+    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
     if (columns.begin >= columns.end) return;
     alignas(64) Scalar factor[2][kPaddedRows];
-    for (Index map = 0; map < 2; ++map) chunk_factors(factor[map], map, g, chunk, exp2);
+    for (Index map = 0; map < 2; ++map) set_chunk_factors(factor[map], map, g, chunk.number, exp2);
 
-    Scalar* const p1 = panel_ + slot(chunk, 0, g) * kTile;
-    const Scalar* const p2 = panel_ + slot(chunk, 1, g) * kTile;
-    combine_maps(p1, p2, factor[0], factor[1], rows.count, columns);
+    Scalar* const p1 = panel(chunk.number, 0, g);
+    const Scalar* const p2 = panel(chunk.number, 1, g);
+    for (Index r = 0; r < rows.count; ++r) {
+      Scalar* const row = p1 + r * kChunk;
+      combine_maps(row, row, factor[0][r], p2 + r * kChunk, factor[1][r], columns.begin, columns.end);
+    }
     // Of the panel, what the next group reads; the first group's of the next chunk follow the last's of this one.
     ChunkAhead<Scalar> ahead{nullptr, g, groups_};
-    const bool more = first_key + kChunk < end_key, last = g + 1 == groups_;
-    if (more && head.fetch_ahead()) ahead.chunk = head.chunk_values(first_key + kChunk);
-    if (more || !last) {
-      ahead.panel = last ? panel_ + slot(chunk + 1, 0, 0) * kTile : p1 + 2 * kTile;
+    const bool last_group = g + 1 == groups_;
+    if (!chunk.last && head.fetch_ahead()) ahead.chunk = head.chunk_values(chunk.first_key + kChunk);
+    if (!chunk.last || !last_group) {
+      ahead.panel = last_group ? panel(chunk.number + 1, 0, 0) : p1 + 2 * kTile;
       ahead.panel_size = 2 * kTile;
     }
-    add_weighted_values(sums_ + g * group_sums_, p1, head, rows, first_key, columns, ahead);
+    add_weighted_values(sums_ + g * group_sums_, p1, head, rows, chunk.first_key, columns, ahead);
   }
 
   /// What turns the weights of a chunk into probabilities: 2^(c·(its base − the last))/l, with −λ for the second map.
-  void chunk_factors(Scalar* to, Index map, Index g, Index chunk, const ScaledExp2<Scalar>& exp2) {
+  void set_chunk_factors(Scalar* to, Index map, Index g, Index chunk, const ScaledExp2<Scalar>& exp2) {
     const Scalar* const chunk_base = chunk_base_ + slot(chunk, map, g) * kPaddedRows;
     const Scalar* const base = softmax_[map][g].base;
     for (Index r = 0; r < kPaddedRows; r += simd::kLanes<Scalar>) {
       const auto relative = exp2(simd::sub(simd::load(chunk_base + r), simd::load(base + r)));
       simd::store(to + r, simd::mul(relative, simd::load(factors(map, g) + r)));
     }
+  }
+
+  template <typename Mask>
+  void write(const HeadOperands<Scalar, 2>& in, const RowRange<Mask>& rows, Index g, const ScoreScale<Scalar>& scale) {
+    constexpr auto ones = [] {
+      std::array<Scalar, kRows> values{};
+      values.fill(Scalar(1));
+      return values;
+    }();
+    write_rows(in.result(rows.head).middle_rows(rows.first, rows.count), sums_ + g * group_sums_, ones.data());
+    for (Index map = 0; map < 2; ++map) write_log_sum_exp(in.lse[map], rows, softmax_[map][g], scale);
   }
 
   Index groups_;                    // in a block

@@ -1,59 +1,39 @@
 #pragma once
 
-// What the two kernels share: a block of query rows of one head, taken group by group (kRows rows) against chunk by
-// chunk of the packed keys. Scores of a group and a chunk are a kRows x kChunk tile that stays in the L1 cache.
+// What StandardBlock and DifferentialBlock share: a block of query rows of one head, taken group by group against chunk
+// by chunk of the packed keys. Scores of a group and a chunk are a kRows x kChunk tile that stays in the L1 cache. Both
+// are called alike: block.run(operands, packed head, rows, scale) computes `rows` of the result.
 
 #include <algorithm>
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/kernels/detail/blocking.hpp"
-#include "diffattn/kernels/detail/row_softmax.hpp"
-#include "diffattn/kernels/detail/score_scale.hpp"
+#include "diffattn/kernels/detail/forward/packed_heads.hpp"
+#include "diffattn/kernels/detail/operands.hpp"
+#include "diffattn/kernels/detail/scores.hpp"
+#include "diffattn/kernels/detail/softmax.hpp"
 #include "diffattn/kernels/detail/visible_pairs.hpp"
 #include "diffattn/kernels/mask.hpp"
-#include "diffattn/product/packed.hpp"
 #include "diffattn/product/prefetched_rows.hpp"
 #include "diffattn/product/register_tile.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
-/// Where keys and values of one head, or of one page of it, are packed.
-template <typename Scalar>
-struct PackedPart {
-  const Scalar* keys[2] = {nullptr, nullptr};  // one for each map; the same twice when the maps share their keys
-  const Scalar* values = nullptr;
+/// A chunk of keys as a block meets it.
+struct BlockChunk {
+  Index first_key;
+  Index number;  // among those that the block sees
+  bool last;
 };
 
-/// Keys and values of one head, packed once and read by every block of its query rows: in one piece, or in the pages of
-/// a cache, each of page_keys keys, a multiple of a chunk.
-template <typename Scalar>
-struct PackedHead : PackedPart<Scalar> {
-  const PackedPart<Scalar>* pages = nullptr;
-  Index page_keys = 0;
-  Index value_stride = 0;  // rows from a strip of values to the next: n_k, or page_keys
-  Index n_k = 0;
-  Index d = 0;
-  Index dv = 0;
-  bool finite_values = true;
-
-  /// Whether blocks fetch the chunk that comes next. What a core's own caches hold the hardware brings as fast, and
-  /// asking for it costs 1 or 2 %.
-  bool fetch_ahead() const {
-    constexpr Index kNearBytes = 2 << 20;
-    const Index key_maps = this->keys[1] == nullptr || this->keys[1] == this->keys[0] ? 1 : 2;
-    return pages != nullptr || n_k * (key_maps * d + dv) * static_cast<Index>(sizeof(Scalar)) > kNearBytes;
+/// Calls f(chunk) for every chunk that holds some of `keys`, in order.
+template <typename F>
+void for_each_chunk(const KeyRange& keys, F&& f) {
+  const Index begin = keys.begin / kChunk * kChunk;
+  for (Index first_key = begin; first_key < keys.end; first_key += kChunk) {
+    f(BlockChunk{first_key, (first_key - begin) / kChunk, first_key + kChunk >= keys.end});
   }
-
-  /// Keys and values of the chunk that begins at `first_key`.
-  const Scalar* chunk_keys(Index map, Index first_key) const {
-    if (pages == nullptr) return this->keys[map] + first_key * d;
-    return pages[first_key / page_keys].keys[map] + first_key % page_keys * d;
-  }
-  const Scalar* chunk_values(Index first_key) const {
-    if (pages == nullptr) return this->values + first_key * Tile<Scalar>::kCols;
-    return pages[first_key / page_keys].values + first_key % page_keys * Tile<Scalar>::kCols;
-  }
-};
+}
 
 /// The columns of a chunk that hold every key which some row of a group sees: from the start of a strip to the end of a
 /// packet.
@@ -91,12 +71,16 @@ struct ChunkAhead {
 template <Index kMaps>
 class RowsAhead {
  public:
-  /// count: rows of the block before. steps: calls to come, or more.
-  template <typename Scalar>
-  RowsAhead(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[kMaps], Index count, Index steps)
-      : steps_(steps) {
-    rows_[kMaps] = PrefetchedRows(out);
-    for (Index map = 0; map < kMaps; ++map) rows_[map] = PrefetchedRows(q[map].middle_rows(-count, count));
+  /// steps: calls to come for each chunk.
+  template <typename Scalar, typename Mask>
+  RowsAhead(const HeadOperands<Scalar, kMaps>& in, const RowRange<Mask>& rows, Index steps) {
+    const Index before = std::min(rows.first, kBlockRows);
+    rows_[kMaps] = PrefetchedRows(in.result(rows.head).middle_rows(rows.first, rows.count));
+    for (Index map = 0; map < kMaps; ++map) {
+      rows_[map] = PrefetchedRows(in.queries(map, rows.head).middle_rows(rows.first - before, before));
+    }
+    const KeyRange keys = rows.keys_of_any();
+    steps_ = steps * divide_up(keys.end - keys.begin / kChunk * kChunk, kChunk);
   }
 
   /// Fetches a few of them; to be called between products.
@@ -107,38 +91,9 @@ class RowsAhead {
 
  private:
   PrefetchedRows rows_[kMaps + 1];
-  Index steps_;
+  Index steps_ = 0;
   Index step_ = 0;
 };
-
-/// Products of queries and keys become scores: -inf for what a row does not see, with a bias for what it does. scores:
-/// rows kChunk apart.
-template <typename Scalar, typename Mask>
-void mask_scores(Scalar* scores, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns,
-                 const ScoreScale<Scalar>& scale) {
-  for_each_row(rows, first_key, columns, [&](Index r, const KeyRange& seen) {
-    Scalar* const row = scores + r * kChunk;
-    fill_unseen(row, columns, seen, kMinusInfinity<Scalar>);
-    if constexpr (HasBias<Mask>) {
-      for (Index c = seen.begin; c < seen.end; ++c) {
-        const auto bias = bias_of<Scalar>(rows.mask, rows.first + r, first_key + c, rows.n_q, rows.n_k);
-        row[c] = biased_score(row[c], scale, bias);
-      }
-    }
-  });
-}
-
-/// 0 in the place of what a row does not see: 0 · (NaN − D) would not be 0.
-template <typename Scalar, typename Mask>
-void clear_hidden(Scalar* values, const RowRange<Mask>& rows, Index first_key, const KeyRange& columns) {
-  for_each_row(rows, first_key, columns, [&](Index r, const KeyRange& seen) {
-    Scalar* const row = values + r * kChunk;
-    fill_unseen(row, columns, seen, Scalar(0));
-    for (Index c = seen.begin; HasBias<Mask> && c < seen.end; ++c) {
-      if (!bias_shows(rows.mask, rows.first + r, first_key + c, rows.n_q, rows.n_k)) row[c] = Scalar(0);
-    }
-  });
-}
 
 /// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one group, multiplied by scale.of_queries.
 /// keys: those of the chunk.
@@ -151,9 +106,7 @@ void score_chunk(Scalar* scores, const LeftOperand<Scalar>& q, const Scalar* key
     add_product(scores + c, kChunk, false, q, keys + c * d, d, rows.count, columns.end - c,
                 ahead.of_chunk(c * d, kCols * d), ahead.of_panel(c, kChunk), kScoreChain);
   }
-  const KeyRange all = rows.keys_of_all();
-  const bool edge = first_key + columns.begin < all.begin || first_key + columns.end > all.end;
-  if (edge || HasBias<Mask>) mask_scores(scores, rows, first_key, columns, scale);
+  finish_scores(scores, kChunk, rows, first_key, columns, scale);
 }
 
 /// The same as add_weighted_values for values that are not all finite. A weight of 0 does not keep a NaN or Inf out, so
@@ -209,15 +162,17 @@ void write_rows(const StridedView<Scalar>& out, const Scalar* sums, const Scalar
   }
 }
 
-/// The log-sum-exp of a group, in the log2 domain, to rows [first, …) of `lse`, if it is wanted.
-template <typename Scalar>
-void write_log_sum_exp(const StridedView<Scalar>& lse, Index first, Index count, Index head_index,
-                       const RowSoftmax<Scalar>& softmax, const ScoreScale<Scalar>& scale) {
+/// The log-sum-exp of a group, in the log2 domain, if it is wanted.
+template <typename Scalar, typename Mask>
+void write_log_sum_exp(const StridedView<Scalar>& lse, const RowRange<Mask>& rows, const RowSoftmax<Scalar>& softmax,
+                       const ScoreScale<Scalar>& scale) {
   if (lse.data == nullptr) return;
-  for (Index r = 0; r < count; ++r) lse(first + r, head_index) = softmax.log_sum_exp(r, scale.of_exponent);
+  for (Index r = 0; r < rows.count; ++r) {
+    lse(rows.first + r, rows.head) = log_sum_exp(softmax.base_and_sum(r), scale.of_exponent);
+  }
 }
 
-/// No data: not wanted.
+/// Writes `value` everywhere, unless the view has no data.
 template <typename Scalar>
 void write_constant(const StridedView<Scalar>& to, Scalar value) {
   if (to.data == nullptr) return;

@@ -17,7 +17,6 @@ class StandardBlock {
 
  public:
   static constexpr Index kMaps = 1;
-  static constexpr Index kBlockRows = 48;
 
   /// Takes the scratch of one worker, for blocks of up to max_rows.
   StandardBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index /*max_keys*/, Index max_rows = kBlockRows)
@@ -27,55 +26,54 @@ class StandardBlock {
         sums_(workspace.take<Scalar>(divide_up(max_rows, kRows) * group_sums_)),
         softmax_(workspace.take<RowSoftmax<Scalar>>(divide_up(max_rows, kRows))) {}
 
-  /// q, out: the block's rows. lambda, lse: of all rows and heads.
+  /// Computes `rows` of the result. head: the keys and values that rows.head reads.
   template <typename Mask>
-  void run(const StridedView<Scalar>& out, const StridedView<const Scalar> (&q)[1], const PackedHead<Scalar>& head,
-           const RowRange<Mask>& rows, const ScoreScale<Scalar>& scale, const LambdaView<Scalar>& /*lambda*/,
-           const StridedView<Scalar> (&lse)[1], Index head_index) {
+  void run(const HeadOperands<Scalar, 1>& in, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
+           const ScoreScale<Scalar>& scale) {
     const Index groups = divide_up(rows.count, kRows);
-    copy_rows(q_, q[0], scale.of_queries);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
+    copy_rows(q_, in.queries(0, rows.head).middle_rows(rows.first, rows.count), scale.of_queries);
     std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
     for (Index g = 0; g < groups; ++g) softmax_[g].reset();
 
-    const KeyRange keys = rows.keys_of_any();
-    const Index begin = keys.begin / kChunk * kChunk;
-    RowsAhead<1> rows_ahead(out, q, std::min(rows.first, kBlockRows), groups * divide_up(keys.end - begin, kChunk));
-    for (Index first_key = begin; first_key < keys.end; first_key += kChunk) {
+    RowsAhead<1> rows_ahead(in, rows, groups);
+    for_each_chunk(rows.keys_of_any(), [&](const BlockChunk& chunk) {
       for (Index g = 0; g < groups; ++g) {
         rows_ahead.fetch_some();
-        add_chunk(head, rows.rows(g * kRows, kRows), g, groups, first_key, keys.end, scale, exp2);
+        add_chunk(head, rows.rows(g * kRows, kRows), g, groups, chunk, scale, exp2);
       }
-    }
-    for (Index g = 0; g < groups; ++g) {
-      Scalar factors[kRows];
-      for (Index r = 0; r < kRows; ++r) {
-        const Scalar sum = softmax_[g].sum(r);
-        factors[r] = sum == Scalar(0) ? Scalar(0) : Scalar(1) / sum;
-      }
-      const Index present = std::min(kRows, rows.count - g * kRows);
-      write_rows(out.middle_rows(g * kRows, present), sums_ + g * group_sums_, factors);
-      write_log_sum_exp(lse[0], rows.first + g * kRows, present, head_index, softmax_[g], scale);
-    }
+    });
+    for (Index g = 0; g < groups; ++g) write(in, rows.rows(g * kRows, kRows), g, scale);
   }
 
  private:
+  /// Scores of one group and chunk become weights and meet V.
   template <typename Mask>
-  void add_chunk(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index groups, Index first_key,
-                 Index end_key, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
-    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), first_key);
+  void add_chunk(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index groups,
+                 const BlockChunk& chunk, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
+    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
     if (columns.begin >= columns.end) return;
-    const bool fetch = head.fetch_ahead() && first_key + kChunk < end_key;
+    const Index next = chunk.first_key + kChunk;
+    const bool fetch = head.fetch_ahead() && !chunk.last;
     const LeftOperand<Scalar> q{q_ + g * kRows * head.d, head.d, 1};
-    score_chunk(weights_, q, head.chunk_keys(0, first_key), head.d, rows, first_key, columns, scale,
-                {fetch ? head.chunk_keys(0, first_key + kChunk) : nullptr, g, groups});
+    score_chunk(weights_, q, head.chunk_keys(0, chunk.first_key), head.d, rows, chunk.first_key, columns, scale,
+                {fetch ? head.chunk_keys(0, next) : nullptr, g, groups});
     Scalar growth[kRows];
     Scalar* const sums = sums_ + g * group_sums_;
     if (softmax_[g].add_chunk(weights_, weights_, kChunk, rows.count, columns.begin, columns.end, exp2, growth)) {
       rescale(sums, growth);
     }
-    add_weighted_values(sums, weights_, head, rows, first_key, columns,
-                        {fetch ? head.chunk_values(first_key + kChunk) : nullptr, g, groups});
+    add_weighted_values(sums, weights_, head, rows, chunk.first_key, columns,
+                        {fetch ? head.chunk_values(next) : nullptr, g, groups});
+  }
+
+  /// Divides the sums of a group by those of its weights.
+  template <typename Mask>
+  void write(const HeadOperands<Scalar, 1>& in, const RowRange<Mask>& rows, Index g, const ScoreScale<Scalar>& scale) {
+    Scalar factors[kRows];
+    for (Index r = 0; r < kRows; ++r) factors[r] = normaliser(softmax_[g].sum(r));
+    write_rows(in.result(rows.head).middle_rows(rows.first, rows.count), sums_ + g * group_sums_, factors);
+    write_log_sum_exp(in.lse[0], rows, softmax_[g], scale);
   }
 
   void rescale(Scalar* sums, const Scalar* growth) const {

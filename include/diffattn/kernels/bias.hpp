@@ -1,0 +1,104 @@
+#pragma once
+
+// Biases: what is added to the scores of the pairs that a mask shows; with_bias(mask, bias) of mask.hpp joins the two.
+//
+//   with_bias(CausalMask{}, AlibiBias{alibi_slopes(num_heads)})        a slope for every head
+//   with_bias(FullMask{}, MatrixBias(m))                               any numbers, -inf where a pair is masked
+//   with_bias(mask, [](Index head, Index query, Index key, Index n_q, Index n_k) { return …; })      one of your own
+//
+// A bias is called with (head, query, key, n_q, n_k) and returns a number that is added to scale * q·k. `head` is the
+// query head (of a differential kernel the differential head, whose two maps have the same bias). Only -inf masks: a
+// finite bias of any size makes a score like any other. A bias may also have
+//   void check(const char* where, Index num_heads, Index n_q, Index n_k) const
+// which throws if it could not be meant for that many heads, queries and keys; it is asked before any work.
+
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/sizes.hpp"
+
+namespace diffattn::inline v0_1 {
+
+/// Attention with linear biases (Press et al., arXiv 2108.12409): -slope * distance to the query's own position, before
+/// it and behind it alike. Costs a copy of its slopes wherever it is copied.
+class AlibiBias {
+ public:
+  /// The same slope for every head.
+  AlibiBias(double slope) : slope_(slope) {}
+  /// One slope for each head: refused, with ShapeError, by a call with another number of heads.
+  explicit AlibiBias(std::vector<double> slopes) : slopes_(std::move(slopes)) {
+    if (slopes_.empty()) detail::throw_invalid({"AlibiBias: slopes must hold one for every head, got none"});
+  }
+
+  double slope(Index head) const { return slopes_.empty() ? slope_ : slopes_[static_cast<std::size_t>(head)]; }
+
+  double operator()(Index head, Index query, Index key, Index n_q, Index n_k) const {
+    const Index distance = query - n_q + n_k - key;
+    return -slope(head) * static_cast<double>(distance < 0 ? -distance : distance);
+  }
+
+  void check(const char* where, Index num_heads, Index /*n_q*/, Index /*n_k*/) const {
+    const Index count = static_cast<Index>(slopes_.size());
+    if (count != 0 && count != num_heads) {
+      detail::throw_shape(
+          {where, ": the slopes of AlibiBias must be ", num_heads, ", one for every head, got ", count});
+    }
+  }
+
+ private:
+  double slope_ = 0;
+  std::vector<double> slopes_;  // empty: slope_ for all
+};
+
+/// The slopes of Press et al. for this many heads, steepest first: 2^(-8/n), 2^(-16/n), … 2^(-8) for n heads, n a power
+/// of two. Others take those of the next lower power, and then every second one of twice as many heads, as the authors'
+/// code has it. Throws std::invalid_argument for less than one head.
+inline std::vector<double> alibi_slopes(Index num_heads) {
+  detail::check_positive("alibi_slopes", "num_heads", num_heads);
+  Index power = 1;  // the largest that is no more than num_heads
+  while (power <= num_heads / 2) power *= 2;
+  const auto slope = [](Index number, Index of) {
+    return std::exp2(-8 * static_cast<double>(number) / static_cast<double>(of));
+  };
+  std::vector<double> slopes;
+  for (Index i = 0; i < power; ++i) slopes.push_back(slope(i + 1, power));
+  for (Index i = 0; i < num_heads - power; ++i) slopes.push_back(slope(2 * i + 1, 2 * power));
+  return slopes;
+}
+
+/// Any matrix of biases, -inf where a key is masked: n_q x n_k for all heads alike, or (num_heads * n_q) x n_k, that of
+/// one head below the other. Another shape is refused with ShapeError. Read in place: it must outlive the mask and,
+/// where a tape keeps the mask, the backward pass. A temporary Matrix is refused; a temporary Map or Block is a view
+/// like any other.
+template <typename Scalar>
+class MatrixBias {
+ public:
+  template <typename Derived>
+  explicit MatrixBias(const Eigen::DenseBase<Derived>& matrix) : matrix_(detail::view_of(matrix)) {}
+  /// Would be gone before it is read: give the matrix a name.
+  template <typename Derived>
+  explicit MatrixBias(const Eigen::PlainObjectBase<Derived>&& temporary) = delete;
+
+  Scalar operator()(Index head, Index query, Index key, Index n_q, Index /*n_k*/) const {
+    return matrix_(matrix_.rows == n_q ? query : head * n_q + query, key);
+  }
+
+  void check(const char* where, Index num_heads, Index n_q, Index n_k) const {
+    if (matrix_.cols == n_k && (matrix_.rows == n_q || matrix_.rows == num_heads * n_q)) return;
+    if (num_heads == 1) detail::throw_shape(where, "the bias matrix", n_q, n_k, matrix_.rows, matrix_.cols);
+    detail::throw_shape({where, ": the bias matrix must be ", n_q, " x ", n_k, " for all heads, or ", num_heads * n_q,
+                         " x ", n_k, " with one head below the other, got ", matrix_.rows, " x ", matrix_.cols});
+  }
+
+ private:
+  StridedView<const Scalar> matrix_;
+};
+
+template <typename Derived>
+MatrixBias(const Eigen::DenseBase<Derived>&) -> MatrixBias<typename Derived::Scalar>;
+
+}  // namespace diffattn::inline v0_1

@@ -1,0 +1,119 @@
+#pragma once
+
+// Keys and values of a head as row blocks read them: packed once, read by every block of every query head that shares
+// them. PackedHead says where they are, be it a copy that HeadPacking makes (below) or the pages of a cache
+// (cached_heads.hpp).
+
+#include <algorithm>
+
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/blocking.hpp"
+#include "diffattn/kernels/detail/operands.hpp"
+#include "diffattn/product/packed.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+/// Where keys and values of one head, or of one page of it, are packed.
+template <typename Scalar>
+struct PackedPart {
+  const Scalar* keys[2] = {nullptr, nullptr};  // one for each map; the same twice when the maps share their keys
+  const Scalar* values = nullptr;
+};
+
+/// Keys and values of one head: in one piece, or in the pages of a cache, a page for each chunk.
+template <typename Scalar>
+struct PackedHead : PackedPart<Scalar> {
+  const PackedPart<Scalar>* pages = nullptr;
+  Index value_stride = 0;  // rows from a strip of values to the next: n_k, or those of a page
+  Index n_k = 0;
+  Index d = 0;
+  Index dv = 0;
+  bool finite_values = true;
+
+  /// Whether blocks fetch the chunk that comes next (kNearBytes, blocking.hpp).
+  bool fetch_ahead() const {
+    const Index key_maps = this->keys[1] == nullptr || this->keys[1] == this->keys[0] ? 1 : 2;
+    return pages != nullptr || n_k * (key_maps * d + dv) * static_cast<Index>(sizeof(Scalar)) > kNearBytes;
+  }
+
+  /// Keys and values of the chunk that begins at `first_key`.
+  const Scalar* chunk_keys(Index map, Index first_key) const {
+    if (pages == nullptr) return this->keys[map] + first_key * d;
+    return pages[first_key / kPageKeys].keys[map];
+  }
+  const Scalar* chunk_values(Index first_key) const {
+    if (pages == nullptr) return this->values + first_key * Tile<Scalar>::kCols;
+    return pages[first_key / kPageKeys].values;
+  }
+};
+
+/// The packed copies of a wave of key heads, one wave after the other in the same memory.
+template <typename Scalar, Index kMaps>
+class HeadPacking {
+ public:
+  using Operands = HeadOperands<Scalar, kMaps>;
+
+  /// Takes memory for `wave` key heads.
+  HeadPacking(const Operands& in, Index wave, Workspace& workspace)
+      : in_(in),
+        key_maps_(in.shared_keys() ? 1 : kMaps),
+        pieces_(divide_up(in.n_k(), kPieceKeys)),
+        keys_size_(packed_strips_size<Scalar>(in.n_k(), in.d)),
+        values_size_(packed_strips_size<Scalar>(in.dv, in.n_k())),
+        heads_(workspace.take<PackedHead<Scalar>>(wave)),
+        finite_(workspace.take<bool>(wave * pieces_)),
+        keys_(workspace.take<Scalar>(wave * key_maps_ * keys_size_)),
+        values_(workspace.take<Scalar>(wave * values_size_)) {}
+
+  /// A head of these sizes, packed nowhere.
+  PackedHead<Scalar> shape() const {
+    PackedHead<Scalar> head;
+    head.value_stride = head.n_k = in_.n_k();
+    head.d = in_.d;
+    head.dv = in_.dv;
+    return head;
+  }
+
+  /// Packs key heads [first, first + count).
+  template <typename E>
+  void pack(Index first, Index count, E& executor) {
+    executor.run(count * pieces_, [&](Index task, Index /*worker*/) {
+      const Index i = task / pieces_, row = task % pieces_ * kPieceKeys;
+      finite_[task] = pack_piece(i, first + i, row, std::min(kPieceKeys, in_.n_k() - row));
+    });
+    for (Index i = 0; i < count; ++i) {
+      heads_[i] = shape();
+      for (Index map = 0; map < kMaps; ++map) heads_[i].keys[map] = keys(i, std::min(map, key_maps_ - 1));
+      heads_[i].values = values(i);
+      heads_[i].finite_values =
+          std::all_of(finite_ + i * pieces_, finite_ + (i + 1) * pieces_, [](bool yes) { return yes; });
+    }
+  }
+
+  /// The i-th of the heads that were packed last.
+  const PackedHead<Scalar>& operator[](Index i) const { return heads_[i]; }
+
+ private:
+  Scalar* keys(Index i, Index map) const { return keys_ + (i * key_maps_ + map) * keys_size_; }
+  Scalar* values(Index i) const { return values_ + i * values_size_; }
+
+  /// Packs `count` keys of a key head from `row` on, as the i-th of the wave. Returns whether the values are finite.
+  bool pack_piece(Index i, Index head, Index row, Index count) const {
+    for (Index map = 0; map < key_maps_; ++map) pack_transposed(keys(i, map), in_.keys(map, head), row, count);
+    return pack_columns(values(i) + row * Tile<Scalar>::kCols, in_.n_k(), in_.values(head).middle_rows(row, count),
+                        true);
+  }
+
+  const Operands& in_;
+  Index key_maps_;     // packed for each head
+  Index pieces_;       // in a head
+  Index keys_size_;    // of one head and map
+  Index values_size_;  // of one head
+  PackedHead<Scalar>* heads_;
+  bool* finite_;    // of every head and piece
+  Scalar* keys_;    // [head][map][strip of n_k][d][kCols]
+  Scalar* values_;  // [head][strip of dv][n_k][kCols]
+};
+
+}  // namespace diffattn::inline v0_1::detail

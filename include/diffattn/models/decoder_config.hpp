@@ -1,0 +1,53 @@
+#pragma once
+
+// DecoderConfig: the sizes of a Decoder, and what its layers' attention is like.
+//
+//   DecoderConfig<MultiheadDiffAttention<float>> config{.vocab_size = 256, .num_layers = 4, .hidden_dim = 512, …};
+//
+// Tested by tests/models/decoder_test.cpp.
+
+#include <cstdint>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/sizes.hpp"
+
+namespace diffattn::inline v0_1 {
+
+template <typename Attention>
+struct DecoderConfig {
+  Index vocab_size = 0;
+  Index num_layers = 0;
+  Index hidden_dim = 0;                    ///< inner width of the feed-forward layers
+  typename Attention::Config attention{};  ///< of every layer; depth and seed are set for each
+  bool tied_head = false;                  ///< the logits are products with the embedding
+  double norm_eps = 1e-5;                  ///< of the norms before attention, before feed-forward, before the head
+  std::uint64_t seed = 0;                  ///< of the initial parameters
+
+  /// The attention of layer `layer`, from 0: its depth, which λ_init follows, and a seed of its own.
+  typename Attention::Config attention_of(Index layer) const {
+    typename Attention::Config config = attention;
+    if constexpr (requires { config.depth; }) config.depth = layer;
+    config.seed = seed + 1 + static_cast<std::uint64_t>(layer);
+    return config;
+  }
+};
+
+namespace detail {
+
+/// Throws std::invalid_argument that names the field unless all sizes are at least 1 and the weights can be counted.
+/// What is wrong with the attention, its layer says.
+template <typename Attention>
+const DecoderConfig<Attention>& checked(const char* where, const DecoderConfig<Attention>& config) {
+  const Index embed_dim = config.attention.embed_dim;
+  check_positive(where, "vocab_size", config.vocab_size);
+  check_positive(where, "num_layers", config.num_layers);
+  check_positive(where, "hidden_dim", config.hidden_dim);
+  check_positive(where, "attention.embed_dim", embed_dim);
+  checked_product(where, "vocab_size·embed_dim", {config.vocab_size, embed_dim});
+  checked_product(where, "num_layers·hidden_dim·embed_dim", {config.num_layers, config.hidden_dim, embed_dim});
+  return config;
+}
+
+}  // namespace detail
+}  // namespace diffattn::inline v0_1
