@@ -1,8 +1,8 @@
 #pragma once
 
 #include "diffattn/kernels/detail/basement.hpp"
-#include "diffattn/layers/other_half.hpp"
 #include "diffattn/layers/nowhere.hpp"
+#include "diffattn/layers/other_half.hpp"
 
 namespace diffattn {
 

@@ -1,0 +1,69 @@
+// Layers as users write them: it has to compile, nothing of it runs.
+
+#include <string_view>
+#include <vector>
+
+#include "diffattn/diffattn.hpp"
+
+namespace api {
+
+using namespace diffattn;
+using M = Matrix<float>;
+
+template <typename Layer>
+void layer_calls(Layer& layer, Layer& grad, const M& x) {
+  const std::vector<int> lengths = {3, 4};
+  const std::vector<Index> of_index = {3, 4};
+  const auto mask = with_bias(both(SlidingWindowMask{8}, PaddingMask{6}), AlibiBias{alibi_slopes(4)});
+  M y = layer.forward(x);
+  y = layer.forward(x, mask);
+  y = layer.forward(x, CausalMask{}, lengths);
+  y = layer.forward(x, CausalMask{}, of_index);
+  y = layer.forward(x, mask, {3, 4});
+
+  KvCache<float> cache;
+  KvCache<Eigen::half> windowed({.window = 16});
+  y = layer.forward(x, cache);
+  y = layer.forward(x, cache, mask);
+  y = layer.forward(x, windowed, PrefixMask{4});
+
+  typename Layer::Tape tape;
+  y = layer.forward(x, CausalMask{}, tape);
+  y = layer.forward(x, mask, lengths, tape);
+  M dx = layer.backward(y, tape, grad);
+
+  Workspace workspace;
+  layer.forward_into(y, x, mask, workspace, Serial{});
+  layer.forward_into(y, x, mask, lengths, workspace, Serial{});
+  layer.forward_into(y, x, cache, workspace, Serial{});
+  layer.forward_into(y, x, cache, mask, workspace, Serial{});
+  layer.forward_into(y, x, mask, tape, workspace, Serial{});
+  layer.backward_into(dx, y, tape, grad, workspace, Serial{});
+
+  visit_parameters(layer, [](std::string_view, auto& matrix) { matrix.setZero(); });
+  const Layer& constant = layer;
+  visit_parameters(constant, [](std::string_view, const auto& matrix) { (void)matrix.size(); });
+  visit_part("attention", layer, [](std::string_view, auto& matrix) { matrix.setZero(); });
+}
+
+void layers(const M& x) {
+  MultiheadDiffAttention<float> layer({.embed_dim = 64,
+                                       .num_heads = 4,
+                                       .num_kv_heads = 2,
+                                       .head_dim = 8,
+                                       .depth = 1,
+                                       .lambda_init = 0.8,
+                                       .rotary = RotaryConfig{}});
+  MultiheadDiffAttentionV2<float> v2(
+      {.embed_dim = 64, .num_heads = 4, .num_kv_heads = 2, .head_dim = 8, .rotary = RotaryConfig{}});
+  MultiheadAttention<float> standard(
+      {.embed_dim = 64, .num_heads = 4, .num_kv_heads = 2, .head_dim = 16, .rotary = RotaryConfig{}});
+  auto grad = layer;
+  auto v2_grad = v2;
+  auto standard_grad = standard;
+  layer_calls(layer, grad, x);
+  layer_calls(v2, v2_grad, x);
+  layer_calls(standard, standard_grad, x);
+}
+
+}  // namespace api

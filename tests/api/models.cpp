@@ -1,0 +1,68 @@
+// Models, training and files as users write them: it has to compile, nothing of it runs.
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "diffattn/diffattn.hpp"
+#include "diffattn/hugging_face/diffllama.hpp"
+#include "diffattn/io/checkpoint.hpp"
+#include "diffattn/io/parameters.hpp"
+#include "diffattn/io/safetensors.hpp"
+#include "diffattn/models/decoder.hpp"
+#include "diffattn/models/generate.hpp"
+#include "diffattn/training/adamw.hpp"
+
+namespace api {
+
+using namespace diffattn;
+using M = Matrix<float>;
+
+template <typename Attention>
+void decoder_calls(const std::filesystem::path& path) {
+  Decoder<float, Attention> model(
+      {.vocab_size = 256, .num_layers = 2, .hidden_dim = 64, .attention = {.embed_dim = 32, .num_heads = 2}});
+  auto grad = model;
+  const std::vector<int> tokens = {1, 2, 3}, lengths = {1, 2};
+  M logits = model.logits({1, 2, 3});
+  auto cache = model.make_cache({.window = 64});
+  logits = model.logits(tokens, cache);
+  typename Decoder<float, Attention>::Tape tape;
+  logits = model.logits(tokens, lengths, tape);
+  model.backward(logits, tape, grad);
+  Workspace workspace;
+  model.logits_into(logits, tokens, workspace, Serial{});
+  model.logits_into(logits, tokens, cache, workspace, Serial{});
+  std::vector<Index> text = generate(model, {1, 2}, {.max_new_tokens = 4});
+  text = generate(model, tokens, {.max_new_tokens = 4}, Serial{});
+
+  AdamW<float> optimizer(model);
+  save_checkpoint(model, optimizer, path);
+  const TrainingState state = load_checkpoint(model, optimizer, path);
+  save_checkpoint(model, optimizer, path, {.windows_drawn = state.windows_drawn});
+}
+
+void models(const std::filesystem::path& path) {
+  decoder_calls<MultiheadDiffAttention<float>>(path);
+  decoder_calls<MultiheadDiffAttentionV2<float>>(path);
+  decoder_calls<MultiheadAttention<float>>(path);
+
+  MultiheadDiffAttention<float> layer({.embed_dim = 32, .num_heads = 2});
+  const Safetensors file(path);
+  const M matrix = file.matrix<float>("name");
+  const auto& metadata = file.metadata();
+  load_parameters(layer, file);
+  load_parameters(layer, file, "prefix.");
+  save_parameters(layer, path);
+  save_parameters(layer, path, "prefix.", metadata);
+
+  const auto model = DiffLlama<float>::load(path);
+  M logits = model.logits({1, 2, 3});
+  auto cache = model.make_cache();
+  logits = model.logits({1, 2, 3}, cache);
+  Workspace workspace;
+  model.logits_into(logits, std::vector<int>{1, 2}, cache, workspace, Serial{});
+  const std::vector<Index> text = model.generate({1, 2}, {.max_new_tokens = 4});
+}
+
+}  // namespace api
