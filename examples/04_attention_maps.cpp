@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <diffattn/analysis/attention_maps.hpp>
 #include <diffattn/analysis/statistics.hpp>
 #include <diffattn/diffattn.hpp>
 #include <diffattn/io/safetensors.hpp>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "support/alternating_runs.hpp"
 #include "support/attention_picture.hpp"
@@ -49,20 +51,17 @@ bool run(const Safetensors& file) {
   rotary.apply({k.data(), k.rows(), k.cols(), k.cols()}, 2 * kv_heads);
 
   const auto rows = file.vector<Index>("query_rows"), answers = file.vector<Index>("answer_columns");
-  const Map p1 = file.matrix<double>("p1"), p2 = file.matrix<double>("p2");  // recorded, all heads stacked
+  const Map official[] = {file.matrix<double>("p1"), file.matrix<double>("p2")};  // recorded, all heads stacked
+  const std::vector<AttentionMaps<double>> all_maps = attention_maps(layer, x);
   double error = 0, part = 1.0 / static_cast<double>(rows.size());
   std::string pictures;
   std::printf("%ld tokens; mean attention of the %ld rows that ask, lambda = %.4f\n", x.rows(), rows.size(), lambda);
   for (Index h = 0; h < heads; ++h) {
-    const Index g = h / (heads / kv_heads);
-    const auto map = [&](Index s, const Map& official) {
-      Map p =
-          reference::attention_map(q.middleCols((2 * h + s) * d, d), k.middleCols((2 * g + s) * d, d), CausalMask{});
-      error = std::max(error, (p - official.middleRows(h * x.rows(), x.rows())).cwiseAbs().maxCoeff());
-      return p;
-    };
-    Map maps[] = {map(0, p1), map(1, p2), Map()};
-    maps[2] = maps[0] - lambda * maps[1];
+    const AttentionMaps<double>& head = all_maps[static_cast<std::size_t>(h)];
+    const Map maps[] = {head.p1, head.p2, head.combined};
+    for (std::size_t m = 0; m < 2; ++m) {
+      error = std::max(error, (maps[m] - official[m].middleRows(h * x.rows(), x.rows())).cwiseAbs().maxCoeff());
+    }
     std::printf("\n  head %ld           on the answer   on all else   negative   entropy    keys\n", h);
     const std::string name[] = {"P1", "P2", "P1 - " + std::to_string(lambda).substr(0, 4) + " P2"};
     for (std::size_t m = 0; m < 3; ++m) {

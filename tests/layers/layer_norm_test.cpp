@@ -29,7 +29,7 @@ using support::identical;
 using support::make_rng;
 using support::random_matrix;
 using support::thrown_by;
-using Wide = Matrix<long double>;
+using LongMatrix = Matrix<long double>;
 
 template <typename S>
 LayerNorm<S> random_norm(Index width, double eps, bool with_weight, bool with_bias, support::Rng& rng) {
@@ -41,8 +41,8 @@ LayerNorm<S> random_norm(Index width, double eps, bool with_weight, bool with_bi
 
 /// (x − mean) / sqrt(var + eps), in plain loops; of x less its first value, which changes nothing and keeps a long
 /// double's digits for what varies.
-inline Wide normalized(const Wide& x, double eps) {
-  Wide z(x.rows(), x.cols());
+inline LongMatrix normalized(const LongMatrix& x, double eps) {
+  LongMatrix z(x.rows(), x.cols());
   for (Index i = 0; i < x.rows(); ++i) {
     const auto width = static_cast<long double>(x.cols());
     const auto shifted = [&](Index c) { return x(i, c) - x(i, 0); };
@@ -58,7 +58,7 @@ inline Wide normalized(const Wide& x, double eps) {
 /// relative to deviations of order 1: the bound does not know the mean.
 template <typename S>
 void check_forward(const LayerNorm<S>& norm, const Matrix<S>& x, const Matrix<S>& y) {
-  const Wide z = normalized(x.template cast<long double>(), norm.eps);
+  const LongMatrix z = normalized(x.template cast<long double>(), norm.eps);
   const Index width = norm.width();
   const long double unit = support::kUnitRoundoff<S>;
   for (Index i = 0; i < x.rows(); ++i) {
