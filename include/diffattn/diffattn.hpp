@@ -40,4 +40,5 @@
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/rms_norm.hpp"
 #include "diffattn/layers/rotary.hpp"
+#include "diffattn/analysis/attention_maps.hpp"
 #include "diffattn/analysis/statistics.hpp"

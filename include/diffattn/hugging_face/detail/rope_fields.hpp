@@ -79,6 +79,27 @@ inline void read_yarn(RotaryScaling& scaling, const ConfigFields& rope, double t
   }
 }
 
+/// What `rope` says of itself in rope_type, or type as older files have it. Throws for one that is not known.
+inline RotaryScaling::Kind rope_kind(const ConfigFields& rope) {
+  using Kind = RotaryScaling::Kind;
+  const char* const type_key = rope.find("rope_type") != nullptr ? "rope_type" : "type";
+  const std::string type = rope.text(type_key, "default");
+  constexpr std::pair<const char*, Kind> kKinds[] = {{"default", Kind::none},
+                                                     {"linear", Kind::linear},
+                                                     {"dynamic", Kind::dynamic},
+                                                     {"llama3", Kind::llama3},
+                                                     {"yarn", Kind::yarn},
+                                                     {"longrope", Kind::longrope},
+                                                     {"proportional", Kind::proportional}};
+  const auto* const kind =
+      std::find_if(std::begin(kKinds), std::end(kKinds), [&](const auto& k) { return type == k.first; });
+  if (kind == std::end(kKinds)) {
+    rope.fail(type_key, in_quotes(type) +
+                            " is not known (known: default, linear, dynamic, llama3, yarn, longrope, proportional)");
+  }
+  return kind->second;
+}
+
 /// `fields`: the whole config.json.
 inline RopeFields read_rope(const ConfigFields& fields, Index head_dim, Index max_position_embeddings) {
   using Kind = RotaryScaling::Kind;
@@ -95,23 +116,8 @@ inline RopeFields read_rope(const ConfigFields& fields, Index head_dim, Index ma
                               spelling);
   });
   result.theta = rope.positive("rope_theta", result.theta);
-  const char* const type_key = rope.find("rope_type") != nullptr ? "rope_type" : "type";
-  const std::string type = rope.text(type_key, "default");
   RotaryScaling& scaling = result.scaling;
-  constexpr std::pair<const char*, Kind> kKinds[] = {{"default", Kind::none},
-                                                     {"linear", Kind::linear},
-                                                     {"dynamic", Kind::dynamic},
-                                                     {"llama3", Kind::llama3},
-                                                     {"yarn", Kind::yarn},
-                                                     {"longrope", Kind::longrope},
-                                                     {"proportional", Kind::proportional}};
-  const auto* const kind =
-      std::find_if(std::begin(kKinds), std::end(kKinds), [&](const auto& k) { return type == k.first; });
-  if (kind == std::end(kKinds)) {
-    rope.fail(type_key, in_quotes(type) +
-                            " is not known (known: default, linear, dynamic, llama3, yarn, longrope, proportional)");
-  }
-  scaling.kind = kind->second;
+  scaling.kind = rope_kind(rope);
   scaling.proportion = rotary_proportion(fields, rope, head_dim, scaling.kind);
   if (scaling.kind == Kind::none) return result;
   if (scaling.kind == Kind::proportional) {
