@@ -147,7 +147,6 @@ TEST_CASE("Lengths are any integers", "[layers][attention_layer]") {
 }
 
 TEST_CASE("The baseline's heads may have any width", "[layers][attention_layer]") {
-  auto rng = make_rng();
   const MultiheadAttention<double> layer({.embed_dim = 10, .num_heads = 3, .num_kv_heads = 1, .head_dim = 4});
   CHECK(layer_checks::parameter_list(layer) == std::vector<std::string>{"q_proj.weight 12x10", "k_proj.weight 4x10",
                                                                         "v_proj.weight 4x10", "out_proj.weight 10x12"});
