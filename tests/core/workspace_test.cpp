@@ -128,6 +128,45 @@ TEST_CASE("After growing, a call's memory is one piece") {
   CHECK(take(9000) == 9000 * 64);
 }
 
+TEST_CASE("Shares are apart, give back what was taken, and stop growing whichever task is the largest") {
+  Workspace workspace;
+  const auto outer = workspace.frame();
+  char* const own = workspace.take<char>(3000);
+  std::memset(own, 'o', 3000);
+  const auto use = [&](Index large) {
+    const auto shares = workspace.shares(4);
+    REQUIRE(shares.size() == 4);
+    std::vector<Piece> pieces;
+    for (Index i = 0; i < 4; ++i) {
+      Workspace& share = shares[static_cast<std::size_t>(i)];
+      const auto frame = share.frame();
+      const Index size = i == large ? 200000 : 100;
+      for (const char mark : {'a', 'b'}) {
+        pieces.push_back({share.take<char>(size), size, static_cast<char>(mark + 2 * i)});
+        CHECK(aligned(pieces.back().data));
+        std::memset(pieces.back().data, pieces.back().mark, static_cast<std::size_t>(size));
+      }
+      CHECK(share.in_use());
+    }
+    for (const Piece& piece : pieces) CHECK(intact(piece));  // a share keeps its memory after its frame
+    for (const Workspace& share : shares) CHECK(!share.in_use());
+  };
+  use(0);
+  use(0);
+  (void)workspace.shares(4);  // all grow to the size of the first
+  const std::size_t capacity = workspace.capacity();
+  CHECK(capacity >= 4 * 2 * 200000 + 3000);
+  for (const Index large : {3, 1, 2, 0}) {
+    use(large);
+    CHECK(workspace.capacity() == capacity);
+  }
+  CHECK(workspace.shares(2).size() == 2);  // fewer: the others are kept
+  CHECK(workspace.capacity() == capacity);
+  CHECK(workspace.shares(6).size() == 6);
+  CHECK(workspace.capacity() > capacity);
+  CHECK(intact({own, 3000, 'o'}));
+}
+
 TEST_CASE("A workspace moves with its memory, and copies without") {
   Workspace workspace;
   {
