@@ -13,6 +13,8 @@
 //
 // What needs nlohmann-json comes with the CMake target diffattn::io, the rest with diffattn::diffattn.
 
+#include "diffattn/analysis/attention_maps.hpp"
+#include "diffattn/analysis/statistics.hpp"
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
@@ -40,5 +42,3 @@
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/rms_norm.hpp"
 #include "diffattn/layers/rotary.hpp"
-#include "diffattn/analysis/attention_maps.hpp"
-#include "diffattn/analysis/statistics.hpp"

@@ -46,8 +46,6 @@ Index parameter_count(const Layer& layer) {
 
 namespace detail {
 
-using diffattn::v0_1::visit_part;  // its old name
-
 /// Calls f(piece, values, count) for pieces of all parameters, numbered from 0, spread over the executor in one run.
 /// Where one ends and the next begins follows from the sizes alone. `begin` is told before how many there are.
 template <typename Layer, Executor E, typename Begin, typename F>
