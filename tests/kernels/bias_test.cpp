@@ -131,3 +131,15 @@ TEST_CASE("Biases for other heads, queries or keys are refused before any work",
   CHECK_NOTHROW(diffattn::multihead_attention_into(out, q, k, v, Heads{4, 2},
                                                    with_bias(full, AnyBias<float>{MatrixBias(all)}), {}, workspace));
 }
+
+TEST_CASE("A padding bias hides what a padding mask hides", "[kernels][bias]") {
+  auto rng = make_rng();
+  const Matrix<double> q = random_matrix<double>(20, 8, rng), k = random_matrix<double>(30, 8, rng);
+  const Matrix<double> v = random_matrix<double>(30, 5, rng);
+  const auto of = [&](const auto& mask) { return diffattn::attention(q, k, v, mask); };
+  const auto hidden = with_bias(diffattn::FullMask{}, diffattn::PaddingBias{17});
+  CHECK(of(hidden).isApprox(of(diffattn::PaddingMask{17}), 1e-14));
+  CHECK(of(with_bias(diffattn::FullMask{}, diffattn::PaddingBias{0})).isZero(0));
+  CHECK(thrown_by<std::invalid_argument>([&] { of(with_bias(diffattn::FullMask{}, diffattn::PaddingBias{-1})); }) ==
+        "attention: num_valid of PaddingBias must be 0 or more, got -1");
+}

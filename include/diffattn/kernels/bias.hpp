@@ -28,7 +28,7 @@ namespace diffattn::inline v0_1 {
 class AlibiBias {
  public:
   /// The same slope for every head.
-  AlibiBias(double slope) : slope_(slope) {}
+  AlibiBias(double slope = 0) : slope_(slope) {}
   /// One slope for each head: refused, with ShapeError, by a call with another number of heads.
   explicit AlibiBias(std::vector<double> slopes) : slopes_(std::move(slopes)) {
     if (slopes_.empty()) detail::throw_invalid({"AlibiBias: slopes must hold one for every head, got none"});
@@ -69,6 +69,22 @@ inline std::vector<double> alibi_slopes(Index num_heads) {
   for (Index i = 0; i < num_heads - power; ++i) slopes.push_back(slope(2 * i + 1, 2 * power));
   return slopes;
 }
+
+/// Only the first `num_valid` keys are real, the rest is padding. PaddingMask says the same and is cheaper: it skips what
+/// it hides, where a bias is asked for every pair.
+struct PaddingBias {
+  Index num_valid = 0;
+
+  double operator()(Index /*head*/, Index /*query*/, Index key, Index /*n_q*/, Index /*n_k*/) const {
+    return key < num_valid ? 0.0 : -std::numeric_limits<double>::infinity();
+  }
+
+  void check(const char* where, Index /*num_heads*/, Index /*n_q*/, Index /*n_k*/) const {
+    if (num_valid < 0) {
+      detail::throw_invalid({where, ": num_valid of PaddingBias must be 0 or more, got ", num_valid});
+    }
+  }
+};
 
 /// Any matrix of biases, -inf where a key is masked: n_q x n_k for all heads alike, or (num_heads * n_q) x n_k, that of
 /// one head below the other. Another shape is refused with ShapeError. Read in place: it must outlive the mask and,
