@@ -215,19 +215,19 @@ TEST_CASE("A variant of one's own is called, cached, run on threads and refused 
 }
 
 TEST_CASE("A gradient without the biases or the norm weight of the layer is refused", "[layers][attention_layer]") {
-  using V1 = MultiheadDiffAttention<float>;
-  const V1 layer({.embed_dim = 24, .num_heads = 2, .bias = true});
+  using BiasedLayer = MultiheadDiffAttention<float>;
+  const BiasedLayer layer({.embed_dim = 24, .num_heads = 2, .bias = true});
   const Matrix<float> x = Matrix<float>::Ones(4, 24);
-  V1::Tape tape;
+  BiasedLayer::Tape tape;
   layer.forward(x, CausalMask{}, tape);
-  V1 unbiased({.embed_dim = 24, .num_heads = 2}),
+  BiasedLayer unbiased({.embed_dim = 24, .num_heads = 2}),
       unnormed({.embed_dim = 24, .num_heads = 2, .norm_weight = false, .bias = true});
-  for (V1* grad : {&unbiased, &unnormed}) {
+  for (BiasedLayer* grad : {&unbiased, &unnormed}) {
     CHECK(thrown_by<std::invalid_argument>([&] { layer.backward(x, tape, *grad); }) ==
           "MultiheadDiffAttention: grad must be a layer of the same configuration");
   }
   // Another λ_init or seed changes no shape.
-  V1 reseeded({.embed_dim = 24, .num_heads = 2, .depth = 4, .bias = true, .seed = 9});
+  BiasedLayer reseeded({.embed_dim = 24, .num_heads = 2, .depth = 4, .bias = true, .seed = 9});
   CHECK_NOTHROW(layer.backward(x, tape, reseeded));
 }
 
