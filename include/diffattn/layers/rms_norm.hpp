@@ -12,6 +12,7 @@
 #include "diffattn/core/simd.hpp"
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/layers/detail/packed_rows.hpp"
 #include "diffattn/layers/parameters.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -142,13 +143,10 @@ class RmsNorm {
     detail::check_shape("RmsNorm", "x", x, x.rows(), width_);
     detail::check_shape("RmsNorm", "y", y, x.rows(), width_);
     const detail::Readable<X> x_read(x.derived());
-    const StridedView<Scalar> to = detail::writable_view_of(y);
     const auto frame = workspace.frame();
-    const Scalar* const from = packed(detail::view_of(x_read), workspace);
-    if (is_packed(to)) return forward_rows(to.data, from, x.rows(), executor, factor);
-    auto* const result = workspace.take<Scalar>(x.size());
-    forward_rows(result, from, x.rows(), executor, factor);
-    unpack(to, result);
+    const Scalar* const from = detail::packed_rows(detail::view_of(x_read), workspace);
+    detail::write_packed_rows(detail::writable_view_of(y), workspace,
+                              [&](Scalar* to) { forward_rows(to, from, x.rows(), executor, factor); });
   }
 
   /// From dy, the gradient of y, and the x that forward_into was given: dx (n x width), which may be dy, and into
@@ -161,13 +159,12 @@ class RmsNorm {
     detail::check_shape("RmsNorm", "dx", dx, x.rows(), width_);
     const detail::Readable<X> x_read(x.derived());
     const detail::Readable<DY> dy_read(dy.derived());
-    const StridedView<Scalar> to = detail::writable_view_of(dx);
     const auto frame = workspace.frame();
-    const Scalar* const from_x = packed(detail::view_of(x_read), workspace);
-    const Scalar* const from_dy = packed(detail::view_of(dy_read), workspace);
-    Scalar* const result = is_packed(to) ? to.data : workspace.take<Scalar>(x.size());
-    backward_rows(result, from_dy, from_x, x.rows(), grad, factor, Store::overwrite, workspace, executor);
-    if (result != to.data) unpack(to, result);
+    const Scalar* const from_x = detail::packed_rows(detail::view_of(x_read), workspace);
+    const Scalar* const from_dy = detail::packed_rows(detail::view_of(dy_read), workspace);
+    detail::write_packed_rows(detail::writable_view_of(dx), workspace, [&](Scalar* to) {
+      backward_rows(to, from_dy, from_x, x.rows(), grad, factor, Store::overwrite, workspace, executor);
+    });
   }
 
   /// What backward(dy, tape, grad) needs of forward(x, tape).
@@ -205,26 +202,6 @@ class RmsNorm {
 
  private:
   static constexpr Index kTaskRows = 64;  // also of what backward_rows adds up at a time: changing it changes roundings
-
-  /// Whether rows lie one after another in memory.
-  template <typename T>
-  static bool is_packed(const StridedView<T>& view) {
-    return view.col_stride == 1 && (view.row_stride == view.cols || view.rows <= 1);
-  }
-  /// The rows one after another: where they are, or a copy.
-  static const Scalar* packed(const StridedView<const Scalar>& view, Workspace& workspace) {
-    if (is_packed(view)) return view.data;
-    auto* const copy = workspace.take<Scalar>(view.rows * view.cols);
-    for (Index i = 0; i < view.rows; ++i) {
-      for (Index j = 0; j < view.cols; ++j) copy[i * view.cols + j] = view(i, j);
-    }
-    return copy;
-  }
-  static void unpack(const StridedView<Scalar>& to, const Scalar* from) {
-    for (Index i = 0; i < to.rows; ++i) {
-      for (Index j = 0; j < to.cols; ++j) to(i, j) = from[i * to.cols + j];
-    }
-  }
 
   Index width_;
 };
