@@ -35,7 +35,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/attention_variant.hpp"
-#include "diffattn/layers/detail/attention_passes.hpp"
+#include "diffattn/layers/detail/attention_gradients.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/kv_cache.hpp"
@@ -44,8 +44,8 @@
 namespace diffattn::inline v0_1 {
 
 template <typename Variant>
-class AttentionLayer : public detail::AttentionPasses<Variant> {
-  using Passes = detail::AttentionPasses<Variant>;
+class AttentionLayer : public detail::AttentionGradients<Variant> {
+  using Passes = detail::AttentionGradients<Variant>;
   using Passes::config_, Passes::shape_;
 
  public:
@@ -179,7 +179,7 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
                      AttentionLayer& grad, Workspace& workspace, E&& executor = {}) const {
     check_backward(dx, dy, tape, grad);
     const detail::Readable<DY> dy_read(dy.derived());
-    Passes::differentiate(output_of(dx), input_of(dy_read), tape, grad, workspace, executor);
+    Passes::differentiate(output_of(dx), nullptr, input_of(dy_read), tape, grad, workspace, executor);
   }
 
  private:
