@@ -59,7 +59,11 @@ class CachedAttention : public AttentionPasses<Variant> {
     Parts parts = this->room_for(x.rows(), 0, nullptr, workspace);
     this->project_queries(x, parts, workspace, executor);
     this->turn(parts, {0, 0, x.rows(), 0, 0}, 0, executor);
-    decode(parts, cache, 0, mask, workspace, executor);
+    if (cache.empty()) {
+      parts.attended.setZero();  // its pages may have any shape
+    } else {
+      decode(parts, cache, 0, mask, workspace, executor);
+    }
     this->finish(y, parts.attended, false, workspace, executor);
   }
 
