@@ -92,7 +92,7 @@ TEST_CASE("A translation token by token is that at once", "[layers][cross_attent
 TEST_CASE("A model with cross-attention has the gradients that differences say",
           "[layers][cross_attention][gradients]") {
   auto rng = make_rng();
-  Translator model, grad = zeros_like(model);
+  Translator model, grad = diffattn::zeros_like(model);
   layer_checks::randomize(model, rng);
   Matrix<double> source = random_matrix<double>(4, 12, rng), target = random_matrix<double>(3, 12, rng);
   const Matrix<double> dy = random_matrix<double>(3, 12, rng);

@@ -52,9 +52,9 @@ void randomize(Layer& layer, std::mt19937_64& rng, double spread = 0.3) {
 template <typename A, typename B, typename F>
 void for_each_pair(A& a, B& b, const F& f) {
   std::vector<Matrix<double>> second;
-  visit_parameters(b, [&](std::string_view, const auto& parameter) { second.push_back(parameter); });
+  diffattn::visit_parameters(b, [&](std::string_view, const auto& parameter) { second.push_back(parameter); });
   std::size_t i = 0;
-  visit_parameters(a, [&](std::string_view name, auto& parameter) { f(std::string(name), parameter, second[i++]); });
+  diffattn::visit_parameters(a, [&](std::string_view name, auto& parameter) { f(std::string(name), parameter, second[i++]); });
   CHECK(i == second.size());
 }
 
@@ -62,9 +62,9 @@ void for_each_pair(A& a, B& b, const F& f) {
 template <typename Layer, typename Loss>
 void parameter_gradients(Layer& layer, Layer& grad, const Loss& loss) {
   Layer numeric = layer;
-  visit_parameters(layer, [&](std::string_view name, auto& parameter) {
+  diffattn::visit_parameters(layer, [&](std::string_view name, auto& parameter) {
     const Matrix<double> gradient = support::numerical_gradient(parameter, loss);
-    visit_parameters(numeric, [&](std::string_view other, auto& to) {
+    diffattn::visit_parameters(numeric, [&](std::string_view other, auto& to) {
       if (name == other) to = gradient;
     });
   });

@@ -7,6 +7,7 @@
 //   y = layer.forward(x, cache);              the tokens that follow those in a KvCache; or forward(x, cache, mask)
 //   y = layer.forward(x, mask, tape);         or (x, mask, lengths, tape): keeps what backward needs
 //   dx = layer.backward(dy, tape, grad);      from dy, the gradient of y
+//   y = layer.forward_cross(x, memory);       keys and values from elsewhere: cross_attention.hpp
 //   layer.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
 //                                             into a matrix of yours, scratch and threads from you: after a first call
 //                                             of the largest shape no heap allocation
