@@ -54,7 +54,8 @@ void for_each_pair(A& a, B& b, const F& f) {
   std::vector<Matrix<double>> second;
   diffattn::visit_parameters(b, [&](std::string_view, const auto& parameter) { second.push_back(parameter); });
   std::size_t i = 0;
-  diffattn::visit_parameters(a, [&](std::string_view name, auto& parameter) { f(std::string(name), parameter, second[i++]); });
+  diffattn::visit_parameters(
+      a, [&](std::string_view name, auto& parameter) { f(std::string(name), parameter, second[i++]); });
   CHECK(i == second.size());
 }
 
