@@ -7,6 +7,7 @@
 //   y = layer.forward(x, cache);              the tokens that follow those in a KvCache; or forward(x, cache, mask)
 //   y = layer.forward(x, mask, tape);         or (x, mask, lengths, tape): keeps what backward needs
 //   dx = layer.backward(dy, tape, grad);      from dy, the gradient of y
+//   dx = layer.backward(dy, tape, grad, dbias);      the gradient of the mask's learned bias is added to dbias
 //   layer.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
 //                                             into a matrix of yours, scratch and threads from you: after a first call
 //                                             of the largest shape no heap allocation
@@ -114,6 +115,17 @@ class AttentionLayer : public CrossAttention<Variant> {
     return dx;
   }
 
+  /// The same, and the gradient of the mask's learned bias (learned_bias.hpp) is added to dbias, which has the shape of
+  /// its table. Throws std::invalid_argument if the mask had none.
+  template <typename DY, typename DB>
+  Matrix<Scalar> backward(const Eigen::MatrixBase<DY>& dy, const Tape& tape, AttentionLayer& grad,
+                          const Eigen::MatrixBase<DB>& dbias) const {
+    detail::ThreadWorkspace workspace;
+    Matrix<Scalar> dx(tape.x.rows(), tape.x.cols());
+    backward_into(dx, dy, tape, grad, dbias, workspace);
+    return dx;
+  }
+
   /// forward(x, mask) into y.
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
@@ -175,7 +187,20 @@ class AttentionLayer : public CrossAttention<Variant> {
                      AttentionLayer& grad, Workspace& workspace, E&& executor = {}) const {
     Passes::check_backward(dx, dy, tape, grad, false);
     const detail::Readable<DY> dy_read(dy.derived());
-    Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, workspace, executor);
+    Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, {}, workspace,
+                          executor);
+  }
+
+  /// backward(dy, tape, grad, dbias) into dx.
+  template <typename DX, typename DY, typename DB, Executor E = Serial>
+  void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
+                     AttentionLayer& grad, const Eigen::MatrixBase<DB>& dbias, Workspace& workspace,
+                     E&& executor = {}) const {
+    Passes::check_backward(dx, dy, tape, grad, false);
+    const auto to_bias = Passes::checked_bias_gradient(dbias, tape);
+    const detail::Readable<DY> dy_read(dy.derived());
+    Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, to_bias, workspace,
+                          executor);
   }
 };
 
