@@ -5,6 +5,7 @@
 //
 //   y = layer.forward(x);                     causal; or forward(x, mask), or (x, mask, lengths) for stacked sequences
 //   y = layer.forward(x, cache);              the tokens that follow those in a KvCache; or forward(x, cache, mask)
+//   y = layer.forward(x, caches);             the newest token of many sequences (batched_attention.hpp)
 //   y = layer.forward(x, mask, tape);         or (x, mask, lengths, tape): keeps what backward needs
 //   dx = layer.backward(dy, tape, grad);      from dy, the gradient of y
 //   layer.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
@@ -35,6 +36,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/attention_variant.hpp"
+#include "diffattn/layers/batched_attention.hpp"
 #include "diffattn/layers/detail/attention_passes.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
@@ -44,7 +46,8 @@
 namespace diffattn::inline v0_1 {
 
 template <typename Variant>
-class AttentionLayer : public detail::AttentionPasses<Variant> {
+class AttentionLayer : public BatchedAttention<Variant> {
+  using Base = BatchedAttention<Variant>;
   using Passes = detail::AttentionPasses<Variant>;
   using Passes::config_, Passes::shape_;
 
@@ -56,11 +59,13 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
   /// Projections start as nn.Linear does, the variant's own parameters as it says. Throws std::invalid_argument for a
   /// configuration that cannot be.
   explicit AttentionLayer(const Config& config)
-      : Passes(detail::checked_attention_config(Variant::kName, Variant::kQueryMaps, config)) {
+      : Base(detail::checked_attention_config(Variant::kName, Variant::kQueryMaps, config)) {
     Initializer random(config.seed);
     for (auto* projection : {&this->q_proj, &this->k_proj, &this->v_proj}) projection->initialize(random);
     Variant::initialize(random);
   }
+
+  using Base::forward, Base::forward_into;  // with a batch of caches: batched_attention.hpp
 
   /// The configuration, with what was left to its default filled in.
   const Config& config() const { return config_; }

@@ -103,9 +103,9 @@ class KvCache {
 
   // What layers do, in this order. `where` names the layer in messages.
 
-  /// Checks that `tokens` tokens of this shape fit, and makes room for them.
+  /// Checks that `tokens` tokens of this shape fit.
   template <typename Scalar>
-  void prepare(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) {
+  void check(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) const {
     static_assert(sizeof(Storage) <= sizeof(Scalar), "diffattn: a cache must not be wider than the layer's scalar");
     const PageShape shape{heads, key_maps, d, dv, detail::Tile<Scalar>::kCols};
     if (position_ != 0 && shape != shape_) throw_other_shape(where, shape);
@@ -113,6 +113,13 @@ class KvCache {
       detail::throw_invalid({where, ": the cache holds at most ", options_.max_tokens, " tokens and has ", position_,
                              ", cannot append ", tokens});
     }
+  }
+
+  /// Checks that they fit, and makes room for them.
+  template <typename Scalar>
+  void prepare(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) {
+    check<Scalar>(where, heads, key_maps, d, dv, tokens);
+    const PageShape shape{heads, key_maps, d, dv, detail::Tile<Scalar>::kCols};
     if (shape != shape_) {
       pages_.clear();
       shape_ = shape;
