@@ -112,14 +112,21 @@ class KvCache {
     return shape;
   }
 
-  /// Checks that `tokens` tokens of this shape fit, and makes room for them.
+  /// The same, and checks that there is room for `tokens` tokens.
   template <typename Scalar>
-  void prepare(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) {
+  PageShape check(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) const {
     const PageShape shape = check_shape<Scalar>(where, heads, key_maps, d, dv);
     if (options_.max_tokens != 0 && tokens > options_.max_tokens - position_) {
       detail::throw_invalid({where, ": the cache holds at most ", options_.max_tokens, " tokens and has ", position_,
                              ", cannot append ", tokens});
     }
+    return shape;
+  }
+
+  /// Checks that they fit, and makes room for them.
+  template <typename Scalar>
+  void prepare(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) {
+    const PageShape shape = check<Scalar>(where, heads, key_maps, d, dv, tokens);
     if (shape != shape_) {
       pages_.clear();
       shape_ = shape;

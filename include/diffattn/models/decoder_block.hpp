@@ -17,7 +17,6 @@
 #include "diffattn/core/row_blocks.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
-#include "diffattn/layers/kv_cache.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/rms_norm.hpp"
 #include "diffattn/layers/sequences.hpp"
@@ -59,10 +58,9 @@ struct DecoderBlock {
     });
   }
 
-  /// The same for the tokens that follow those in `cache`, which they join.
-  template <typename Storage, AttentionMask Mask, Executor E>
-  void forward_in_place(MatrixMap<Scalar>& x, KvCache<Storage>& cache, const Mask& mask, Workspace& workspace,
-                        E& executor) const {
+  /// The same for the tokens that follow those in `cache`, which they join: a KvCache, or a batch of them, one a row.
+  template <typename Cache, AttentionMask Mask, Executor E>
+  void forward_in_place(MatrixMap<Scalar>& x, Cache& cache, const Mask& mask, Workspace& workspace, E& executor) const {
     forward_around(x, workspace, executor, [&](MatrixMap<Scalar>& y, const MatrixMap<Scalar>& normed) {
       attention.forward_into(y, normed, cache, mask, workspace, executor);
     });
