@@ -5,8 +5,10 @@
 //
 //   y = layer.forward(x);                     causal; or forward(x, mask), or (x, mask, lengths) for stacked sequences
 //   y = layer.forward(x, cache);              the tokens that follow those in a KvCache; or forward(x, cache, mask)
+//   y = layer.forward(x, caches);             the newest token of many sequences (batched_attention.hpp)
 //   y = layer.forward(x, mask, tape);         or (x, mask, lengths, tape): keeps what backward needs
 //   dx = layer.backward(dy, tape, grad);      from dy, the gradient of y
+//   dx = layer.backward(dy, tape, grad, dbias);      the gradient of the mask's learned bias is added to dbias
 //   y = layer.forward_cross(x, memory);       keys and values from elsewhere: cross_attention.hpp
 //   layer.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
 //                                             into a matrix of yours, scratch and threads from you: after a first call
@@ -34,7 +36,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/attention_variant.hpp"
-#include "diffattn/layers/cross_attention.hpp"
+#include "diffattn/layers/batched_attention.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/kv_cache.hpp"
@@ -43,8 +45,8 @@
 namespace diffattn::inline v0_1 {
 
 template <typename Variant>
-class AttentionLayer : public CrossAttention<Variant> {
-  using Passes = CrossAttention<Variant>;
+class AttentionLayer : public BatchedAttention<Variant> {
+  using Passes = BatchedAttention<Variant>;
   using Passes::config_;
 
  public:
@@ -60,6 +62,8 @@ class AttentionLayer : public CrossAttention<Variant> {
     for (auto* projection : {&this->q_proj, &this->k_proj, &this->v_proj}) projection->initialize(random);
     Variant::initialize(random);
   }
+
+  using Passes::forward, Passes::forward_into;  // with a batch of caches: batched_attention.hpp
 
   /// The configuration, with what was left to its default filled in.
   const Config& config() const { return config_; }
@@ -112,6 +116,17 @@ class AttentionLayer : public CrossAttention<Variant> {
     detail::ThreadWorkspace workspace;
     Matrix<Scalar> dx(tape.x.rows(), tape.x.cols());
     backward_into(dx, dy, tape, grad, workspace);
+    return dx;
+  }
+
+  /// The same, and the gradient of the mask's learned bias (learned_bias.hpp) is added to dbias, which has the shape of
+  /// its table. Throws std::invalid_argument if the mask had none.
+  template <typename DY, typename DB>
+  Matrix<Scalar> backward(const Eigen::MatrixBase<DY>& dy, const Tape& tape, AttentionLayer& grad,
+                          const Eigen::MatrixBase<DB>& dbias) const {
+    detail::ThreadWorkspace workspace;
+    Matrix<Scalar> dx(tape.x.rows(), tape.x.cols());
+    backward_into(dx, dy, tape, grad, dbias, workspace);
     return dx;
   }
 
@@ -176,7 +191,20 @@ class AttentionLayer : public CrossAttention<Variant> {
                      AttentionLayer& grad, Workspace& workspace, E&& executor = {}) const {
     Passes::check_backward(dx, dy, tape, grad, false);
     const detail::Readable<DY> dy_read(dy.derived());
-    Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, workspace, executor);
+    Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, {}, workspace,
+                          executor);
+  }
+
+  /// backward(dy, tape, grad, dbias) into dx.
+  template <typename DX, typename DY, typename DB, Executor E = Serial>
+  void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
+                     AttentionLayer& grad, const Eigen::MatrixBase<DB>& dbias, Workspace& workspace,
+                     E&& executor = {}) const {
+    Passes::check_backward(dx, dy, tape, grad, false);
+    const auto to_bias = Passes::checked_bias_gradient(dbias, tape);
+    const detail::Readable<DY> dy_read(dy.derived());
+    Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, to_bias, workspace,
+                          executor);
   }
 };
 

@@ -9,7 +9,7 @@
 //   layer.write_memory(memory, cache);                      its keys and values, once, to a KvCache;
 //   y = layer.forward_cross(x, cache);                      for many calls, each reads them: or (x, cache, mask)
 //   y = layer.forward_cross(x, memory, mask, tape);         or (x, memory, mask, lengths, memory_lengths, tape)
-//   auto [dx, dmemory] = layer.backward_cross(dy, tape, grad);
+//   auto [dx, dmemory] = layer.backward_cross(dy, tape, grad);     or (dy, tape, grad, dbias), as backward
 //   layer.forward_cross_into(y, x, …, workspace, executor), backward_cross_into(dx, dmemory, …, workspace, executor)
 //
 // Shapes   x, y, dx, dy: n_q x embed_dim. memory, dmemory: n_k x embed_dim, n_k is free; 0 rows are a memory of which
@@ -118,6 +118,18 @@ class CrossAttention : public detail::AttentionArguments<Variant> {
     return to;
   }
 
+  /// The same, and the gradient of the mask's learned bias (learned_bias.hpp) is added to dbias, which has the shape of
+  /// its table. Throws std::invalid_argument if the mask had none.
+  template <typename DY, typename DB>
+  CrossGradients<Scalar> backward_cross(const Eigen::MatrixBase<DY>& dy, const Tape& tape, CrossAttention& grad,
+                                        const Eigen::MatrixBase<DB>& dbias) const {
+    detail::ThreadWorkspace workspace;
+    CrossGradients<Scalar> to{Matrix<Scalar>(tape.x.rows(), tape.x.cols()),
+                              Matrix<Scalar>(tape.memory.rows(), tape.memory.cols())};
+    backward_cross_into(to.dx, to.dmemory, dy, tape, grad, dbias, workspace);
+    return to;
+  }
+
   /// forward_cross(x, memory, mask) into y.
   template <typename Y, typename X, typename M, AttentionMask Mask, Executor E = Serial>
   void forward_cross_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x,
@@ -193,18 +205,38 @@ class CrossAttention : public detail::AttentionArguments<Variant> {
   void backward_cross_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DM>& dmemory,
                            const Eigen::MatrixBase<DY>& dy, const Tape& tape, CrossAttention& grad,
                            Workspace& workspace, E&& executor = {}) const {
-    static_assert(std::is_same_v<typename DM::Scalar, Scalar>,
-                  "diffattn: dmemory must have the scalar type of the layer; convert with .template cast<>()");
-    Passes::check_backward(dx, dy, tape, grad, true);
-    detail::check_shape(Variant::kName, "dmemory", dmemory, tape.memory.rows(), config_.embed_dim);
+    check_backward_cross(dx, dmemory, dy, tape, grad);
     const detail::Readable<DY> dy_read(dy.derived());
     const auto dmemory_map = Passes::output_of(dmemory);
-    Passes::differentiate(Passes::output_of(dx), &dmemory_map, Passes::input_of(dy_read), tape, grad, workspace,
+    Passes::differentiate(Passes::output_of(dx), &dmemory_map, Passes::input_of(dy_read), tape, grad, {}, workspace,
                           executor);
+  }
+
+  /// backward_cross(dy, tape, grad, dbias) into dx and dmemory.
+  template <typename DX, typename DM, typename DY, typename DB, Executor E = Serial>
+  void backward_cross_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DM>& dmemory,
+                           const Eigen::MatrixBase<DY>& dy, const Tape& tape, CrossAttention& grad,
+                           const Eigen::MatrixBase<DB>& dbias, Workspace& workspace, E&& executor = {}) const {
+    check_backward_cross(dx, dmemory, dy, tape, grad);
+    const auto to_bias = Passes::checked_bias_gradient(dbias, tape);
+    const detail::Readable<DY> dy_read(dy.derived());
+    const auto dmemory_map = Passes::output_of(dmemory);
+    Passes::differentiate(Passes::output_of(dx), &dmemory_map, Passes::input_of(dy_read), tape, grad, to_bias,
+                          workspace, executor);
   }
 
  protected:
   using Passes::config_, Passes::Passes;
+
+ private:
+  template <typename DX, typename DM, typename DY>
+  void check_backward_cross(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DM>& dmemory,
+                            const Eigen::MatrixBase<DY>& dy, const Tape& tape, const CrossAttention& grad) const {
+    static_assert(std::is_same_v<typename DM::Scalar, Scalar>,
+                  "diffattn: dmemory must have the scalar type of the layer; convert with .template cast<>()");
+    Passes::check_backward(dx, dy, tape, grad, true);
+    detail::check_shape(Variant::kName, "dmemory", dmemory, tape.memory.rows(), config_.embed_dim);
+  }
 };
 
 }  // namespace diffattn::inline v0_1

@@ -112,6 +112,22 @@ class AttentionArguments : public AttentionGradients<Variant> {
     check_shape(Variant::kName, "dx", dx, tape.x.rows(), config_.embed_dim);
   }
 
+  /// dbias as differentiate() takes it: what a tape's mask has a gradient for.
+  template <typename DB>
+  StridedView<Scalar> checked_bias_gradient(const Eigen::MatrixBase<DB>& dbias, const Tape& tape) const {
+    static_assert(std::is_same_v<typename DB::Scalar, Scalar>,
+                  "diffattn: dbias must have the scalar type of the layer");
+    constexpr const char* where = Variant::kName;
+    if (tape.mask.learned_biases() == 0) {
+      throw_invalid({where, ": dbias is the gradient of a learned bias, and the mask that the tape keeps has none"});
+    }
+    if (tape.mask.learned_biases() > 1) {
+      throw_invalid({where, ": the mask that the tape keeps has two learned biases; only one can have a gradient"});
+    }
+    check_shape(where, "dbias", dbias, tape.mask.table_rows(), tape.mask.table_cols());
+    return writable_view_of(dbias);
+  }
+
   template <typename M>
   static auto input_of(const M& matrix) {
     return map_of(view_of(matrix));

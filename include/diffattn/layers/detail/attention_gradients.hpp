@@ -13,6 +13,7 @@
 #include "diffattn/kernels/gradients.hpp"
 #include "diffattn/kernels/options.hpp"
 #include "diffattn/layers/attention_variant.hpp"
+#include "diffattn/layers/detail/bias_gradients.hpp"
 #include "diffattn/layers/detail/cached_attention.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/linear.hpp"
@@ -31,17 +32,18 @@ class AttentionGradients : public CachedAttention<Variant> {
   using Passes::kTokenLambda, Passes::Passes;
   using typename Passes::Rows, typename Passes::Input, typename Passes::Output, typename Passes::Parts;
 
-  /// dx, and into grad, from dy: output, heads, attention, projections. Of a tape with a memory, dmemory too.
+  /// dx, and into grad, from dy: output, heads, attention, projections. Of a tape with a memory, dmemory too. dbias:
+  /// what the gradient of a learned bias is added to; no data: nothing.
   template <typename E>
   void differentiate(const Output& dx, const Output* dmemory, const Input& dy, const Tape& tape, Passes& grad,
-                     Workspace& workspace, E& executor) const {
+                     const StridedView<Scalar>& dbias, Workspace& workspace, E& executor) const {
     const auto frame = workspace.frame();
     const auto like = [&](const Matrix<Scalar>& part) {
       return Rows(workspace.take<Scalar>(part.size()), part.rows(), part.cols());
     };
     Parts d{like(tape.q), like(tape.k), like(tape.v), like(tape.lambda), like(tape.attended)};
     differentiate_output(d.attended, dy, tape, grad, workspace, executor);
-    differentiate_attention(d, tape, grad, workspace, executor);
+    differentiate_attention(d, tape, grad, dbias, workspace, executor);
     const From k{this->k_proj, d.k, grad.k_proj}, v{this->v_proj, d.v, grad.v_proj};
     if (dmemory == nullptr) {
       differentiate_queries(dx, d, tape, grad, workspace, executor, k, v);
@@ -90,12 +92,14 @@ class AttentionGradients : public CachedAttention<Variant> {
     }
   }
 
-  /// Of queries, keys, values and λ, from d.attended.
+  /// Of queries, keys, values, λ and a learned bias, from d.attended.
   template <typename E>
-  void differentiate_attention(Parts& d, const Tape& tape, Passes& grad, Workspace& workspace, E& executor) const {
+  void differentiate_attention(Parts& d, const Tape& tape, Passes& grad, const StridedView<Scalar>& dbias,
+                               Workspace& workspace, E& executor) const {
     constexpr bool kLayerLambda = Variant::kLambda == LambdaSource::layer;
     const auto sequences = static_cast<Index>(tape.lengths.size());
     auto* const dlambdas = workspace.take<Scalar>(kLayerLambda ? sequences : 0);
+    const BiasGradients<Scalar> dbiases(dbias, sequences, workspace);
     tape.mask.visit([&](const auto& mask) {
       const auto differentiate_sequence = [&](SequenceRows rows, auto& share, auto& own) {
         const auto of = [&](auto& part) { return rows_of(part, rows.first, rows.count); };
@@ -103,11 +107,14 @@ class AttentionGradients : public CachedAttention<Variant> {
         const auto dq = of(d.q), dk = of_keys(d.k), dv = of_keys(d.v), dattended = of(d.attended);
         const auto q = of(tape.q), k = of_keys(tape.k), v = of_keys(tape.v);
         if constexpr (Variant::kLambda == LambdaSource::none) {
-          multihead_attention_backward_into({dq, dk, dv}, q, k, v, dattended, this->heads(), mask, AttentionOptions{},
+          AttentionGradientViews<Scalar> gradients{dq, dk, dv};
+          gradients.dbias = dbiases.of_sequence(rows.number);
+          multihead_attention_backward_into(gradients, q, k, v, dattended, this->heads(), mask, AttentionOptions{},
                                             share, own);
         } else {
           const auto lambda_of_these = this->lambda_of_rows(tape.lambda, rows.first, rows.count);
-          const auto differentiate_heads = [&](const DiffAttentionGradientViews<Scalar>& gradients) {
+          const auto differentiate_heads = [&](DiffAttentionGradientViews<Scalar> gradients) {
+            gradients.dbias = dbiases.of_sequence(rows.number);
             multihead_diff_attention_backward_into(gradients, q, k, v, lambda_of_these, dattended, this->heads(), mask,
                                                    AttentionOptions{}, share, own);
           };
@@ -121,6 +128,7 @@ class AttentionGradients : public CachedAttention<Variant> {
       };
       for_each_sequence(tape.lengths, tape.key_lengths(), workspace, executor, differentiate_sequence);
     });
+    dbiases.add_up();
     if constexpr (kLayerLambda) {
       Scalar dlambda = 0;
       for (Index s = 0; s < sequences; ++s) dlambda += dlambdas[s];

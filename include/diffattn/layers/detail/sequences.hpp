@@ -103,6 +103,10 @@ struct MaskReference {
   auto bias(Index head, Index query, Index key, Index n_q, Index n_k) const requires HasBias<Mask> {
     return mask.bias(head, query, key, n_q, n_k);
   }
+  template <typename T>
+  void fill_bias(T* row, const BiasRow& of) const requires HasBias<Mask> {
+    fill_biases(BiasOfMask<Mask>{mask}, row, of);
+  }
 };
 
 /// A view as one type of matrix, whatever its strides: what is a template on it is compiled once.
