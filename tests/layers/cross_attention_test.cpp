@@ -140,12 +140,27 @@ void check_differences(Layer layer, const Mask& mask, const Lengths& lengths, co
   layer_checks::parameter_gradients(layer, grad, loss);
 }
 
+/// Noise heads that several signal heads share, as soon as the configuration has them.
+template <typename Config>
+void check_recorded_groups() {
+  if constexpr (requires(Config config) { config.num_noise_heads; }) {
+    Config config;
+    config.embed_dim = 48;
+    config.num_heads = 4;
+    config.num_kv_heads = config.num_noise_heads = 2;
+    config.head_dim = 6;
+    config.depth = 3;
+    check_recorded("wide_cross_1", config);
+  }
+}
+
 }  // namespace cross
 }  // namespace
 
 TEST_CASE("Cross-attention is what was recorded", "[layers][cross_attention][golden]") {
   cross::check_recorded("wide_cross_0",
                         {.embed_dim = 32, .num_heads = 4, .num_kv_heads = 2, .head_dim = 4, .depth = 1});
+  cross::check_recorded_groups<diffattn::MultiheadDiffAttentionConfig>();
 }
 
 TEST_CASE("Cross-attention agrees with plain loops", "[layers][cross_attention]") {
