@@ -21,9 +21,15 @@ class Translator {
 
  public:
   Translator()
-      : encoder_({.embed_dim = 12, .num_heads = 2, .rotary = diffattn::RotaryConfig{}, .seed = 1}),
-        decoder_({.embed_dim = 12, .num_heads = 2, .num_kv_heads = 1, .rotary = diffattn::RotaryConfig{}, .seed = 2}),
-        cross_({.embed_dim = 12, .num_heads = 2, .num_kv_heads = 1, .depth = 2, .bias = true, .seed = 3}) {}
+      : encoder_({.embed_dim = 12, .num_heads = 2, .head_dim = 4, .rotary = diffattn::RotaryConfig{}, .seed = 1}),
+        decoder_({.embed_dim = 12,
+                  .num_heads = 2,
+                  .num_kv_heads = 1,
+                  .head_dim = 4,
+                  .rotary = diffattn::RotaryConfig{},
+                  .seed = 2}),
+        cross_(
+            {.embed_dim = 12, .num_heads = 2, .num_kv_heads = 1, .head_dim = 4, .depth = 2, .bias = true, .seed = 3}) {}
 
   struct Tape {
     Layer::Tape encoder, decoder, cross;
