@@ -379,13 +379,14 @@ TEST_CASE("What does not fit cross-attention is refused before any work", "[laye
   CHECK(into(x.leftCols(23), memory) == name + "x must be 4 x 24, got 4 x 23");
   CHECK(into(x.topRows(3), memory) == name + "y must be 3 x 24, got 4 x 24");
   const auto stacked = [&](const cross::Lengths& lengths, const cross::Lengths& memory_lengths) {
-    return thrown_by<std::invalid_argument>(
-        [&] { layer.forward_cross_into(y, x, memory, full, lengths, memory_lengths, workspace); });
+    return shape_error([&] { layer.forward_cross_into(y, x, memory, full, lengths, memory_lengths, workspace); });
   };
   CHECK(stacked({2, 1}, {3, 3}) == name + "the lengths of the sequences must add up to the 4 rows of x, got 3");
   CHECK(stacked({2, 2}, {3, 2}) == name + "the lengths of the sequences must add up to the 6 rows of memory, got 5");
   CHECK(stacked({2, 2}, {6}) == name + "every sequence needs its memory: lengths has 2 sequences, memory_lengths 1");
-  CHECK(stacked({2, 2}, {7, -1}) == name + "a sequence cannot have -1 tokens");
+  CHECK(thrown_by<std::invalid_argument>([&] {
+          layer.forward_cross(x, memory, full, {2, 2}, {7, -1});
+        }) == name + "a sequence cannot have -1 tokens");
   CHECK_THROWS_AS(layer.forward_cross_into(y, x, memory, cross::Plain{PaddingMask{-1}}, workspace),
                   std::invalid_argument);
   const Matrix<double> bias = Matrix<double>::Zero(4, 4);
@@ -406,7 +407,9 @@ TEST_CASE("What does not fit cross-attention is refused before any work", "[laye
         name + "memory must be 6 x 24, got 6 x 3");
   CHECK(cache.memory_bytes() == 0);
   other.write_memory(memory, cache);
-  CHECK(of_cache(cache).find(name + "the cache must hold 3 heads of 2 x 2 key and 4 value columns") == 0);
+  CHECK(shape_error([&] {
+          layer.forward_cross(x, cache, full);
+        }).find(name + "the cache must hold 3 heads of 2 x 2 key and 4 value columns") == 0);
   CHECK_THROWS_AS(layer.write_memory(memory, cache), ShapeError);
   CHECK(cache.position() == 6);
   KvCache<float> full_cache(KvCacheOptions{.max_tokens = 8});

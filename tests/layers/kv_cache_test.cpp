@@ -180,6 +180,7 @@ TEST_CASE("A window gives back what no later query sees", "[layers][kv_cache]") 
   layer.forward(x, all);
   CHECK(cache.position() == 3000);
   CHECK(cache.size() == 100);
+  CHECK(KvCache<float>().memory_bytes() == 0);
   CHECK(cache.memory_bytes() * 4 <= all.memory_bytes());
   const std::size_t held = cache.memory_bytes();
   for (Index i = 0; i < 600; ++i) layer.forward(Matrix<float>(x.row(i)), cache);

@@ -89,7 +89,10 @@ class KvCache {
   Index size() const { return std::min(position_, options_.window.value_or(position_)); }
   bool empty() const { return position_ == 0; }
   /// Bytes of keys and values held, room that is not yet used and pages shared with forks included.
-  std::size_t memory_bytes() const { return pages_.size() * static_cast<std::size_t>(shape_.size()) * sizeof(Storage); }
+  std::size_t memory_bytes() const {
+    if (pages_.empty()) return 0;  // which has no shape yet
+    return pages_.size() * static_cast<std::size_t>(shape_.size()) * sizeof(Storage);
+  }
 
   /// A cache that continues from here on its own and shares what is there.
   [[nodiscard]] KvCache fork() const { return *this; }
