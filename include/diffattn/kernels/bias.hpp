@@ -10,7 +10,9 @@
 // query head (of a differential kernel the differential head, whose two maps have the same bias). Only -inf masks: a
 // finite bias of any size makes a score like any other. A bias may also have
 //   void check(const char* where, Index num_heads, Index n_q, Index n_k) const
-// which throws if it could not be meant for that many heads, queries and keys; it is asked before any work.
+// which throws if it could not be meant for that many heads, queries and keys; it is asked before any work. And
+//   bool same_for_all_heads(Index n_q) const
+// which says that it does not look at `head` when there are n_q queries (mask.hpp).
 
 #include <cmath>
 #include <limits>
@@ -48,6 +50,7 @@ class AlibiBias {
           {where, ": the slopes of AlibiBias must be ", num_heads, ", one for every head, got ", count});
     }
   }
+  bool same_for_all_heads(Index /*n_q*/) const { return slopes_.empty(); }
 
  private:
   double slope_ = 0;
@@ -84,6 +87,7 @@ struct PaddingBias {
       detail::throw_invalid({where, ": num_valid of PaddingBias must be 0 or more, got ", num_valid});
     }
   }
+  bool same_for_all_heads(Index /*n_q*/) const { return true; }
 };
 
 /// Any matrix of biases, -inf where a key is masked: n_q x n_k for all heads alike, or (num_heads * n_q) x n_k, that of
@@ -109,6 +113,7 @@ class MatrixBias {
     detail::throw_shape({where, ": the bias matrix must be ", n_q, " x ", n_k, " for all heads, or ", num_heads * n_q,
                          " x ", n_k, " with one head below the other, got ", matrix_.rows, " x ", matrix_.cols});
   }
+  bool same_for_all_heads(Index n_q) const { return matrix_.rows == n_q; }
 
  private:
   StridedView<const Scalar> matrix_;

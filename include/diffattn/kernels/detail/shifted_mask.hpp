@@ -23,6 +23,8 @@ struct ShiftedMask {
   auto bias(Index head, Index query, Index key, Index n_q, Index n_k) const requires HasBias<Mask> {
     return mask.bias(head, query, first_key + key, n_q, first_key + n_k);
   }
+
+  bool same_for_all_heads(Index n_q) const { return detail::same_for_all_heads(mask, n_q); }
 };
 
 }  // namespace diffattn::inline v0_1::detail

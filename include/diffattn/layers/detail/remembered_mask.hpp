@@ -17,6 +17,7 @@ class RememberedMask {
     virtual ~Holder() = default;
     virtual KeyRange visible_keys(Index query, Index n_q, Index n_k) const = 0;
     virtual double bias(Index head, Index query, Index key, Index n_q, Index n_k) const = 0;
+    virtual bool same_for_all_heads(Index n_q) const = 0;
     const void* type = nullptr;
     bool has_bias = false;
   };
@@ -37,6 +38,7 @@ class RememberedMask {
         return 0;
       }
     }
+    bool same_for_all_heads(Index n_q) const override { return detail::same_for_all_heads(mask, n_q); }
     Mask mask;
   };
 
@@ -51,6 +53,7 @@ class RememberedMask {
     double bias(Index head, Index query, Index key, Index n_q, Index n_k) const {
       return this->held.bias(head, query, key, n_q, n_k);
     }
+    bool same_for_all_heads(Index n_q) const { return this->held.same_for_all_heads(n_q); }
   };
 
  public:

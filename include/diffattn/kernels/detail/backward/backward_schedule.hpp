@@ -46,7 +46,7 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
   auto* const scratch = workspace.take<Block>(workers);
   const Index most_keys = parts.most_keys();
   for (Index worker = 0; worker < workers; ++worker) {
-    new (scratch + worker) Block(workspace, packing.shape(), n_q, most_keys);
+    new (scratch + worker) Block(workspace, packing.shape(), n_q, most_keys, heads_with_one_noise_map(in, mask, n_q));
   }
 
   for (Index first_head = 0; first_head < kv_heads; first_head += wave) {

@@ -107,14 +107,19 @@ struct PackedSource {
   void score(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
     const KeyRange columns = s.strips_of_any(chunk);
     const Index strips = (columns.end - columns.begin) / s.kCols, maps = pages.shape.key_maps;
-    // Maps that share their keys meet each strip together.
-    const Index rows = maps == kMaps ? s.rows : kMaps * s.rows, count = (heads.end - heads.begin) * maps * strips;
-    multiply_streams(count, s.kWeightStride, s.in.d, s.in.d, rows, [&](Index i) {
-      const Index head = heads.begin + i / strips / maps, map = i / strips % maps;
-      const Index column = columns.begin + i % strips * s.kCols;
-      return StripProduct<Scalar, Storage>{s.weights(chunk, head, map, 0) + column, s.q(head, map),
-                                           pages.keys(s.first + chunk, head, map) + column * s.in.d};
-    });
+    const auto multiply = [&](Index first_map, Index count_maps, Index rows) {
+      const Index count = (heads.end - heads.begin) * count_maps * strips;
+      multiply_streams(count, s.kWeightStride, s.in.d, s.in.d, rows, [&](Index i) {
+        const Index head = heads.begin + i / strips / count_maps, map = first_map + i / strips % count_maps;
+        const Index column = columns.begin + i % strips * s.kCols;
+        return StripProduct<Scalar, Storage>{s.weights(chunk, head, map, 0) + column, s.q(head, map),
+                                             pages.keys(s.first + chunk, head, map) + column * s.in.d};
+      });
+    };
+    // Maps that share their keys meet each strip together; maps of another number of rows each by themselves.
+    if (maps == 1) return multiply(0, 1, s.all_rows);
+    if (s.rows_of(kMaps - 1) == s.rows) return multiply(0, kMaps, s.rows);
+    for (Index map = 0; map < kMaps; ++map) multiply(map, 1, s.rows_of(map));
   }
 
   template <typename Scalar, Index kMaps, typename Mask>
