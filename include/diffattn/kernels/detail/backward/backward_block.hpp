@@ -17,9 +17,11 @@
 
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/backward/backward_operands.hpp"
+#include "diffattn/kernels/detail/backward/bias_gradient.hpp"
 #include "diffattn/kernels/detail/backward/block_columns.hpp"
 #include "diffattn/kernels/detail/backward/copied_rows.hpp"
 #include "diffattn/kernels/detail/backward/map_gradients.hpp"
+#include "diffattn/kernels/detail/backward/row_dots.hpp"
 #include "diffattn/kernels/detail/forward/row_block.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -40,11 +42,13 @@ class BackwardBlock {
 
   /// Takes the scratch of one worker; no block will have more than `max_rows` rows or see more than `max_keys` keys.
   /// heads_of_noise: how many heads one second map is computed for.
-  BackwardBlock(Workspace& workspace, const Head& shape, Index max_rows, Index max_keys, Index heads_of_noise)
+  BackwardBlock(Workspace& workspace, const Head& shape, Index max_rows, Index max_keys, bool has_bias,
+                Index heads_of_noise)
       : one_noise_(heads_of_noise > 1),
         panel_rows_(round_up(std::min(max_rows, kBlockRows), kRows)),
         copies_(workspace, shape, kBlockRows) {
     const Index chunks = divide_up(max_keys, kChunk) + 1;
+    biases_ = has_bias ? workspace.take<Scalar>(kRows * kChunk) : nullptr;
     panel_ = workspace.take<Scalar>(chunks * kPanels * panel_rows_ * kChunk);
     shared_ = workspace.take<Scalar>(one_noise_ ? chunks * panel_rows_ * kChunk : 0);
     step_ = workspace.take<Scalar>(kPanels * panel_rows_ * kStride);
@@ -57,14 +61,15 @@ class BackwardBlock {
   }
 
   /// Writes dQ and D_2 of `rows`, of the heads from rows.head on that share their second map, and adds what they
-  /// contribute to dK / s and dV. head: the keys and values that they read; sums: theirs.
+  /// contribute to dK / s and dV. head: the keys and values that they read; sums: theirs; dbias: those of a learned bias.
   template <typename Mask>
-  void run(const Operands& in, const Gradients& grad, const Head& head, const Sums& sums, const RowRange<Mask>& rows) {
+  void run(const Operands& in, const Gradients& grad, const Head& head, const Sums& sums, const HeadBiasSums& dbias,
+           const RowRange<Mask>& rows) {
     finite_ = head.finite;
     for (Index i = 0; i < in.noise_sharers; ++i) {
       first_ = i == 0;
       last_ = i + 1 == in.noise_sharers;
-      run_head(in, grad, head, sums, rows.of_head(rows.head + i));
+      run_head(in, grad, head, sums, dbias, rows.of_head(rows.head + i));
     }
   }
 
@@ -78,10 +83,9 @@ class BackwardBlock {
   /// The maps whose dS is complete with the head at hand.
   Index maps_to_add() const { return last_ || !one_noise_ ? kMaps : 1; }
 
-  /// One of the heads.
   template <typename Mask>
   void run_head(const Operands& in, const Gradients& grad, const Head& head, const Sums& sums,
-                const RowRange<Mask>& rows) {
+                const HeadBiasSums& dbias, const RowRange<Mask>& rows) {
     const Index groups = divide_up(rows.count, kRows);
     const ScoreScale<Scalar> scale = split_scale<Mask>(in.scale);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
@@ -103,6 +107,13 @@ class BackwardBlock {
     for_each_chunk(keys, [&](const BlockChunk& chunk) {
       const KeyRange columns = block_columns<Scalar>(keys, chunk.first_key);
       differentiate(rows.count, chunk.number, columns);
+      if constexpr (HasLearnedBias<Mask>) {
+        const Scalar* ds[kMaps];
+        for (Index map = 0; map < kMaps; ++map) ds[map] = step(map);
+        if (dbias.sums != nullptr) {
+          add_bias_gradients(dbias.row(rows.head), ds, kStride, rows, chunk.first_key, columns, finite_);
+        }
+      }
       if (finite_) {
         add_gradients(head, sums, rows, chunk, columns);
       } else {
@@ -128,6 +139,7 @@ class BackwardBlock {
                   const KeyRange& of_block, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
     const Index at = g * kRows * kChunk, next_key = chunk.first_key + kChunk;
     const KeyRange columns = group_columns<Scalar>(rows.keys_of_any(), chunk.first_key, of_block);
+    if constexpr (HasBias<Mask>) fill_biases(biases_, kChunk, rows, chunk.first_key, columns);
     for (Index p = 0; p < kPanels; ++p) {
       if (p < kMaps && p >= maps_to_fill()) continue;
       for (Index r = 0; r < rows.count; ++r) {
@@ -139,22 +151,22 @@ class BackwardBlock {
                         : ChunkAhead<Scalar>{next, g, groups, panel(chunk.number + 1, p) + at, kRows * kChunk};
     };
     Scalar* const da = panel(chunk.number, kMaps) + at;
-    multiply_values(da, copies_.dout_rows + g * kRows * head.dv, head, rows, chunk.first_key, columns,
+    multiply_values(da, copies_.dout_rows + g * kRows * head.dv, head, rows, chunk.first_key, columns, biases_,
                     ahead(head.values + next_key * head.dv, kMaps));
     for (Index map = 0; map < kMaps; ++map) {
       Scalar* const weights = panel(chunk.number, map) + at;
       const Index values = slot(chunk.number, map) + g * kPaddedRows;
       if (map >= maps_to_fill()) {
-        set_dots(chunk_dot_ + values, weights, da, rows.count, columns);
+        set_dots(chunk_dot_ + values, weights, da, kChunk, rows.count, columns);
         continue;
       }
       const LeftOperand<Scalar> q{copies_.q_rows[map] + g * kRows * head.d, head.d, 1};
       score_chunk(weights, q, head.keys[map] + chunk.first_key * head.d, head.d, rows, chunk.first_key, columns, scale,
-                  ahead(head.keys[map] + next_key * head.d, map));
+                  ahead(head.keys[map] + next_key * head.d, map), biases_);
       Scalar growth[kRows];
       softmax_[map][g].add_chunk(weights, weights, kChunk, rows.count, columns.begin, columns.end, exp2, growth);
       std::copy(softmax_[map][g].base, softmax_[map][g].base + kPaddedRows, chunk_factor_ + values);
-      set_dots(chunk_dot_ + values, weights, da, rows.count, columns);
+      set_dots(chunk_dot_ + values, weights, da, kChunk, rows.count, columns);
     }
   }
 
@@ -223,7 +235,7 @@ class BackwardBlock {
     add_transposed(sums.dv, kMaps, copies_.dout_columns, head.dv, sums.padded_keys, rows, chunk, columns);
     for (Index map = 0; map < maps_to_add(); ++map) {
       add_transposed(sums.dk[map], map, copies_.q_columns[map], head.d, sums.padded_keys, rows, chunk, columns);
-      add_query_gradients(head, map, rows, chunk, columns);
+      add_query_gradients(dq_[map], step(map), kStride, head, map, rows, chunk, columns);
     }
   }
 
@@ -242,23 +254,6 @@ class BackwardBlock {
                    rows.count * kCols, std::min(kRows, columns.end - k), width, end - begin,
                    {tile + kRows * kCols, kRows * kCols}, padded_keys * kCols, of_panel);
       if (!chunk.last) of_panel.data += piece * divide_up(width, kCols);
-    }
-  }
-
-  /// dQ / s += dS K for one map and chunk, group by group.
-  template <typename Mask>
-  void add_query_gradients(const Head& head, Index map, const RowRange<Mask>& rows, const BlockChunk& chunk,
-                           const KeyRange& columns) {
-    const Index groups = divide_up(rows.count, kRows), strip = head.n_k * kCols;
-    const Scalar* const next = chunk.last ? nullptr : head.key_columns[map] + (chunk.first_key + kChunk) * kCols;
-    for (Index g = 0; g < groups; ++g) {
-      const ChunkAhead<Scalar> ahead{next, g, groups};
-      const RowRange<Mask> group = rows.rows(g * kRows, kRows);
-      const auto [begin, end] = group_columns<Scalar>(group.keys_of_any(), chunk.first_key, columns);
-      add_products(dq_[map] + g * group_size(head.d), kRows * kCols,
-                   {step(map) + g * kRows * kStride + begin, kStride, 1},
-                   head.key_columns[map] + (chunk.first_key + begin) * kCols, strip, group.count, head.d,
-                   std::min(end, head.n_k - chunk.first_key) - begin, ahead.of_chunk(0, kChunk * kCols), strip, {});
     }
   }
 
@@ -286,6 +281,7 @@ class BackwardBlock {
   bool finite_ = false;              // all of them so far
   Index panel_rows_;
   CopiedRows<Scalar, kMaps> copies_;
+  Scalar* biases_;        // [kRows][kChunk], of a group and chunk
   Scalar* panel_;         // [chunk][panel][panel_rows_][kChunk]
   Scalar* shared_;        // [chunk][panel_rows_][kChunk]: Σ −λ·(dA − D_2) of the heads so far
   Scalar* step_;          // [panel][panel_rows_][kStride]

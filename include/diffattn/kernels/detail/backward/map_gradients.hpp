@@ -1,12 +1,13 @@
 #pragma once
 
-// dA = g Vᵀ of a group of rows and a chunk, and from it and the weights of the maps to the gradients of the scores
-// (backward_block.hpp has the formulas). Columns are whole packets.
+// The steps of a block of the backward pass (backward_block.hpp has the formulas): dA = g Vᵀ of a group of rows and a
+// chunk, from it and the weights of the maps to the gradients of the scores, and dQ. Columns are whole packets.
 
 #include <algorithm>
 
 #include "diffattn/core/simd.hpp"
 #include "diffattn/kernels/detail/backward/backward_operands.hpp"
+#include "diffattn/kernels/detail/backward/block_columns.hpp"
 #include "diffattn/kernels/detail/blocking.hpp"
 #include "diffattn/kernels/detail/forward/row_block.hpp"
 #include "diffattn/kernels/detail/scores.hpp"
@@ -14,10 +15,10 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// dA = g Vᵀ of one group and chunk, 0 for what a row does not see. dout: [row][dv].
+/// dA = g Vᵀ of one group and chunk, 0 for what a row does not see. dout: [row][dv]; biases: as for clear_hidden.
 template <typename Scalar, Index kMaps, typename Mask>
 void multiply_values(Scalar* da, const Scalar* dout, const BackwardHead<Scalar, kMaps>& head,
-                     const RowRange<Mask>& rows, Index first_key, const KeyRange& columns,
+                     const RowRange<Mask>& rows, Index first_key, const KeyRange& columns, const Scalar* biases,
                      const ChunkAhead<Scalar>& ahead) {
   constexpr Index kCols = Tile<Scalar>::kCols;
   for (Index c = columns.begin; c < columns.end; c += kCols) {
@@ -25,22 +26,7 @@ void multiply_values(Scalar* da, const Scalar* dout, const BackwardHead<Scalar, 
                 head.dv, rows.count, columns.end - c, ahead.of_chunk(c * head.dv, kCols * head.dv),
                 ahead.of_panel(c, kChunk), kScoreChain);
   }
-  const KeyRange all = rows.keys_of_all();
-  if (HasBias<Mask> || first_key + columns.begin < all.begin || first_key + columns.end > all.end) {
-    clear_hidden(da, kChunk, rows, first_key, columns);
-  }
-}
-
-/// dots[r] = Σ weight · dA over `columns` of row r; rows are kChunk apart.
-template <typename Scalar>
-void set_dots(Scalar* dots, const Scalar* weights, const Scalar* da, Index rows, const KeyRange& columns) {
-  for (Index r = 0; r < rows; ++r) {
-    auto dot = simd::broadcast(Scalar(0));
-    for (Index c = r * kChunk + columns.begin; c < r * kChunk + columns.end; c += simd::kLanes<Scalar>) {
-      dot = simd::fma(simd::load(weights + c), simd::load(da + c), dot);
-    }
-    dots[r] = simd::reduce_add(dot);
-  }
+  clear_hidden(da, kChunk, rows, first_key, columns, biases);
 }
 
 /// to += factor · from, rows of packed columns: strips of kCols that are to_strip and from_strip apart.
@@ -49,6 +35,23 @@ void add_packed_row(Scalar* to, Index to_strip, Scalar factor, const Scalar* fro
   constexpr Index kCols = Tile<Scalar>::kCols;
   for (Index c = 0; c < width; ++c) {
     to[c / kCols * to_strip + c % kCols] += factor * from[c / kCols * from_strip + c % kCols];
+  }
+}
+
+/// dQ / s += dS K for one map and chunk, group by group. dq: [group][strip of d][kRows][kCols]; ds: rows `stride` apart.
+template <typename Scalar, Index kMaps, typename Mask>
+void add_query_gradients(Scalar* dq, const Scalar* ds, Index stride, const BackwardHead<Scalar, kMaps>& head, Index map,
+                         const RowRange<Mask>& rows, const BlockChunk& chunk, const KeyRange& columns) {
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
+  const Index groups = divide_up(rows.count, kRows), strip = head.n_k * kCols;
+  const Scalar* const next = chunk.last ? nullptr : head.key_columns[map] + (chunk.first_key + kChunk) * kCols;
+  for (Index g = 0; g < groups; ++g, dq += kRows * round_up(head.d, kCols)) {
+    const ChunkAhead<Scalar> ahead{next, g, groups};
+    const RowRange<Mask> group = rows.rows(g * kRows, kRows);
+    const auto [begin, end] = group_columns<Scalar>(group.keys_of_any(), chunk.first_key, columns);
+    add_products(dq, kRows * kCols, {ds + g * kRows * stride + begin, stride, 1},
+                 head.key_columns[map] + (chunk.first_key + begin) * kCols, strip, group.count, head.d,
+                 std::min(end, head.n_k - chunk.first_key) - begin, ahead.of_chunk(0, kChunk * kCols), strip, {});
   }
 }
 
