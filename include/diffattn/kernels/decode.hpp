@@ -106,7 +106,7 @@ void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Matri
   detail::check_result_scalar<Scalar, Out>();
   auto operands = detail::operands_of("decode_attention", q, pages, detail::operand("out", out), heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
-  const detail::ShiftedMask<Mask> shifted{mask, pages.first_key};
+  const detail::ShiftedMask<Mask> shifted{mask, pages.origin(), pages.lead()};
   detail::run_cached_heads<detail::StandardBlock<Scalar>>(operands.in, pages, shifted, workspace, executor);
 }
 
@@ -145,7 +145,7 @@ void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::
   auto operands =
       detail::operands_of("decode_diff_attention", q, pages, lambda, detail::operand("out", out), heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
-  const detail::ShiftedMask<Mask> shifted{mask, pages.first_key};
+  const detail::ShiftedMask<Mask> shifted{mask, pages.origin(), pages.lead()};
   detail::run_cached_heads<detail::DifferentialBlock<Scalar>>(operands.in, pages, shifted, workspace, executor);
 }
 

@@ -33,15 +33,15 @@
 #include "diffattn/kernels/options.hpp"
 #include "diffattn/layers/attention_variant.hpp"
 #include "diffattn/layers/cache_batch.hpp"
-#include "diffattn/layers/detail/attention_passes.hpp"
+#include "diffattn/layers/cross_attention.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/kv_cache.hpp"
 
 namespace diffattn::inline v0_1 {
 
 template <typename Variant>
-class BatchedAttention : public detail::AttentionPasses<Variant> {
-  using Passes = detail::AttentionPasses<Variant>;
+class BatchedAttention : public CrossAttention<Variant> {
+  using Passes = CrossAttention<Variant>;
 
  public:
   using Scalar = typename Variant::Scalar;
@@ -69,11 +69,9 @@ class BatchedAttention : public detail::AttentionPasses<Variant> {
   template <typename Y, typename X, CacheBatch<KvCache> Caches, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, Caches&& caches, const Mask& mask,
                     Workspace& workspace, E&& executor = {}) const {
-    static_assert(std::is_same_v<typename X::Scalar, Scalar> && std::is_same_v<typename Y::Scalar, Scalar>,
-                  "diffattn: x and y must have the scalar type of the layer; convert with .template cast<>()");
     constexpr const char* where = Variant::kName;
     const auto batch = detail::batch_of<KvCache>(std::data(caches), std::size(caches));
-    detail::check_tokens(where, config_.embed_dim, x.rows(), x.cols(), y.rows(), y.cols());
+    Passes::check_tokens(y, x);
     detail::check_batch(where, "rows of x", x.rows(), batch, workspace);
     detail::check_sequences(where, x.rows(), [&](const char* name, Index i) {
       const auto& cache = *batch[static_cast<std::size_t>(i)];
@@ -82,8 +80,7 @@ class BatchedAttention : public detail::AttentionPasses<Variant> {
     });
     if (x.rows() == 0) return;
     const detail::Readable<X> x_read(x.derived());
-    attend(detail::map_of(detail::writable_view_of(y)), detail::map_of(detail::view_of(x_read)), batch, mask, workspace,
-           executor);
+    attend_to_caches(Passes::output_of(y), Passes::input_of(x_read), batch, mask, workspace, executor);
   }
 
   /// Throws, naming `where`, ShapeError unless the cache is empty or one of a layer like this, std::invalid_argument
@@ -100,26 +97,27 @@ class BatchedAttention : public detail::AttentionPasses<Variant> {
  private:
   /// In the three steps of the caches: prepare, write, commit. What throws before the last leaves all as they were.
   template <typename Storage, typename Mask, typename E>
-  void attend(const typename Passes::Output& y, const typename Passes::Input& x,
-              std::span<KvCache<Storage>* const> caches, const Mask& mask, Workspace& workspace, E& executor) const {
+  void attend_to_caches(const typename Passes::Output& y, const typename Passes::Input& x,
+                        std::span<KvCache<Storage>* const> caches, const Mask& mask, Workspace& workspace,
+                        E& executor) const {
     for (KvCache<Storage>* cache : caches) {
-      cache->template prepare<Scalar>(Variant::kName, config_.num_kv_heads, Variant::kKeyMaps, config_.head_dim,
-                                      Variant::value_dim(config_), 1);
+      Passes::prepare(*cache, 1);
     }
     const auto frame = workspace.frame();
-    auto parts = Passes::project(x, nullptr, workspace, executor);
+    auto parts = Passes::room_for(x.rows(), x.rows(), nullptr, workspace);
+    Passes::project(x, parts, workspace, executor);
     executor.run(x.rows(), [&](Index i, Index /*worker*/) {
       Serial alone;
       KvCache<Storage>& cache = *caches[static_cast<std::size_t>(i)];
-      Passes::turn(parts.q, parts.k, i, 1, cache.position(), alone);
+      Passes::turn(parts, {i, i, 1, i, 1}, cache.position(), alone);
       cache.write(detail::view_of(detail::rows_of(parts.k, i, 1)), detail::view_of(detail::rows_of(parts.v, i, 1)),
                   alone);
     });
     if constexpr (std::is_same_v<Mask, CausalMask>) {
-      decode(parts, caches, workspace, executor, [](SlidingWindowMask window) { return window; });
+      decode_batch(parts, caches, workspace, executor, [](SlidingWindowMask window) { return window; });
     } else {
-      decode(parts, caches, workspace, executor,
-             [&](SlidingWindowMask window) { return both(detail::MaskReference<Mask>{mask}, window); });
+      decode_batch(parts, caches, workspace, executor,
+                   [&](SlidingWindowMask window) { return both(detail::MaskReference<Mask>{mask}, window); });
     }
     Passes::finish(y, parts.attended, false, workspace, executor);
     for (KvCache<Storage>* cache : caches) cache->commit(1);
@@ -127,8 +125,8 @@ class BatchedAttention : public detail::AttentionPasses<Variant> {
 
   /// Fills parts.attended from what has been written to the caches. seen(window) is the mask of a cache.
   template <typename Storage, typename E, typename Seen>
-  void decode(typename Passes::Parts& parts, std::span<KvCache<Storage>* const> caches, Workspace& workspace,
-              E& executor, const Seen& seen) const {
+  void decode_batch(typename Passes::Parts& parts, std::span<KvCache<Storage>* const> caches, Workspace& workspace,
+                    E& executor, const Seen& seen) const {
     using Mask = decltype(seen(SlidingWindowMask{}));
     const std::size_t n = caches.size();
     auto* const pages = workspace.take<KeyValuePages<Storage>>(static_cast<Index>(n));

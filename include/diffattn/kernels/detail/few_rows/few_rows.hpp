@@ -43,17 +43,20 @@ struct FewRowsState {
   Index width;   // of a row of sums, whole strips
   Index first;   // the first chunk that some row sees
   Index chunks;  // from there on
+  Index slots;   // of a chunk and a key head, as many as there is memory for
   Scalar* queries;
   Scalar* all_weights;
   Scalar* all_sums;
 
-  FewRowsState(const HeadOperands<Scalar, kMaps>& operands, Index num_keys, const Mask& visible, Workspace& workspace)
+  /// room: keys that memory is taken for, where there are fewer.
+  FewRowsState(const HeadOperands<Scalar, kMaps>& operands, Index num_keys, Index room, const Mask& visible,
+               Workspace& workspace)
       : in(operands), mask(visible), n_q(in.n_q()), n_k(num_keys) {
     rows = n_q * in.heads_per_kv_head();
     width = round_up(in.dv, kCols);
     first = mask.visible_keys(0, n_q, n_k).begin / kChunk;
     chunks = std::max<Index>(divide_up(mask.visible_keys(n_q - 1, n_q, n_k).end, kChunk) - first, 0);
-    const Index slots = chunks * in.heads.num_kv_heads;
+    slots = std::max(chunks, divide_up(room, kChunk)) * in.heads.num_kv_heads;
     queries = workspace.take<Scalar>(in.heads.num_kv_heads * kMaps * rows * in.d);
     all_weights = workspace.take<Scalar>(slots * kMaps * rows * kWeightStride);
     all_sums = workspace.take<Scalar>(slots * rows * width);
@@ -68,8 +71,8 @@ struct FewRowsState {
     return (slot(chunk, head) * kMaps + map) * rows + row;
   }
 
-  /// How many indices there are.
-  Index size() const { return index(chunks, 0, 0, 0); }
+  /// How many indices there is memory for.
+  Index size() const { return slots * kMaps * rows; }
 
   /// [head][map][row][d], multiplied by scale.of_queries.
   Scalar* q(Index head, Index map) const { return queries + (head * kMaps + map) * rows * in.d; }
@@ -102,6 +105,7 @@ struct FewRowsState {
 
 /// `Source` knows where keys and values are:
 ///   heads_of_task(heads, maps)           how many of the heads make a task
+///   room()                               keys to take memory for, where there are fewer
 ///   score(state, chunk, heads)           weights(…, map, row)[c] = q · k for the columns that some row sees
 ///   add_values(state, chunk, heads)      sums(…, row) = Σ_c weights(…, 0, row)[c] · v over what each row sees
 template <typename Scalar, Index kMaps, typename Mask, typename Source>
@@ -115,7 +119,7 @@ class FewRows {
       : source_(source),
         scale_(split_scale<Mask>(in.scale)),
         exp2_(scale_.of_exponent),
-        state_(in, n_k, mask, workspace),
+        state_(in, n_k, source.room(), mask, workspace),
         factor_(workspace.take<Scalar>(state_.size())),
         weight_sum_(workspace.take<Scalar>(state_.size())) {}
 
