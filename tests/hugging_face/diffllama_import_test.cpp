@@ -81,7 +81,7 @@ TEST_CASE("A checkpoint is loaded as a decoder that computes what DiffLlama does
 TEST_CASE("The gradients of a checkpoint are those of its loss", "[models][diffllama]") {
   // A few elements of every parameter of the golden checkpoint, and all of one that has everything else.
   auto rng = support::make_rng();
-  DiffLlamaConfig config = hugging_face::small();
+  loading::DiffLlamaConfig config = hugging_face::small();
   config.num_key_value_heads = 1;
   config.attention_bias = true;
   config.tie_word_embeddings = true;
