@@ -55,6 +55,10 @@ inline CallSizes checked_paged_sizes(const char* where, Heads heads, Index query
                  strip, ", got ", shape.heads, " of width ", shape.d, " in strips of ", shape.strip,
                  column ? "; q is a column: a single query is a row, did you mean q.transpose()?" : ""});
   }
+  if (shape.page_size < kLeastPageKeys || (shape.page_size & (shape.page_size - 1)) != 0) {
+    throw_invalid({where, ": the pages must be of a power of two of tokens, at least ", kLeastPageKeys, ", got ",
+                   shape.page_size});
+  }
   if (shape.key_maps > query_maps) throw_shape({where, ": the cache must hold one map of keys, got two"});
   check_operand_sizes(where, q, q, q, heads.num_heads, sizes.dv);
   return sizes;

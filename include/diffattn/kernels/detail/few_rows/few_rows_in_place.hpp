@@ -15,6 +15,7 @@ struct InPlaceSource {
   static constexpr Index kLanes = simd::kLanes<Scalar>;
 
   static Index heads_of_task(Index heads, Index /*maps*/) { return heads; }
+  static Index room() { return 0; }
 
   /// Whether the rows of a key head are few enough, and keys and values contiguous.
   static bool suits(const HeadOperands<Scalar, kMaps>& in) {
