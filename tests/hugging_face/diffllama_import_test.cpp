@@ -3,6 +3,7 @@
 #include <diffattn/hugging_face/diffllama.hpp>
 #include <diffattn/hugging_face/diffllama_export.hpp>
 #include <diffattn/hugging_face/diffllama_import.hpp>
+#include <diffattn/io/checkpoint.hpp>
 #include <diffattn/training/adamw.hpp>
 #include <diffattn/training/cross_entropy.hpp>
 
@@ -119,6 +120,24 @@ TEST_CASE("A step of AdamW on a checkpoint lowers its loss", "[models][diffllama
   save_diffllama(model, scratch / "tuned");
   CHECK(support::identical(loading::load_diffllama<float>(scratch / "tuned").logits(loading::kTokens),
                            model.logits(loading::kTokens)));
+}
+
+TEST_CASE("Fine-tuning that was interrupted goes on bit for bit", "[models][diffllama]") {
+  const files::Scratch scratch;
+  auto model = loading::load_diffllama<float>(loading::kTiny);
+  diffattn::AdamW<float> optimizer(model);
+  optimizer.step(model, loading::gradient_of(model), 1e-3);
+  save_checkpoint(model, optimizer, scratch / "training.safetensors");
+  auto resumed = loading::load_diffllama<float>(loading::kTiny);
+  diffattn::AdamW<float> other(resumed);
+  load_checkpoint(resumed, other, scratch / "training.safetensors");
+  optimizer.step(model, loading::gradient_of(model), 1e-3);
+  other.step(resumed, loading::gradient_of(resumed), 1e-3);
+  save_diffllama(model, scratch / "straight");
+  save_diffllama(resumed, scratch / "resumed");
+  for (const char* const file : {"model.safetensors", "config.json"}) {
+    CHECK(files::read(scratch / "straight" / file) == files::read(scratch / "resumed" / file));
+  }
 }
 
 TEST_CASE("A trainable model has memory of its own", "[models][diffllama]") {

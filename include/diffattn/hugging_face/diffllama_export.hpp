@@ -1,33 +1,33 @@
 #pragma once
 
-// save_diffllama: a Differential Transformer as a Hugging Face DiffLlama checkpoint, which load_diffllama, DiffLlama::load
-// and transformers read: config.json and model.safetensors.
+// save_diffllama: a Differential Transformer as a Hugging Face DiffLlama checkpoint, which load_diffllama,
+// DiffLlama::load and transformers read: config.json and model.safetensors.
 //
 //   auto model = load_diffllama<float>("pretrained");  …trained…     save_diffllama(model, "fine-tuned");
 //   Decoder<float, MultiheadDiffAttention<float>> model(…);          trained from the start
 //   save_diffllama(model, directory, {.max_position_embeddings = 256});
 //
 // Of a model that was loaded, everything is written that was read: each tensor in the element type that it had,
-// config.json with all its fields, known or not, generation_config.json and the tokenizer's files. A field changes only
-// where the model or an option says otherwise. transformers needs nothing else; of what it does not read (shards, other
-// tensors, a README) nothing is copied. Saving over the directory that was loaded is fine; if that was in shards, they
-// are not read any more and can be deleted.
+// config.json with all its fields, known or not, generation_config.json and the tokenizer's files. A field changes
+// only where the model or an option says otherwise. transformers needs nothing else; of what it does not read (shards,
+// other tensors, a README) nothing is copied. Saving over the directory that was loaded is fine; if that was in
+// shards, they are not read any more and can be deleted.
 //
-// Heads and rotary pairs are put into their order and the head norm's weight, which DiffLlama has not, is multiplied into
-// o_proj (diffllama_layout.hpp): the same function of the tokens, to rounding. A model that was loaded has neither, and
-// if it is not trained the bits are those that were read. An odd num_key_value_heads becomes twice as many heads when
-// training has moved the copies of a head apart: DiffLlama has no other way to say that.
+// Heads and rotary pairs are put into their order and the head norm's weight, which DiffLlama has not, is multiplied
+// into o_proj (diffllama_layout.hpp): the same function of the tokens, to rounding. A model that was loaded has
+// neither, and if it is not trained the bits are those that were read. An odd num_key_value_heads becomes twice as
+// many heads when training has moved the copies of a head apart: DiffLlama has no other way to say that.
 //
 // The files are one thing: each carries the same diffattn_save_id, computed from all, which transformers ignores and
-// loading compares. Whatever interrupts a save, kill and loss of power included, loading gives the old model or the new
-// one; several may save to one directory at a time, and others load meanwhile. To change a field of config.json by hand,
-// leave its diffattn_save_id as it is. Files that end in .unfinished are of processes that were killed; once a later save
-// is done, they can be deleted.
+// loading compares. Whatever interrupts a save, kill and loss of power included, loading gives the old model or the
+// new one; several may save to one directory at a time, and others load meanwhile. To change a field of config.json by
+// hand, leave its diffattn_save_id as it is. Files that end in .unfinished are of processes that were killed; once a
+// later save is done, they can be deleted.
 //
-// Errors   std::invalid_argument naming the field for what DiffLlama does not have: no rotary embedding or one that turns
-//          a part of a head, a λ_init that is not that of the layer's depth, layers that differ, two different norm_eps,
-//          noise heads shared by several heads; and for a value that the element type cannot hold. std::runtime_error if
-//          a file cannot be written. What was in the directory is then as it was.
+// Errors   std::invalid_argument naming the field for what DiffLlama does not have: no rotary embedding or one that
+//          turns a part of a head, a λ_init that is not that of the layer's depth, layers that differ, two different
+//          norm_eps, noise heads shared by several heads; and for a value that the element type cannot hold.
+//          std::runtime_error if a file cannot be written. What was in the directory is then as it was.
 
 #include <cmath>
 #include <cstring>

@@ -6,12 +6,12 @@
 //   auto model = load_diffllama<float>("DiffLlama-0.3B-handcut");    train it (AdamW, …)
 //   save_diffllama(model, "fine-tuned");                             diffllama_export.hpp
 //
-// Weights  converted to Scalar, in memory of their own: the files may change or go. The layout is the official one, with
-//          Hugging Face's rotary pairs (i, i + d/2) and no norm weight, as DiffLlama has none.
+// Weights  converted to Scalar, in memory of their own: the files may change or go. The layout is the official one,
+//          with Hugging Face's rotary pairs (i, i + d/2) and no norm weight, as DiffLlama has none.
 // Heads    of an odd num_key_value_heads every key and value head stands twice (diffllama_layout.hpp), and training
 //          moves the two apart.
-// The rest of the directory (other fields of config.json, token ids, element types, generation_config.json, the
-//          tokenizer) stays with the model, in config().origin, and is written back with it.
+// Origin   what else the directory says (other fields of config.json, token ids, element types, generation_config.json,
+//          the tokenizer) stays with the model, in config().origin, and is written back with it.
 // Errors   as DiffLlamaCheckpoint says: FormatError, std::runtime_error.
 // Cost     reads all weights once; a Decoder's initial values are drawn before.
 

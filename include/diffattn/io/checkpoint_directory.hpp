@@ -122,8 +122,8 @@ inline bool has_bytes(const std::filesystem::path& path, const FileBytes& bytes)
   }
 }
 
-/// Writes weights and the text of a config.json, an object, into `directory`, which is made if it is not there, and what
-/// stands beside them. Files that are there with the same bytes are not touched.
+/// Writes weights and the text of a config.json, an object, and what stands beside them into `directory`, which is made
+/// if it is not there. Files that are there with the same bytes are not touched.
 inline void save_checkpoint_directory(const std::filesystem::path& directory, SafetensorsWriter weights,
                                       std::string config, const CompanionFiles& companions = {}) {
   Fingerprint fingerprint;

@@ -26,8 +26,8 @@
 
 namespace diffattn::inline v0_1 {
 
-/// What a checkpoint says beside its weights and their shapes. What is left out is as it was read, or as said here for a
-/// model that was not loaded.
+/// What a checkpoint says beside its weights and their shapes. What is left out is as it was read or, for a model that
+/// was not loaded, as said here.
 struct DiffLlamaExportOptions {
   std::optional<Index> max_position_embeddings{};  ///< the longest sequence that it is made for; 2048
   std::vector<Index> eos_token_ids{};              ///< of what ends a text; none
