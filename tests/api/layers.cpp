@@ -1,5 +1,6 @@
 // Layers as users write them: it has to compile, nothing of it runs.
 
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -27,6 +28,11 @@ void layer_calls(Layer& layer, Layer& grad, const M& x) {
   y = layer.forward(x, cache, mask);
   y = layer.forward(x, windowed, PrefixMask{4});
 
+  const std::vector<KvCache<float>*> caches = {&cache};
+  y = layer.forward(x, caches);
+  y = layer.forward(x, caches, mask);
+  y = layer.forward(x, std::span<KvCache<float>* const>(caches));
+
   typename Layer::Tape tape;
   y = layer.forward(x, CausalMask{}, tape);
   y = layer.forward(x, mask, lengths, tape);
@@ -37,6 +43,8 @@ void layer_calls(Layer& layer, Layer& grad, const M& x) {
   layer.forward_into(y, x, mask, lengths, workspace, Serial{});
   layer.forward_into(y, x, cache, workspace, Serial{});
   layer.forward_into(y, x, cache, mask, workspace, Serial{});
+  layer.forward_into(y, x, caches, workspace, Serial{});
+  layer.forward_into(y, x, caches, mask, workspace, Serial{});
   layer.forward_into(y, x, mask, tape, workspace, Serial{});
   layer.backward_into(dx, y, tape, grad, workspace, Serial{});
 

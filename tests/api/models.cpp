@@ -1,6 +1,7 @@
 // Models, training and files as users write them: it has to compile, nothing of it runs.
 
 #include <filesystem>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -33,7 +34,17 @@ void decoder_calls(const std::filesystem::path& path) {
   Workspace workspace;
   model.logits_into(logits, tokens, workspace, Serial{});
   model.logits_into(logits, tokens, cache, workspace, Serial{});
+  const std::vector<DecoderCache<float>*> caches = {&cache};
+  logits = model.logits(tokens, caches);
+  logits = model.logits(tokens, std::span<DecoderCache<float>* const>(caches), SlidingWindowMask{8});
+  model.logits_into(logits, tokens, caches, workspace, Serial{});
   std::vector<Index> text = generate(model, {1, 2}, {.max_new_tokens = 4});
+  const std::vector<std::vector<Index>> prompts = {{1, 2}, {3}};
+  const std::vector<GenerateOptions> options(2);
+  std::vector<std::vector<Index>> texts = generate(model, prompts, {.max_new_tokens = 4});
+  texts = generate(model, prompts, options, Serial{});
+  texts = generate(model, prompts, options, caches, Serial{});
+  texts = generate(model, prompts, {.max_new_tokens = 4}, caches, CausalMask{}, Serial{});
   text = generate(model, tokens, {.max_new_tokens = 4}, Serial{});
 
   AdamW<float> optimizer(model);
@@ -63,6 +74,12 @@ void models(const std::filesystem::path& path) {
   Workspace workspace;
   model.logits_into(logits, std::vector<int>{1, 2}, cache, workspace, Serial{});
   const std::vector<Index> text = model.generate({1, 2}, {.max_new_tokens = 4});
+  const std::vector<DecoderCache<float>*> caches = {&cache};
+  logits = model.logits({1}, caches);
+  logits = model.logits({1, 2, 3}, cache, SlidingWindowMask{8}, Serial{});
+  const std::vector<std::vector<int>> prompts = {{1, 2}, {3}};
+  std::vector<std::vector<Index>> texts = model.generate(prompts, {.max_new_tokens = 4}, Serial{});
+  texts = model.generate(prompts, std::vector<GenerateOptions>(2), caches, Serial{});
 }
 
 }  // namespace api

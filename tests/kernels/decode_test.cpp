@@ -3,6 +3,8 @@
 #include <diffattn/core/parallel_threads.hpp>
 #include <diffattn/kernels/decode.hpp>
 #include <limits>
+#include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -340,6 +342,56 @@ TEST_CASE("Decoding refuses pages of a size that no cache makes", "[kernels][dec
           diffattn::decode_attention(random_matrix<float>(1, 8, rng), pages.packed, Heads{1, 1});
         }) ==
         "decode_attention: the pages must be of a power of two of tokens, at least 32, got " + std::to_string(size));
+}
+
+TEST_CASE("Decoding many sequences at once gives the bits of each alone", "[kernels][decode]") {
+  Rng rng = make_rng();
+  constexpr Index n = 5, d = 6, dv = 7, heads = 4, kv_heads = 2;
+  std::vector<std::unique_ptr<Pages<float>>> caches;
+  std::vector<diffattn::KeyValuePages<float>> packed;
+  std::vector<SlidingWindowMask> masks;
+  for (const Index n_k : {3, 700, 256, 1, 40}) {
+    caches.push_back(std::make_unique<Pages<float>>(random_matrix<float>(n_k, 2 * kv_heads * d, rng),
+                                                    random_matrix<float>(n_k, kv_heads * dv, rng), kv_heads, 2, rng));
+    packed.push_back(caches.back()->packed);
+    masks.push_back({n_k % 2 == 0 ? n_k : 20});
+  }
+  const auto q = random_matrix<float>(n, 2 * heads * d, rng), lambda = random_matrix<float>(n, heads, rng);
+  const std::span<const diffattn::KeyValuePages<float>> all(packed);
+  const std::span<const SlidingWindowMask> all_masks(masks);
+  Workspace workspace;
+  Matrix<float> out(n, heads * dv), expected = out, constant = out;
+  for (Index i = 0; i < n; ++i) {
+    const auto& pages = packed[static_cast<std::size_t>(i)];
+    diffattn::decode_diff_attention_into(expected.middleRows(i, 1), q.middleRows(i, 1), pages, lambda.middleRows(i, 1),
+                                         Heads{heads, kv_heads}, masks[static_cast<std::size_t>(i)], {}, workspace);
+    diffattn::decode_diff_attention_into(constant.middleRows(i, 1), q.middleRows(i, 1), pages, 0.3f,
+                                         Heads{heads, kv_heads}, masks[static_cast<std::size_t>(i)], {}, workspace);
+  }
+  diffattn::ThreadPool pool(3);
+  const auto decode = [&](const auto& l) {
+    diffattn::decode_diff_attention_into(out, q, all, l, Heads{heads, kv_heads}, all_masks, {}, workspace, pool);
+    return out;
+  };
+  CHECK(identical(decode(lambda), expected));
+  CHECK(identical(decode(0.3f), constant));
+  // No sequence is no error.
+  diffattn::decode_diff_attention_into(Matrix<float>(0, heads * dv), Matrix<float>(0, 2 * heads * d), all.first(0),
+                                       0.3f, Heads{heads, kv_heads}, all_masks.first(0), {}, workspace);
+
+  CHECK(thrown_by<ShapeError>([&] {
+          diffattn::decode_diff_attention_into(out, q, all.first(4), 0.3f, Heads{heads, kv_heads}, all_masks, {},
+                                               workspace);
+        }) == "decode_diff_attention: there must be a cache and a mask for each of the 5 rows of q, got 4 and 5");
+  masks[3].window = -1;
+  CHECK(thrown_by<std::invalid_argument>([&] { decode(0.3f); }) ==
+        "decode_diff_attention: sequence 3: the window of SlidingWindowMask must be 0 or more, got -1");
+  masks[3].window = 1;
+  const Pages<float> narrow(random_matrix<float>(3, 2 * kv_heads * 5, rng), random_matrix<float>(3, kv_heads * dv, rng),
+                            kv_heads, 2, rng);
+  packed[2] = narrow.packed;
+  CHECK(thrown_by<ShapeError>([&] { decode(0.3f); }) ==
+        "decode_diff_attention: sequence 2: the cache is not of the shape of the first one");
 }
 
 TEST_CASE("Decoding by the simplest calls: causal, with the thread's workspace", "[kernels][decode]") {

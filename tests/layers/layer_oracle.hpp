@@ -103,15 +103,16 @@ S lambda(const Weights<S>& weights, double lambda_init) {
 
 inline double lambda_init(Index depth) { return 0.8 - 0.6 * std::exp(-0.3 * static_cast<double>(depth)); }
 
-/// Version 1. Query pair h reads key pair and value slab h / (num_heads / num_kv_heads), as both flash files do.
+/// Version 1. Query pair h reads key pair and value slab h / (num_heads / num_kv_heads), as both flash files do. Keys
+/// and values come from `memory`.
 template <typename S, typename Config, typename Mask>
 Matrix<S> multihead_diff_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
-                                   const Mask& mask) {
+                                   const Matrix<S>& memory, const Mask& mask) {
   const Index heads = config.num_heads, kv_heads = config.num_kv_heads == 0 ? heads : config.num_kv_heads;
   const Index d = config.head_dim == 0 ? config.embed_dim / heads / 2 : config.head_dim;
   const double init = config.lambda_init ? *config.lambda_init : lambda_init(config.depth);
-  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", x);
-  const Matrix<S> v = linear(weights, "v_proj", x);
+  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", memory);
+  const Matrix<S> v = linear(weights, "v_proj", memory);
   if (config.rotary) {
     rotate(q, d, *config.rotary);
     rotate(k, d, *config.rotary);
@@ -129,13 +130,21 @@ Matrix<S> multihead_diff_attention(const Weights<S>& weights, const Config& conf
   return linear(weights, "out_proj", heads_out);
 }
 
+/// The same of x alone.
+template <typename S, typename Config, typename Mask>
+Matrix<S> multihead_diff_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
+                                   const Mask& mask) {
+  return multihead_diff_attention(weights, config, x, x, mask);
+}
+
 /// The baseline.
 template <typename S, typename Config, typename Mask>
-Matrix<S> multihead_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x, const Mask& mask) {
+Matrix<S> multihead_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
+                              const Matrix<S>& memory, const Mask& mask) {
   const Index heads = config.num_heads, kv_heads = config.num_kv_heads == 0 ? heads : config.num_kv_heads;
   const Index d = config.embed_dim / heads;
-  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", x);
-  const Matrix<S> v = linear(weights, "v_proj", x);
+  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", memory);
+  const Matrix<S> v = linear(weights, "v_proj", memory);
   if (config.rotary) {
     rotate(q, d, *config.rotary);
     rotate(k, d, *config.rotary);
@@ -149,14 +158,20 @@ Matrix<S> multihead_attention(const Weights<S>& weights, const Config& config, c
   return linear(weights, "out_proj", heads_out);
 }
 
+/// The same of x alone.
+template <typename S, typename Config, typename Mask>
+Matrix<S> multihead_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x, const Mask& mask) {
+  return multihead_attention(weights, config, x, x, mask);
+}
+
 /// Version 2: heads 2i and 2i + 1 share key and value head i / (num_heads / num_kv_heads); λ per token and head.
 template <typename S, typename Config, typename Mask>
 Matrix<S> multihead_diff_attention_v2(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
-                                      const Mask& mask) {
+                                      const Matrix<S>& memory, const Mask& mask) {
   const Index heads = config.num_heads, kv_heads = config.num_kv_heads == 0 ? heads : config.num_kv_heads;
   const Index d = weights.at("q_proj.weight").rows() / heads / 2;
-  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", x);
-  const Matrix<S> v = linear(weights, "v_proj", x), logits = linear(weights, "lambda_proj", x);
+  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", memory);
+  const Matrix<S> v = linear(weights, "v_proj", memory), logits = linear(weights, "lambda_proj", x);
   if (config.rotary) {
     rotate(q, d, *config.rotary);
     rotate(k, d, *config.rotary);
@@ -173,6 +188,13 @@ Matrix<S> multihead_diff_attention_v2(const Weights<S>& weights, const Config& c
     }
   }
   return linear(weights, "o_proj", heads_out);
+}
+
+/// The same of x alone.
+template <typename S, typename Config, typename Mask>
+Matrix<S> multihead_diff_attention_v2(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
+                                      const Mask& mask) {
+  return multihead_diff_attention_v2(weights, config, x, x, mask);
 }
 
 }  // namespace oracle

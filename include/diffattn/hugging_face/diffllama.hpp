@@ -6,6 +6,7 @@
 //   Matrix<float> logits = model.logits(tokens);                          (tokens x vocab_size)
 //   std::vector<Index> text = model.generate(prompt, {.max_new_tokens = 100});
 //   auto cache = model.make_cache();  model.logits(prompt, cache);        then token by token
+//   auto texts = model.generate(prompts, {.max_new_tokens = 100});        many at once; model.logits(tokens, caches)
 //   model.logits_into(y, tokens, cache, workspace, executor);             into a matrix of yours, without the heap
 //   save_diffllama(model, directory);                                     config.json and model.safetensors
 //
@@ -41,15 +42,22 @@
 #include "diffattn/hugging_face/diffllama_layout.hpp"
 #include "diffattn/io/checkpoint_directory.hpp"
 #include "diffattn/io/safetensors.hpp"
+#include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/cache_batch.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
 #include "diffattn/models/decoder.hpp"
+#include "diffattn/models/decoder_cache.hpp"
 #include "diffattn/models/generate.hpp"
+#include "diffattn/models/language_model.hpp"
 
 namespace diffattn::inline v0_1 {
 
 template <typename Scalar>
-class DiffLlama {
+class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
+  using Calls = LanguageModel<DiffLlama, Scalar>;
+  using Calls::size_of;
+
  public:
   using Attention = MultiheadDiffAttention<Scalar, FrozenMatrix>;
   using Model = Decoder<Scalar, Attention>;
@@ -65,29 +73,7 @@ class DiffLlama {
   const DiffLlamaConfig& config() const { return config_; }
   const Model& decoder() const { return decoder_; }
 
-  /// (tokens x vocab_size): row i scores what follows token i. Tokens are any contiguous integers. Throws
-  /// std::invalid_argument for one outside the vocabulary and for more of them than the model has positions.
-  template <typename Tokens, Executor E = Serial>
-  Matrix<Scalar> logits(const Tokens& tokens, E&& executor = {}) const {
-    Workspace workspace;
-    Matrix<Scalar> result(size_of(tokens), config_.vocab_size);
-    logits_into(result, tokens, workspace, executor);
-    return result;
-  }
-  Matrix<Scalar> logits(std::initializer_list<Index> tokens) const { return logits(std::span(tokens)); }
-
-  /// The same for the tokens that follow those in `cache`, which they join; whatever is thrown, it is as before.
-  template <typename Tokens, typename Storage, Executor E = Serial>
-  Matrix<Scalar> logits(const Tokens& tokens, DecoderCache<Storage>& cache, E&& executor = {}) const {
-    Workspace workspace;
-    Matrix<Scalar> result(size_of(tokens), config_.vocab_size);
-    logits_into(result, tokens, cache, workspace, executor);
-    return result;
-  }
-  template <typename Storage>
-  Matrix<Scalar> logits(std::initializer_list<Index> tokens, DecoderCache<Storage>& cache) const {
-    return logits(std::span(tokens), cache);
-  }
+  using Calls::logits, Calls::logits_into;  // language_model.hpp describes them
 
   /// A cache for this model, whose storage type is free: make_cache<Eigen::bfloat16>(). Throws std::invalid_argument
   /// for options that KvCache refuses.
@@ -96,12 +82,12 @@ class DiffLlama {
     return decoder_.template make_cache<Storage>(options);
   }
 
-  /// The tokens that follow the prompt, as generate.hpp says, with work spread over `executor`. If no stop tokens are
-  /// given, they are the eos_token_id of the configuration.
-  template <typename Tokens, Executor E = Serial>
-  std::vector<Index> generate(const Tokens& prompt, const GenerateOptions& options = {}, E&& executor = {}) const {
-    DecoderCache<Scalar> cache = make_cache();
-    return generate(prompt, options, cache, executor);
+  /// The tokens that follow the prompt, or each of many prompts, as generate.hpp says: model.generate(prompt, options,
+  /// …) is what generate(decoder(), prompt, options, …) gives, but for stop tokens, which are the eos_token_id of the
+  /// configuration if none are given, and for texts that are no longer than the model has positions.
+  template <typename Prompt, BatchOptions Options = GenerateOptions, typename... Rest>
+  auto generate(const Prompt& prompt, const Options& options = {}, Rest&&... rest) const {
+    return diffattn::generate(decoder_, prompt, adapted(options), rest...);
   }
   template <Executor E = Serial>
   std::vector<Index> generate(std::initializer_list<Index> prompt, const GenerateOptions& options = {},
@@ -109,28 +95,29 @@ class DiffLlama {
     return generate(std::span(prompt), options, executor);
   }
 
-  /// The same behind what is in `cache`, which holds prompt and text, but for the last token, afterwards.
-  template <typename Tokens, typename Storage, Executor E = Serial>
-  std::vector<Index> generate(const Tokens& prompt, GenerateOptions options, DecoderCache<Storage>& cache,
-                              E&& executor = {}) const {
-    if (options.stop_tokens.empty()) options.stop_tokens = config_.eos_token_ids;
-    options.max_length = std::min(options.max_length.value_or(config_.max_tokens()), config_.max_tokens());
-    return diffattn::generate(decoder_, prompt, options, cache, executor);
-  }
-
-  /// logits(tokens) into y (tokens x vocab_size): after a first call of the largest shape no heap.
-  template <typename Y, typename Tokens, Executor E = Serial>
-  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, Workspace& workspace, E&& executor = {}) const {
+  /// logits(tokens, mask) into y (tokens x vocab_size).
+  template <typename Y, typename Tokens, AttentionMask Mask, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, const Mask& mask, Workspace& workspace,
+                   E&& executor = {}) const {
     check_length(size_of(tokens));
-    decoder_.logits_into(y, tokens, workspace, executor);
+    decoder_.logits_into(y, tokens, mask, workspace, executor);
   }
-
-  /// The same behind what is in `cache`, which allocates only the pages by which it grows, none up to its `reserve`.
-  template <typename Y, typename Tokens, typename Storage, Executor E = Serial>
-  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache,
+  /// logits(tokens, cache, mask) into y.
+  template <typename Y, typename Tokens, typename Storage, AttentionMask Mask, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask,
                    Workspace& workspace, E&& executor = {}) const {
     check_length(cache.position() + size_of(tokens));
-    decoder_.logits_into(y, tokens, cache, workspace, executor);
+    decoder_.logits_into(y, tokens, cache, mask, workspace, executor);
+  }
+  /// logits(tokens, caches, mask) into y.
+  template <typename Y, typename Tokens, CacheBatch<DecoderCache> Caches, AttentionMask Mask, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, Caches&& caches, const Mask& mask,
+                   Workspace& workspace, E&& executor = {}) const {
+    detail::check_sequences(kName, static_cast<Index>(std::size(caches)), [&](const char* where, Index i) {
+      const auto* const cache = std::data(caches)[i];
+      if (cache != nullptr) check_length(cache->position() + 1, where);  // the decoder refuses null
+    });
+    decoder_.logits_into(y, tokens, caches, mask, workspace, executor);
   }
 
   /// Writes config.json and model.safetensors, in the element types that were read, as one thing: whatever interrupts
@@ -272,17 +259,28 @@ class DiffLlama {
     writer.add(name, ordered);
   }
 
-  template <typename Tokens>
-  static Index size_of(const Tokens& tokens) {
-    return static_cast<Index>(std::size(tokens));
-  }
-
-  void check_length(Index tokens) const {
+  void check_length(Index tokens, const char* where = kName) const {
     if (tokens > config_.max_tokens()) {
-      detail::throw_invalid({"DiffLlama: a sequence of ", tokens, " tokens is longer than the ", config_.max_tokens(),
+      detail::throw_invalid({where, ": a sequence of ", tokens, " tokens is longer than the ", config_.max_tokens(),
                              " positions that the model has"});
     }
   }
+
+  /// The options with what this model adds to them; a copy of each, if there are many.
+  auto adapted(GenerateOptions options) const {
+    if (options.stop_tokens.empty()) options.stop_tokens = config_.eos_token_ids;
+    options.max_length = std::min(options.max_length.value_or(config_.max_tokens()), config_.max_tokens());
+    return options;
+  }
+  template <typename Range>
+  std::vector<GenerateOptions> adapted(const Range& each) const {
+    std::vector<GenerateOptions> result;
+    std::transform(std::data(each), std::data(each) + std::size(each), std::back_inserter(result),
+                   [&](const GenerateOptions& options) { return adapted(options); });
+    return result;
+  }
+
+  static constexpr const char* kName = "DiffLlama";
 
   DiffLlamaConfig config_;
   Model decoder_;

@@ -22,6 +22,8 @@
 //            the place of `gradients`. Results are overwritten, not added to.
 // Masks      a hidden key gets no gradient from a query that does not see it, and gives none, whatever they hold; a row
 //            that sees nothing has gradient 0.
+// Biases     Under a mask with a learned bias (learned_bias.hpp) there is one more, dbias, of the shape of its table:
+//            what is returned has it, {dq, dk, dv, dbias} or {dq, dk, dv, dlambda, dbias} may name a matrix for it.
 // Errors     ShapeError and std::invalid_argument before any work. What a mask, a bias or an executor of yours throws,
 //            and std::bad_alloc, reach the caller; the gradients then hold anything.
 // Memory     a panel of 96 · n_k · (maps + 1) values a worker; packed keys and values of a head and their gradients a
@@ -43,11 +45,10 @@ namespace diffattn::inline v0_1 {
 /// The gradients of attention(): q (n_q x d), k (n_k x d), v (n_k x dv), dout (n_q x dv) → {dq, dk, dv}. Throws
 /// ShapeError.
 template <typename Q, typename K, typename V, typename G, AttentionMask Mask = FullMask>
-AttentionGradients<typename Q::Scalar> attention_backward(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
-                                                          const Eigen::MatrixBase<V>& v,
-                                                          const Eigen::MatrixBase<G>& dout, const Mask& mask = {},
-                                                          const AttentionOptions& options = {}) {
-  AttentionGradients<typename Q::Scalar> gradients;
+AttentionGradients<typename Q::Scalar, detail::HasLearnedBias<Mask>> attention_backward(
+    const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
+    const Eigen::MatrixBase<G>& dout, const Mask& mask = {}, const AttentionOptions& options = {}) {
+  AttentionGradients<typename Q::Scalar, detail::HasLearnedBias<Mask>> gradients;
   attention_backward_into(gradients, q, k, v, dout, mask, options);
   return gradients;
 }
@@ -56,11 +57,11 @@ AttentionGradients<typename Q::Scalar> attention_backward(const Eigen::MatrixBas
 /// lambda a number or n_q x 1 → {dq1, dk1, dq2, dk2, dv, dlambda}. Throws ShapeError.
 template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename G,
           AttentionMask Mask = FullMask>
-DiffAttentionGradients<typename Q1::Scalar, Lambda> diff_attention_backward(
+DiffAttentionGradients<typename Q1::Scalar, Lambda, detail::HasLearnedBias<Mask>> diff_attention_backward(
     const Eigen::MatrixBase<Q1>& q1, const Eigen::MatrixBase<K1>& k1, const Eigen::MatrixBase<Q2>& q2,
     const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
     const Eigen::MatrixBase<G>& dout, const Mask& mask = {}, const AttentionOptions& options = {}) {
-  DiffAttentionGradients<typename Q1::Scalar, Lambda> gradients;
+  DiffAttentionGradients<typename Q1::Scalar, Lambda, detail::HasLearnedBias<Mask>> gradients;
   diff_attention_backward_into(gradients, q1, k1, q2, k2, v, lambda, dout, mask, options);
   return gradients;
 }
@@ -68,10 +69,10 @@ DiffAttentionGradients<typename Q1::Scalar, Lambda> diff_attention_backward(
 /// The gradients of multihead_attention(), operands as there, dout (n_q x H·dv) → {dq, dk, dv}. Throws ShapeError, and
 /// std::invalid_argument for heads that cannot be grouped.
 template <typename Q, typename K, typename V, typename G, AttentionMask Mask = FullMask>
-AttentionGradients<typename Q::Scalar> multihead_attention_backward(
+AttentionGradients<typename Q::Scalar, detail::HasLearnedBias<Mask>> multihead_attention_backward(
     const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
     const Eigen::MatrixBase<G>& dout, Heads heads, const Mask& mask = {}, const AttentionOptions& options = {}) {
-  AttentionGradients<typename Q::Scalar> gradients;
+  AttentionGradients<typename Q::Scalar, detail::HasLearnedBias<Mask>> gradients;
   multihead_attention_backward_into(gradients, q, k, v, dout, heads, mask, options);
   return gradients;
 }
@@ -79,10 +80,11 @@ AttentionGradients<typename Q::Scalar> multihead_attention_backward(
 /// The gradients of multihead_diff_attention(), operands as there, dout (n_q x H·dv) → {dq, dk, dv, dlambda}. Throws
 /// ShapeError, and std::invalid_argument for heads that cannot be grouped.
 template <typename Q, typename K, typename V, typename Lambda, typename G, AttentionMask Mask = FullMask>
-MultiheadDiffAttentionGradients<typename Q::Scalar, Lambda> multihead_diff_attention_backward(
-    const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
-    const Eigen::MatrixBase<G>& dout, Heads heads, const Mask& mask = {}, const AttentionOptions& options = {}) {
-  MultiheadDiffAttentionGradients<typename Q::Scalar, Lambda> gradients;
+MultiheadDiffAttentionGradients<typename Q::Scalar, Lambda, detail::HasLearnedBias<Mask>>
+multihead_diff_attention_backward(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
+                                  const Eigen::MatrixBase<V>& v, const Lambda& lambda, const Eigen::MatrixBase<G>& dout,
+                                  Heads heads, const Mask& mask = {}, const AttentionOptions& options = {}) {
+  MultiheadDiffAttentionGradients<typename Q::Scalar, Lambda, detail::HasLearnedBias<Mask>> gradients;
   multihead_diff_attention_backward_into(gradients, q, k, v, lambda, dout, heads, mask, options);
   return gradients;
 }
@@ -104,6 +106,7 @@ void run_attention_backward(const char* where, Gradients& gradients, const Eigen
   grad.of_q[0] = to.dq;
   grad.of_k[0] = to.dk;
   grad.of_v = to.dv;
+  grad.of_bias = bias_gradient_view<Scalar>(where, gradients, mask);
   run_heads_backward(operands.in, grad, mask, workspace, executor);
 }
 
@@ -143,14 +146,15 @@ void run_multihead_diff_backward(Gradients& gradients, const Eigen::MatrixBase<Q
   spread_maps(grad.of_q, to.dq, sizes.query_maps, sizes.d);
   spread_maps(grad.of_k, to.dk, sizes.key_maps, sizes.d);
   grad.of_v = to.dv;
+  grad.of_bias = bias_gradient_view<Scalar>(where, gradients, mask);
   run_diff_backward<Lambda>(operands.in, grad, to.dlambda, mask, workspace, executor);
 }
 
 }  // namespace detail
 
 /// attention_backward(), into `gradients`, which are resized where they have another shape.
-template <typename Scalar, typename Q, typename K, typename V, typename G, AttentionMask Mask = FullMask>
-void attention_backward_into(AttentionGradients<Scalar>& gradients, const Eigen::MatrixBase<Q>& q,
+template <typename Scalar, bool kBias, typename Q, typename K, typename V, typename G, AttentionMask Mask = FullMask>
+void attention_backward_into(AttentionGradients<Scalar, kBias>& gradients, const Eigen::MatrixBase<Q>& q,
                              const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
                              const Eigen::MatrixBase<G>& dout, const Mask& mask = {},
                              const AttentionOptions& options = {}) {
@@ -159,8 +163,9 @@ void attention_backward_into(AttentionGradients<Scalar>& gradients, const Eigen:
 }
 
 /// attention_backward(), with scratch from `workspace`, on the threads of `executor`.
-template <typename Scalar, typename Q, typename K, typename V, typename G, AttentionMask Mask, Executor E = Serial>
-void attention_backward_into(AttentionGradients<Scalar>& gradients, const Eigen::MatrixBase<Q>& q,
+template <typename Scalar, bool kBias, typename Q, typename K, typename V, typename G, AttentionMask Mask,
+          Executor E = Serial>
+void attention_backward_into(AttentionGradients<Scalar, kBias>& gradients, const Eigen::MatrixBase<Q>& q,
                              const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
                              const Eigen::MatrixBase<G>& dout, const Mask& mask, const AttentionOptions& options,
                              Workspace& workspace, E&& executor = {}) {
@@ -170,8 +175,8 @@ void attention_backward_into(AttentionGradients<Scalar>& gradients, const Eigen:
 }
 
 /// multihead_attention_backward(), into `gradients`, which are resized where they have another shape.
-template <typename Scalar, typename Q, typename K, typename V, typename G, AttentionMask Mask = FullMask>
-void multihead_attention_backward_into(AttentionGradients<Scalar>& gradients, const Eigen::MatrixBase<Q>& q,
+template <typename Scalar, bool kBias, typename Q, typename K, typename V, typename G, AttentionMask Mask = FullMask>
+void multihead_attention_backward_into(AttentionGradients<Scalar, kBias>& gradients, const Eigen::MatrixBase<Q>& q,
                                        const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
                                        const Eigen::MatrixBase<G>& dout, Heads heads, const Mask& mask = {},
                                        const AttentionOptions& options = {}) {
@@ -180,8 +185,9 @@ void multihead_attention_backward_into(AttentionGradients<Scalar>& gradients, co
 }
 
 /// multihead_attention_backward(), with scratch from `workspace`, on the threads of `executor`.
-template <typename Scalar, typename Q, typename K, typename V, typename G, AttentionMask Mask, Executor E = Serial>
-void multihead_attention_backward_into(AttentionGradients<Scalar>& gradients, const Eigen::MatrixBase<Q>& q,
+template <typename Scalar, bool kBias, typename Q, typename K, typename V, typename G, AttentionMask Mask,
+          Executor E = Serial>
+void multihead_attention_backward_into(AttentionGradients<Scalar, kBias>& gradients, const Eigen::MatrixBase<Q>& q,
                                        const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
                                        const Eigen::MatrixBase<G>& dout, Heads heads, const Mask& mask,
                                        const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
@@ -202,25 +208,26 @@ void multihead_attention_backward_into(const AttentionGradientViews<typename Q::
 }
 
 /// diff_attention_backward(), into `gradients`, which are resized where they have another shape.
-template <typename Scalar, typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename G,
-          AttentionMask Mask = FullMask>
-void diff_attention_backward_into(DiffAttentionGradients<Scalar, Lambda>& gradients, const Eigen::MatrixBase<Q1>& q1,
-                                  const Eigen::MatrixBase<K1>& k1, const Eigen::MatrixBase<Q2>& q2,
-                                  const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
-                                  const Eigen::MatrixBase<G>& dout, const Mask& mask = {},
-                                  const AttentionOptions& options = {}) {
+template <typename Scalar, bool kBias, typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda,
+          typename G, AttentionMask Mask = FullMask>
+void diff_attention_backward_into(DiffAttentionGradients<Scalar, Lambda, kBias>& gradients,
+                                  const Eigen::MatrixBase<Q1>& q1, const Eigen::MatrixBase<K1>& k1,
+                                  const Eigen::MatrixBase<Q2>& q2, const Eigen::MatrixBase<K2>& k2,
+                                  const Eigen::MatrixBase<V>& v, const Lambda& lambda, const Eigen::MatrixBase<G>& dout,
+                                  const Mask& mask = {}, const AttentionOptions& options = {}) {
   detail::ThreadWorkspace workspace;
   diff_attention_backward_into(gradients, q1, k1, q2, k2, v, lambda, dout, mask, options, workspace);
 }
 
 /// diff_attention_backward(), with scratch from `workspace`, on the threads of `executor`.
-template <typename Scalar, typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename G,
-          AttentionMask Mask, Executor E = Serial>
-void diff_attention_backward_into(DiffAttentionGradients<Scalar, Lambda>& gradients, const Eigen::MatrixBase<Q1>& q1,
-                                  const Eigen::MatrixBase<K1>& k1, const Eigen::MatrixBase<Q2>& q2,
-                                  const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
-                                  const Eigen::MatrixBase<G>& dout, const Mask& mask, const AttentionOptions& options,
-                                  Workspace& workspace, E&& executor = {}) {
+template <typename Scalar, bool kBias, typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda,
+          typename G, AttentionMask Mask, Executor E = Serial>
+void diff_attention_backward_into(DiffAttentionGradients<Scalar, Lambda, kBias>& gradients,
+                                  const Eigen::MatrixBase<Q1>& q1, const Eigen::MatrixBase<K1>& k1,
+                                  const Eigen::MatrixBase<Q2>& q2, const Eigen::MatrixBase<K2>& k2,
+                                  const Eigen::MatrixBase<V>& v, const Lambda& lambda, const Eigen::MatrixBase<G>& dout,
+                                  const Mask& mask, const AttentionOptions& options, Workspace& workspace,
+                                  E&& executor = {}) {
   detail::check_gradient_scalar<Scalar, Q1>();
   detail::check_result_scalar<Scalar, G>();
   const auto operands = detail::operands_of("diff_attention_backward", q1, k1, q2, k2, v, lambda,
@@ -228,14 +235,15 @@ void diff_attention_backward_into(DiffAttentionGradients<Scalar, Lambda>& gradie
   const detail::Readable<G> dout_read(dout.derived());
   detail::HeadGradients<Scalar, 2> grad(operands.in, detail::view_of(dout_read));
   detail::set_gradients(grad, gradients, operands.sizes);
+  grad.of_bias = detail::bias_gradient_view<Scalar>("diff_attention_backward", gradients, mask);
   const StridedView<Scalar> dlambda = detail::resized_lambda_gradient(gradients, operands.sizes);
   detail::run_diff_backward<Lambda>(operands.in, grad, dlambda, mask, workspace, executor);
 }
 
 /// multihead_diff_attention_backward(), into `gradients`, which are resized where they have another shape.
-template <typename Scalar, typename Q, typename K, typename V, typename Lambda, typename G,
+template <typename Scalar, bool kBias, typename Q, typename K, typename V, typename Lambda, typename G,
           AttentionMask Mask = FullMask>
-void multihead_diff_attention_backward_into(MultiheadDiffAttentionGradients<Scalar, Lambda>& gradients,
+void multihead_diff_attention_backward_into(MultiheadDiffAttentionGradients<Scalar, Lambda, kBias>& gradients,
                                             const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
                                             const Eigen::MatrixBase<V>& v, const Lambda& lambda,
                                             const Eigen::MatrixBase<G>& dout, Heads heads, const Mask& mask = {},
@@ -245,9 +253,9 @@ void multihead_diff_attention_backward_into(MultiheadDiffAttentionGradients<Scal
 }
 
 /// multihead_diff_attention_backward(), with scratch from `workspace`, on the threads of `executor`.
-template <typename Scalar, typename Q, typename K, typename V, typename Lambda, typename G, AttentionMask Mask,
-          Executor E = Serial>
-void multihead_diff_attention_backward_into(MultiheadDiffAttentionGradients<Scalar, Lambda>& gradients,
+template <typename Scalar, bool kBias, typename Q, typename K, typename V, typename Lambda, typename G,
+          AttentionMask Mask, Executor E = Serial>
+void multihead_diff_attention_backward_into(MultiheadDiffAttentionGradients<Scalar, Lambda, kBias>& gradients,
                                             const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
                                             const Eigen::MatrixBase<V>& v, const Lambda& lambda,
                                             const Eigen::MatrixBase<G>& dout, Heads heads, const Mask& mask,

@@ -16,6 +16,7 @@
 //                                                                       neither of them decreasing in `query`
 // and, if it likes,
 //   number bias(Index head, Index query, Index key, Index n_q, Index n_k) const      added to scale * q·k; -inf masks
+//   void fill_bias(T* row, const BiasRow& of) const                                  many of them at once (bias_row.hpp)
 //   void check(const char* where, Index num_heads, Index n_q, Index n_k) const       throws what could not be meant
 // `head` is the query head, of a differential kernel the differential head. Masks nest in both() and with_bias():
 // with_bias(both(CausalMask{}, PaddingMask{n}), AlibiBias{slopes}).
@@ -118,27 +119,6 @@ void check_mask(const char* where, const Mask& mask, Index num_heads, Index n_q,
   if constexpr (has_check) mask.check(where, num_heads, n_q, n_k);
 }
 
-/// Whether a bias is -inf, which no integer is.
-template <typename Number>
-bool is_minus_infinity(Number bias) {
-  using Limits = std::numeric_limits<Number>;
-  return Limits::has_infinity && bias == -Limits::infinity();
-}
-
-/// The bias of a pair as a Scalar. -inf stays -inf and only that does: a finite one that Scalar cannot hold is the
-/// lowest or the largest that it can.
-template <typename Scalar, typename Mask>
-Scalar bias_of(const Mask& mask, Index head, Index query, Index key, Index n_q, Index n_k) {
-  const auto bias = mask.bias(head, query, key, n_q, n_k);
-  using Bias = std::remove_cv_t<decltype(bias)>;
-  if constexpr (std::is_floating_point_v<Bias> && sizeof(Bias) > sizeof(Scalar)) {
-    using Limits = std::numeric_limits<Scalar>;
-    if (bias < Bias(Limits::lowest()) && bias != -std::numeric_limits<Bias>::infinity()) return Limits::lowest();
-    if (bias > Bias(Limits::max()) && bias != std::numeric_limits<Bias>::infinity()) return Limits::max();
-  }
-  return static_cast<Scalar>(bias);
-}
-
 /// Whether the bias, if there is one, leaves key `key` visible. The range is not looked at.
 template <typename Mask>
 bool bias_shows(const Mask& mask, Index head, Index query, Index key, Index n_q, Index n_k) {
@@ -147,17 +127,6 @@ bool bias_shows(const Mask& mask, Index head, Index query, Index key, Index n_q,
   } else {
     return true;
   }
-}
-
-/// a + b, where only -inf is -inf: two finite biases that add up to less than any number are the lowest number.
-template <typename A, typename B>
-auto sum_of_biases(A a, B b) {
-  const auto sum = a + b;
-  using Sum = std::remove_cv_t<decltype(sum)>;
-  if (is_minus_infinity<Sum>(sum) && !is_minus_infinity(a) && !is_minus_infinity(b)) {
-    return std::numeric_limits<Sum>::lowest();
-  }
-  return Sum(sum);
 }
 
 }  // namespace detail
@@ -175,6 +144,26 @@ struct BiasedMask {
       return detail::sum_of_biases(mask.bias(head, query, key, n_q, n_k), added(head, query, key, n_q, n_k));
     } else {
       return added(head, query, key, n_q, n_k);
+    }
+  }
+
+  /// The biases of a row of keys (bias_row.hpp).
+  template <typename T>
+  void fill_bias(T* row, const BiasRow& of) const {
+    if constexpr (detail::HasBias<Mask>) {
+      detail::fill_bias_sums(detail::BiasOfMask<Mask>{mask}, added, row, of);
+    } else {
+      detail::fill_biases(added, row, of);
+    }
+  }
+
+  static constexpr int kLearnedBiases = detail::count_learned_biases<Mask>() + (LearnedBias<Bias> ? 1 : 0);
+  /// The one bias that learns.
+  const auto& learned_bias() const requires(kLearnedBiases == 1) {
+    if constexpr (LearnedBias<Bias>) {
+      return added;
+    } else {
+      return mask.learned_bias();
     }
   }
 
@@ -214,6 +203,28 @@ struct BothMasks {
       return first.bias(head, query, key, n_q, n_k);
     } else {
       return detail::sum_of_biases(first.bias(head, query, key, n_q, n_k), second.bias(head, query, key, n_q, n_k));
+    }
+  }
+
+  /// The biases of a row of keys (bias_row.hpp).
+  template <typename T>
+  void fill_bias(T* row, const BiasRow& of) const requires(detail::HasBias<First> || detail::HasBias<Second>) {
+    if constexpr (!detail::HasBias<First>) {
+      detail::fill_biases(detail::BiasOfMask<Second>{second}, row, of);
+    } else if constexpr (!detail::HasBias<Second>) {
+      detail::fill_biases(detail::BiasOfMask<First>{first}, row, of);
+    } else {
+      detail::fill_bias_sums(detail::BiasOfMask<First>{first}, detail::BiasOfMask<Second>{second}, row, of);
+    }
+  }
+
+  static constexpr int kLearnedBiases = detail::count_learned_biases<First>() + detail::count_learned_biases<Second>();
+  /// The one bias that learns.
+  const auto& learned_bias() const requires(kLearnedBiases == 1) {
+    if constexpr (detail::HasLearnedBias<First>) {
+      return first.learned_bias();
+    } else {
+      return second.learned_bias();
     }
   }
 

@@ -121,16 +121,30 @@ class KvCache {
 
   // What layers do, in this order. `where` names the layer in messages.
 
-  /// Checks that `tokens` tokens of this shape fit, and makes room for them.
+  /// The shape of such tokens' pages. Throws ShapeError unless what is there has the same.
   template <typename Scalar>
-  void prepare(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) {
+  PageShape check_shape(const char* where, Index heads, Index key_maps, Index d, Index dv) const {
     static_assert(sizeof(Storage) <= sizeof(Scalar), "diffattn: a cache must not be wider than the layer's scalar");
     const PageShape shape{heads, key_maps, d, dv, detail::Tile<Scalar>::kCols, page_size()};
     if (position_ != 0 && shape != shape_) throw_other_shape(where, shape);
+    return shape;
+  }
+
+  /// The same, and checks that there is room for `tokens` tokens.
+  template <typename Scalar>
+  PageShape check(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) const {
+    const PageShape shape = check_shape<Scalar>(where, heads, key_maps, d, dv);
     if (options_.max_tokens != 0 && tokens > options_.max_tokens - position_) {
       detail::throw_invalid({where, ": the cache holds at most ", options_.max_tokens, " tokens and has ", position_,
                              ", cannot append ", tokens});
     }
+    return shape;
+  }
+
+  /// Checks that they fit, and makes room for them.
+  template <typename Scalar>
+  void prepare(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) {
+    const PageShape shape = check<Scalar>(where, heads, key_maps, d, dv, tokens);
     if (shape != shape_) {
       pages_.clear();
       shape_ = shape;

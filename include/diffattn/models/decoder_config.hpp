@@ -11,6 +11,7 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/sizes.hpp"
+#include "diffattn/models/transformer_block.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -26,10 +27,7 @@ struct DecoderConfig {
 
   /// The attention of layer `layer`, from 0: its depth, which λ_init follows, and a seed of its own.
   typename Attention::Config attention_of(Index layer) const {
-    typename Attention::Config config = attention;
-    if constexpr (requires { config.depth; }) config.depth = layer;
-    config.seed = seed + 1 + static_cast<std::uint64_t>(layer);
-    return config;
+    return detail::attention_of_layer<Attention>(attention, seed, layer);
   }
 };
 

@@ -25,6 +25,12 @@ struct ShiftedMask {
   auto bias(Index head, Index query, Index key, Index n_q, Index n_k) const requires HasBias<Mask> {
     return mask.bias(head, query, first_key + key, n_q, first_key + n_k);
   }
+
+  template <typename T>
+  void fill_bias(T* row, const BiasRow& of) const requires HasBias<Mask> {
+    fill_biases(BiasOfMask<Mask>{mask}, row,
+                {of.head, of.query, first_key + of.first_key, of.count, of.n_q, first_key + of.n_k});
+  }
 };
 
 }  // namespace diffattn::inline v0_1::detail

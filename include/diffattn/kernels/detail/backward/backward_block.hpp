@@ -13,8 +13,10 @@
 
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/backward/backward_operands.hpp"
+#include "diffattn/kernels/detail/backward/bias_gradient.hpp"
 #include "diffattn/kernels/detail/backward/block_columns.hpp"
 #include "diffattn/kernels/detail/backward/copied_rows.hpp"
+#include "diffattn/kernels/detail/backward/row_dots.hpp"
 #include "diffattn/kernels/detail/forward/row_block.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -35,9 +37,10 @@ class BackwardBlock {
   using Sums = KeyValueSums<Scalar, kMaps>;
 
   /// Takes the scratch of one worker; no block will have more than `max_rows` rows or see more than `max_keys` keys.
-  BackwardBlock(Workspace& workspace, const Head& shape, Index max_rows, Index max_keys)
+  BackwardBlock(Workspace& workspace, const Head& shape, Index max_rows, Index max_keys, bool has_bias)
       : panel_rows_(round_up(std::min(max_rows, kBlockRows), kRows)), copies_(workspace, shape, kBlockRows) {
     const Index chunks = divide_up(max_keys, kChunk) + 1;
+    biases_ = has_bias ? workspace.take<Scalar>(kRows * kChunk) : nullptr;
     panel_ = workspace.take<Scalar>(chunks * kPanels * panel_rows_ * kChunk);
     step_ = workspace.take<Scalar>(kPanels * panel_rows_ * kStride);
     chunk_factor_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
@@ -49,9 +52,10 @@ class BackwardBlock {
   }
 
   /// Writes dQ and D_2 of `rows` and adds what they contribute to dK / s and dV. head: the keys and values that
-  /// rows.head reads; sums: theirs.
+  /// rows.head reads; sums: theirs; dbias: those of a learned bias.
   template <typename Mask>
-  void run(const Operands& in, const Gradients& grad, const Head& head, const Sums& sums, const RowRange<Mask>& rows) {
+  void run(const Operands& in, const Gradients& grad, const Head& head, const Sums& sums, const HeadBiasSums& dbias,
+           const RowRange<Mask>& rows) {
     const Index groups = divide_up(rows.count, kRows);
     const ScoreScale<Scalar> scale = split_scale<Mask>(in.scale);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
@@ -74,6 +78,13 @@ class BackwardBlock {
     for_each_chunk(keys, [&](const BlockChunk& chunk) {
       const KeyRange columns = block_columns<Scalar>(keys, chunk.first_key);
       differentiate(rows.count, chunk.number, columns);
+      if constexpr (HasLearnedBias<Mask>) {
+        const Scalar* ds[kMaps];
+        for (Index map = 0; map < kMaps; ++map) ds[map] = step(map);
+        if (dbias.sums != nullptr) {
+          add_bias_gradients(dbias.row(rows.head), ds, kStride, rows, chunk.first_key, columns, finite);
+        }
+      }
       if (finite) {
         add_gradients(head, sums, rows, chunk, columns);
       } else {
@@ -102,6 +113,7 @@ class BackwardBlock {
                   const KeyRange& of_block, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
     const Index at = g * kRows * kChunk, next_key = chunk.first_key + kChunk;
     const KeyRange columns = group_columns<Scalar>(rows.keys_of_any(), chunk.first_key, of_block);
+    if constexpr (HasBias<Mask>) fill_biases(biases_, kChunk, rows, chunk.first_key, columns);
     for (Index p = 0; p < kPanels; ++p) {
       for (Index r = 0; r < rows.count; ++r) {
         fill_unseen(panel(chunk.number, p) + at + r * kChunk, of_block, columns, Scalar(0));
@@ -117,12 +129,12 @@ class BackwardBlock {
       Scalar* const weights = panel(chunk.number, map) + at;
       const LeftOperand<Scalar> q{copies_.q_rows[map] + g * kRows * head.d, head.d, 1};
       score_chunk(weights, q, head.keys[map] + chunk.first_key * head.d, head.d, rows, chunk.first_key, columns, scale,
-                  ahead(head.keys[map] + next_key * head.d, map));
+                  ahead(head.keys[map] + next_key * head.d, map), biases_);
       Scalar growth[kRows];
       softmax_[map][g].add_chunk(weights, weights, kChunk, rows.count, columns.begin, columns.end, exp2, growth);
       const Index values = slot(chunk.number, map) + g * kPaddedRows;
       std::copy(softmax_[map][g].base, softmax_[map][g].base + kPaddedRows, chunk_factor_ + values);
-      set_dots(chunk_dot_ + values, weights, da, rows.count, columns);
+      set_dots(chunk_dot_ + values, weights, da, kChunk, rows.count, columns);
     }
   }
 
@@ -136,21 +148,7 @@ class BackwardBlock {
                   columns.end - c, ahead.of_chunk(c * head.dv, kCols * head.dv), ahead.of_panel(c, kChunk),
                   kScoreChain);
     }
-    const KeyRange all = rows.keys_of_all();
-    if (HasBias<Mask> || first_key + columns.begin < all.begin || first_key + columns.end > all.end) {
-      clear_hidden(da, kChunk, rows, first_key, columns);
-    }
-  }
-
-  /// dots[r] = Σ weight · dA over the columns of row r.
-  static void set_dots(Scalar* dots, const Scalar* weights, const Scalar* da, Index rows, const KeyRange& columns) {
-    for (Index r = 0; r < rows; ++r) {
-      auto dot = simd::broadcast(Scalar(0));
-      for (Index c = r * kChunk + columns.begin; c < r * kChunk + columns.end; c += kLanes) {
-        dot = simd::fma(simd::load(weights + c), simd::load(da + c), dot);
-      }
-      dots[r] = simd::reduce_add(dot);
-    }
+    clear_hidden(da, kChunk, rows, first_key, columns, biases_);
   }
 
   /// 1/l_1, −λ/l_2 and D_m of every row; 0 for a row that saw no key. Returns whether all are finite.
@@ -288,6 +286,7 @@ class BackwardBlock {
 
   Index panel_rows_;
   CopiedRows<Scalar, kMaps> copies_;
+  Scalar* biases_;        // [kRows][kChunk], of a group and chunk
   Scalar* panel_;         // [chunk][panel][panel_rows_][kChunk]
   Scalar* step_;          // [panel][panel_rows_][kStride]
   Scalar* chunk_factor_;  // [chunk][map][group][kPaddedRows]: what weights are relative to, then their factor

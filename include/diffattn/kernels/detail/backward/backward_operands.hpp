@@ -19,7 +19,8 @@ struct HeadGradients : HeadLayout {
   StridedView<Scalar> of_q[kMaps];
   StridedView<Scalar> of_k[kMaps];
   StridedView<Scalar> of_v;
-  Scalar* d2 = nullptr;  // [head][query]: D of the second map (dλ = −D); one map has none
+  StridedView<Scalar> of_bias;  // the table of a learned bias; no data: its gradient is not wanted
+  Scalar* d2 = nullptr;         // [head][query]: D of the second map (dλ = −D); one map has none
 
   StridedView<const Scalar> result(Index head) const { return value_head(dout, head); }
   StridedView<Scalar> queries(Index map, Index head) const { return query_head(of_q[map], head); }

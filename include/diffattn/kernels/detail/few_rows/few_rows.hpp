@@ -10,6 +10,9 @@
 // up in order: any number of threads gives the same bits.
 
 #include <algorithm>
+#include <cstddef>
+#include <iterator>
+#include <span>
 
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -110,28 +113,7 @@ class FewRows {
   using State = FewRowsState<Scalar, kMaps, Mask>;
 
  public:
-  /// Attention of all heads; n_k is told apart from `in`, which has no keys when they are in pages.
-  template <Executor E>
-  static void run(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
-                  Workspace& workspace, E& executor) {
-    const auto frame = workspace.frame();
-    FewRows few(in, source, n_k, mask, workspace);
-    const Index heads = in.heads.num_kv_heads, rows = few.state_.rows;
-    const Index together = std::min(heads, Source::heads_of_task(heads, kMaps)), splits = divide_up(heads, together);
-    const auto for_each_part = [&](auto&& f) {
-      executor.run(few.state_.chunks * splits, [&](Index task, Index /*worker*/) {
-        const Index head = task % splits * together;
-        f(task / splits, KeyRange{head, std::min(heads, head + together)});
-      });
-    };
-    for (Index head = 0; head < heads; ++head) few.pack_queries(head);
-    for_each_part([&](Index chunk, const KeyRange& part) { few.score(chunk, part); });
-    executor.run(heads * rows, [&](Index task, Index /*worker*/) { few.set_factors(task / rows, task % rows); });
-    for_each_part([&](Index chunk, const KeyRange& part) { few.add_values(chunk, part); });
-    for (Index head = 0; head < heads; ++head) few.write(head);
-  }
-
- private:
+  /// Keeps references to all but the workspace.
   FewRows(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
           Workspace& workspace)
       : source_(source),
@@ -140,6 +122,62 @@ class FewRows {
         state_(in, n_k, source.room(), mask, workspace),
         factor_(workspace.take<Scalar>(state_.size())),
         weight_sum_(workspace.take<Scalar>(state_.size())) {}
+
+  /// Attention of all heads; n_k is told apart from `in`, which has no keys when they are in pages.
+  template <Executor E>
+  static void run(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
+                  Workspace& workspace, E& executor) {
+    const auto frame = workspace.frame();
+    FewRows call(in, source, n_k, mask, workspace);
+    run(std::span<FewRows>(&call, 1), executor);
+  }
+
+  /// Several calls, whose parts are shared out together.
+  template <Executor E>
+  static void run(std::span<FewRows> calls, E& executor) {
+    Index parts = 0, rows = 0;
+    for (FewRows& call : calls) {
+      call.first_part_ = parts;
+      call.first_row_ = rows;
+      parts += call.state_.chunks * call.splits();
+      rows += call.heads() * call.state_.rows;
+    }
+    // Which of the calls a task belongs to: the last that begins with it or before.
+    const auto call_of = [&](Index task, Index FewRows::*first) -> FewRows& {
+      const auto begins_behind = [&](Index t, const FewRows& call) { return t < call.*first; };
+      return *std::prev(std::upper_bound(calls.begin(), calls.end(), task, begins_behind));
+    };
+    const auto for_each_call = [&](auto&& f) {
+      if (calls.size() == 1) return f(calls[0]);
+      executor.run(static_cast<Index>(calls.size()),
+                   [&](Index task, Index /*worker*/) { f(calls[static_cast<std::size_t>(task)]); });
+    };
+    const auto for_each_part = [&](auto&& f) {
+      executor.run(parts, [&](Index task, Index /*worker*/) {
+        FewRows& call = call_of(task, &FewRows::first_part_);
+        const Index part = task - call.first_part_, head = part % call.splits() * call.together();
+        f(call, part / call.splits(), KeyRange{head, std::min(call.heads(), head + call.together())});
+      });
+    };
+    for_each_call([](FewRows& call) {
+      for (Index head = 0; head < call.heads(); ++head) call.pack_queries(head);
+    });
+    for_each_part([](FewRows& call, Index chunk, const KeyRange& heads) { call.score(chunk, heads); });
+    executor.run(rows, [&](Index task, Index /*worker*/) {
+      FewRows& call = call_of(task, &FewRows::first_row_);
+      call.set_factors((task - call.first_row_) / call.state_.rows, (task - call.first_row_) % call.state_.rows);
+    });
+    for_each_part([](FewRows& call, Index chunk, const KeyRange& heads) { call.add_values(chunk, heads); });
+    for_each_call([](FewRows& call) {
+      for (Index head = 0; head < call.heads(); ++head) call.write(head);
+    });
+  }
+
+ private:
+  Index heads() const { return state_.in.heads.num_kv_heads; }
+  /// Heads that make a task, and how many tasks they are for each chunk.
+  Index together() const { return std::min(heads(), Source::heads_of_task(heads(), kMaps)); }
+  Index splits() const { return divide_up(heads(), together()); }
 
   void pack_queries(Index head) {
     const State& s = state_;
@@ -231,6 +269,7 @@ class FewRows {
   State state_;
   Scalar* factor_;      // of every chunk, head, map and row: what its weights are relative to, then their factor
   Scalar* weight_sum_;  // likewise
+  Index first_part_ = 0, first_row_ = 0;  // among those of several calls
 };
 
 }  // namespace diffattn::inline v0_1::detail

@@ -135,6 +135,7 @@ struct PackedSource {
 
   template <typename Scalar, Index kMaps, typename Mask>
   void score(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
+    using Strip = WholeStrip<Storage, FewRowsState<Scalar, kMaps, Mask>::kCols>;
     const KeyRange columns = s.strips_of_any(chunk);
     const Index strips = (columns.end - columns.begin) / s.kCols, maps = pages.shape.key_maps;
     // Maps that share their keys meet each strip together.
@@ -142,25 +143,24 @@ struct PackedSource {
     multiply_streams(count, s.kWeightStride, s.in.d, s.in.d, rows, [&](Index i) {
       const Index head = heads.begin + i / strips / maps, map = i / strips % maps;
       const Index column = columns.begin + i % strips * s.kCols;
-      return StripProduct<Scalar, WholeStrip<Storage, s.kCols>>{
-          s.weights(chunk, head, map, 0) + column,
-          s.q(head, map),
-          {pages.key_strip(s.first_key(chunk) + column, head, map)}};
+      return StripProduct<Scalar, Strip>{s.weights(chunk, head, map, 0) + column,
+                                         s.q(head, map),
+                                         {pages.key_strip(s.first_key(chunk) + column, head, map)}};
     });
   }
 
   template <typename Scalar, Index kMaps, typename Mask>
   void add_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
+    constexpr Index kCols = FewRowsState<Scalar, kMaps, Mask>::kCols;
     const bool in_one_page = pages.shape.page_size >= kChunk;
     const auto add = [&](Index row, Index rows, const KeyRange& seen) {
       if (in_one_page) {
-        using Strip = WholeStrip<Storage, s.kCols>;
+        using Strip = WholeStrip<Storage, kCols>;
         multiply_values<Strip>(s, chunk, heads, row, rows, seen, [&](Index head, Index column) {
-          return Strip{pages.value_row(s.first_key(chunk), head) + column * pages.shape.page_size +
-                       seen.begin * s.kCols};
+          return Strip{pages.value_row(s.first_key(chunk), head) + column * pages.shape.page_size + seen.begin * kCols};
         });
       } else {
-        using Strip = PagedStrip<Storage, s.kCols>;
+        using Strip = PagedStrip<Storage, kCols>;
         multiply_values<Strip>(s, chunk, heads, row, rows, seen, [&](Index head, Index column) {
           return Strip{&pages, head, s.first_key(chunk) + seen.begin, column};
         });

@@ -4,6 +4,9 @@
 // them in row blocks, as head_schedule.hpp has them, but with nothing left to pack.
 
 #include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <span>
 #include <type_traits>
 
 #include "diffattn/core/parallel.hpp"
@@ -12,6 +15,7 @@
 #include "diffattn/kernels/detail/forward/block_tasks.hpp"
 #include "diffattn/kernels/detail/forward/packed_heads.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
+#include "diffattn/kernels/detail/shifted_mask.hpp"
 #include "diffattn/kernels/key_value_pages.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -99,6 +103,18 @@ class HeadOfPages {
   PackedHead<Scalar> head_;
 };
 
+/// The operands of one query row.
+template <typename Scalar, Index kMaps>
+HeadOperands<Scalar, kMaps> row_of(HeadOperands<Scalar, kMaps> in, Index row) {
+  for (Index map = 0; map < kMaps; ++map) {
+    in.q[map] = in.q[map].middle_rows(row, 1);
+    if (in.lse[map].data != nullptr) in.lse[map] = in.lse[map].middle_rows(row, 1);
+  }
+  in.out = in.out.middle_rows(row, 1);
+  if (in.lambda.values.data != nullptr) in.lambda.values = in.lambda.values.middle_rows(row, 1);
+  return in;
+}
+
 /// Attention of all heads against a cache; `in` has no keys and values. Block: StandardBlock or DifferentialBlock.
 template <typename Block, typename Scalar, typename Storage, typename Mask, Executor E>
 void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyValuePages<Storage>& cache,
@@ -117,6 +133,31 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyVal
     pages.select(head, executor);
     tasks.run(head, 1, pages, executor);
   }
+}
+
+/// One query against each of several caches: row i of `in`, which has no keys and values, against caches[i] under
+/// masks[i]. What run_cached_heads computes of each row alone, bit for bit, shared out together.
+template <typename Scalar, Index kMaps, typename Storage, typename Mask, Executor E>
+void run_cached_rows(const HeadOperands<Scalar, kMaps>& in, std::span<const KeyValuePages<Storage>> caches,
+                     std::span<const Mask> masks, Workspace& workspace, E& executor) {
+  using Shifted = ShiftedMask<Mask>;
+  using Call = FewRows<Scalar, kMaps, Shifted, PackedSource<Storage>>;
+  struct Row {
+    HeadOperands<Scalar, kMaps> in;
+    PackedSource<Storage> source;
+    Shifted mask;
+  };
+  const auto frame = workspace.frame();
+  const auto n = static_cast<Index>(caches.size());
+  auto* const rows = workspace.take<Row>(n);
+  auto* const calls = workspace.take<Call>(n);
+  for (Index i = 0; i < n; ++i) {
+    const KeyValuePages<Storage>& cache = caches[static_cast<std::size_t>(i)];
+    const Row& row = *std::construct_at(
+        rows + i, Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.first_key}});
+    std::construct_at(calls + i, row.in, row.source, cache.n_k, row.mask, workspace);
+  }
+  Call::run(std::span<Call>(calls, static_cast<std::size_t>(n)), executor);
 }
 
 }  // namespace diffattn::inline v0_1::detail
