@@ -11,8 +11,8 @@
 //
 // Errors   those of the model for its tokens or its x, and std::invalid_argument for rows that they do not have; before
 //          any work.
-// Memory   3 · rows · tokens values a head of every layer, and a tape of the model. Ask for few rows of a long text.
-// Cost     a forward pass and O(rows·tokens·head_dim) plain loops a map.
+// Memory   3 · rows · tokens values a head of every layer: ask for few rows of a long text. An Encoder's tape besides.
+// Cost     two forward passes of the attention, one of the rest, and O(rows·tokens·head_dim) plain loops a map.
 //
 // Tested by tests/models/model_maps_test.cpp.
 
@@ -24,8 +24,11 @@
 
 #include "diffattn/analysis/attention_maps.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/models/decoder.hpp"
+#include "diffattn/models/encoder.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -33,29 +36,23 @@ namespace diffattn::inline v0_1 {
 template <typename Scalar>
 using ModelMaps = std::vector<std::vector<AttentionMaps<Scalar>>>;
 
-namespace detail {
-
-/// The maps of all blocks from the tapes that they have filled.
-template <typename Scalar, typename Blocks, typename Tapes>
-ModelMaps<Scalar> maps_of_blocks(const Blocks& blocks, const Tapes& tapes, const MapRows& rows) {
-  ModelMaps<Scalar> all;
-  for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
-    all.push_back(attention_maps(blocks[layer].attention, tapes[layer].attention, rows));
-  }
-  return all;
-}
-
-}  // namespace detail
-
 /// The maps of a Decoder on some tokens: all rows, or those of some queries.
 template <typename Scalar, typename Attention, typename Tokens, AttentionMask Mask = CausalMask>
 ModelMaps<Scalar> attention_maps(const Decoder<Scalar, Attention>& model, const Tokens& tokens, const Mask& mask = {},
                                  const MapRows& rows = {}) {
   const auto n = static_cast<Index>(std::size(tokens));
   const MapRows wanted = detail::checked_map_rows("attention_maps", rows, n);
-  typename Decoder<Scalar, Attention>::Tape tape;
-  model.logits(tokens, mask, {n}, tape);
-  return detail::maps_of_blocks<Scalar>(model.blocks, tape.blocks, wanted);
+  Workspace workspace;
+  Serial serial;
+  Matrix<Scalar> hidden(n, model.config().attention.embed_dim);
+  MatrixMap<Scalar> x(hidden.data(), n, hidden.cols());
+  model.embed_into(x, tokens);
+  ModelMaps<Scalar> all;
+  for (const auto& block : model.blocks) {
+    all.push_back(attention_maps(block.attention, block.attention_norm.forward(x), mask, wanted));
+    if (&block != &model.blocks.back()) block.forward_in_place(x, mask, workspace, serial);
+  }
+  return all;
 }
 template <typename Scalar, typename Attention>
 ModelMaps<Scalar> attention_maps(const Decoder<Scalar, Attention>& model, std::initializer_list<Index> tokens) {
@@ -72,6 +69,20 @@ template <typename Model>
 requires requires(const Model& model) { model.decoder().blocks; }
 auto attention_maps(const Model& model, std::initializer_list<Index> tokens) {
   return attention_maps(model.decoder(), tokens);
+}
+
+/// The maps of an Encoder on x (n x embed_dim): all rows, or those of some queries.
+template <typename Scalar, typename Attention, typename X, AttentionMask Mask = FullMask>
+ModelMaps<Scalar> attention_maps(const Encoder<Scalar, Attention>& model, const Eigen::MatrixBase<X>& x,
+                                 const Mask& mask = {}, const MapRows& rows = {}) {
+  const MapRows wanted = detail::checked_map_rows("attention_maps", rows, x.rows());
+  typename Encoder<Scalar, Attention>::Tape tape;
+  model.forward(x, mask, tape);
+  ModelMaps<Scalar> all;
+  for (std::size_t layer = 0; layer < model.blocks.size(); ++layer) {
+    all.push_back(attention_maps(model.blocks[layer].attention, tape.blocks[layer].attention, wanted));
+  }
+  return all;
 }
 
 }  // namespace diffattn::inline v0_1
