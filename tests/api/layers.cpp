@@ -80,6 +80,7 @@ void layers(const M& x) {
                                        .num_heads = 4,
                                        .num_kv_heads = 2,
                                        .head_dim = 8,
+                                       .num_noise_heads = 2,
                                        .depth = 1,
                                        .lambda_init = 0.8,
                                        .rotary = RotaryConfig{}});
@@ -87,6 +88,8 @@ void layers(const M& x) {
       {.embed_dim = 64, .num_heads = 4, .num_kv_heads = 2, .head_dim = 8, .rotary = RotaryConfig{}});
   MultiheadAttention<float> standard(
       {.embed_dim = 64, .num_heads = 4, .num_kv_heads = 2, .head_dim = 16, .rotary = RotaryConfig{}});
+  static_assert(std::is_same_v<decltype(layer.query_head(3, 1)), Index>);
+  static_assert(std::is_same_v<decltype(layer.heads().query_heads()), Index>);
   auto grad = layer;
   auto v2_grad = v2;
   auto standard_grad = standard;
