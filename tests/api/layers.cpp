@@ -38,7 +38,28 @@ void layer_calls(Layer& layer, Layer& grad, const M& x) {
   y = layer.forward(x, mask, lengths, tape);
   M dx = layer.backward(y, tape, grad);
 
+  const M memory = x.topRows(3);
+  y = layer.forward_cross(x, memory);
+  y = layer.forward_cross(x, memory, mask);
+  y = layer.forward_cross(x, memory, FullMask{}, lengths, {1, 2});
+  layer.write_memory(memory, cache);
+  const KvCache<float> kept = cache;
+  y = layer.forward_cross(x, kept);
+  y = layer.forward_cross(x, kept, mask);
+  y = layer.forward_cross(x, memory, FullMask{}, tape);
+  y = layer.forward_cross(x, memory, mask, lengths, {1, 2}, tape);
+  CrossGradients<float> gradients = layer.backward_cross(y, tape, grad);
+  auto [dq, dmemory] = layer.backward_cross(y, tape, grad);
+
   Workspace workspace;
+  layer.forward_cross_into(y, x, memory, mask, workspace, Serial{});
+  layer.forward_cross_into(y, x, memory, mask, lengths, {1, 2}, workspace, Serial{});
+  layer.forward_cross_into(y, x, kept, workspace, Serial{});
+  layer.forward_cross_into(y, x, kept, mask, workspace, Serial{});
+  layer.forward_cross_into(y, x, memory, mask, tape, workspace, Serial{});
+  layer.forward_cross_into(y, x, memory, mask, lengths, {1, 2}, tape, workspace, Serial{});
+  layer.write_memory(memory, cache, workspace, Serial{});
+  layer.backward_cross_into(gradients.dx, gradients.dmemory, y, tape, grad, workspace, Serial{});
   layer.forward_into(y, x, mask, workspace, Serial{});
   layer.forward_into(y, x, mask, lengths, workspace, Serial{});
   layer.forward_into(y, x, cache, workspace, Serial{});
