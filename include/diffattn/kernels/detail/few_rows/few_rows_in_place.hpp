@@ -36,7 +36,8 @@ struct InPlaceSource {
         for (Index head = heads.begin; head < heads.end; ++head) {
           for (Index map = 0; map < kMaps; ++map) {
             const Scalar* const k = &s.in.keys(map, head)(s.first_key(chunk) + c + i, 0);
-            for (Index row = 0; row < s.rows_of(map); ++row, to += kLanes) {
+            const Index rows = s.rows_of(map);
+            for (Index row = 0; row < rows; ++row, to += kLanes) {
               *to = dot(s.q(head, map) + row * s.in.d, k, s.in.d);
             }
             prefetch(k + s.in.k[map].row_stride, s.in.d);
