@@ -283,6 +283,10 @@ TEST_CASE("A memory kept in a cache serves any number of calls", "[layers][cross
     in_pieces.truncate(100);
     CHECK(identical(layer.forward_cross(x, in_pieces), layer.forward_cross(x, fork)));
 
+    KvCache<float> in_small_pages({.page_size = 32});
+    layer.write_memory(memory, in_small_pages);
+    CHECK(identical(layer.forward_cross(x, in_small_pages, padding), y));
+
     KvCache<Eigen::bfloat16> small;
     layer.write_memory(memory, small);
     CHECK(layer.forward_cross(x, small, padding).isApprox(whole, 0.05f));
