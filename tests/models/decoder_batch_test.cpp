@@ -27,7 +27,7 @@ Decoder<float, Attention> batch_model() {
   return Decoder<float, Attention>(
       {.vocab_size = 19,
        .num_layers = 3,
-       .hidden_dim = 20,
+       .hidden_dim = 32,  // whole packets: a row of the activation is rounded by where it lies
        .attention = {.embed_dim = 16, .num_heads = 2, .num_kv_heads = 1, .rotary = RotaryConfig{}},
        .seed = 4});
 }

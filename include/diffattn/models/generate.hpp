@@ -65,7 +65,7 @@ concept PromptBatch = requires(const Prompts& prompts) {
 /// How many texts are written: GenerateOptions for all of them, or a contiguous range with those of each.
 template <typename Options>
 concept BatchOptions = std::same_as<Options, GenerateOptions> || requires(const Options& options) {
-  { *std::data(options) } -> std::same_as<const GenerateOptions&>;
+  { *std::data(options) } -> std::convertible_to<const GenerateOptions&>;
   std::size(options);
 };
 
