@@ -5,9 +5,11 @@
 //
 //   y = layer.forward(x);                     causal; or forward(x, mask), or (x, mask, lengths) for stacked sequences
 //   y = layer.forward(x, cache);              the tokens that follow those in a KvCache; or forward(x, cache, mask)
+//   y = layer.forward(x, caches);             the newest token of many sequences (batched_attention.hpp)
 //   y = layer.forward(x, mask, tape);         or (x, mask, lengths, tape): keeps what backward needs
 //   dx = layer.backward(dy, tape, grad);      from dy, the gradient of y
 //   dx = layer.backward(dy, tape, grad, dbias);      the gradient of the mask's learned bias is added to dbias
+//   y = layer.forward_cross(x, memory);       keys and values from elsewhere: cross_attention.hpp
 //   layer.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
 //                                             into a matrix of yours, scratch and threads from you: after a first call
 //                                             of the largest shape no heap allocation
@@ -34,7 +36,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/attention_variant.hpp"
-#include "diffattn/layers/cross_attention.hpp"
+#include "diffattn/layers/batched_attention.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/kv_cache.hpp"
@@ -43,8 +45,8 @@
 namespace diffattn::inline v0_1 {
 
 template <typename Variant>
-class AttentionLayer : public CrossAttention<Variant> {
-  using Passes = CrossAttention<Variant>;
+class AttentionLayer : public BatchedAttention<Variant> {
+  using Passes = BatchedAttention<Variant>;
   using Passes::config_;
 
  public:
@@ -60,6 +62,8 @@ class AttentionLayer : public CrossAttention<Variant> {
     for (auto* projection : {&this->q_proj, &this->k_proj, &this->v_proj}) projection->initialize(random);
     Variant::initialize(random);
   }
+
+  using Passes::forward, Passes::forward_into;  // with a batch of caches: batched_attention.hpp
 
   /// The configuration, with what was left to its default filled in.
   const Config& config() const { return config_; }
