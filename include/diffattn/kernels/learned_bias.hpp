@@ -168,20 +168,20 @@ class IndexedBias {
 
  public:
   template <typename Derived>
-  IndexedBias(const Eigen::DenseBase<Derived>& table, Column column)
-      : table_(detail::view_of(table)), column_(std::move(column)) {}
+  IndexedBias(const Eigen::DenseBase<Derived>& table, Column column_of)
+      : table_(detail::view_of(table)), column_(std::move(column_of)) {}
   /// Would be gone before it is read: give the table a name.
   template <typename Derived>
-  IndexedBias(const Eigen::PlainObjectBase<Derived>&& temporary, Column column) = delete;
+  IndexedBias(const Eigen::PlainObjectBase<Derived>&& temporary, Column column_of) = delete;
 
   Index table_rows() const { return table_.rows; }
   Index table_cols() const { return table_.cols; }
 
   /// The column of the table that a pair reads. Throws ShapeError if the table does not have it.
   Index column(Index query, Index key, Index n_q, Index n_k) const {
-    const auto column = static_cast<Index>(column_(query, key, n_q, n_k));
-    if (column < 0 || column >= table_.cols) throw_column(column, query, key);
-    return column;
+    const auto read = static_cast<Index>(column_(query, key, n_q, n_k));
+    if (read < 0 || read >= table_.cols) throw_column(read, query, key);
+    return read;
   }
 
   Scalar operator()(Index head, Index query, Index key, Index n_q, Index n_k) const {
@@ -207,8 +207,8 @@ class IndexedBias {
   }
 
  private:
-  [[noreturn, gnu::cold, gnu::noinline]] void throw_column(Index column, Index query, Index key) const {
-    detail::throw_shape({"IndexedBias: query ", query, " and key ", key, " were to read column ", column,
+  [[noreturn, gnu::cold, gnu::noinline]] void throw_column(Index read, Index query, Index key) const {
+    detail::throw_shape({"IndexedBias: query ", query, " and key ", key, " were to read column ", read,
                          " of a table that has ", table_.cols});
   }
 
