@@ -6,17 +6,20 @@
 //   null
 //
 // W is (out x in) as PyTorch stores it, of the scalar or of a narrower type. Up to 4 rows of contiguous operands
-// (decoding) are bound by reading W once: they read it where it is. Everything else is packed (packed_product.hpp).
-// Memory  none for a few rows; else that of packed_product.hpp. y must not overlap x or w.
+// (decoding) are bound by reading W once: they read it where it is. Up to 64 (a batch) read it once, too, with x packed
+// (thin_product.hpp). Everything else has both packed (packed_product.hpp). The latter two give a row the same bits.
+// Memory  none for 4 rows; else that of thin_product.hpp or packed_product.hpp. y must not overlap x or w.
 // Cost    2·n·out·in FLOP, or the time of reading W once.
 
 #include <algorithm>
+#include <span>
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/product/packed.hpp"
 #include "diffattn/product/packed_product.hpp"
+#include "diffattn/product/thin_product.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
@@ -84,6 +87,10 @@ void matmul_transposed(const StridedView<Scalar>& y, const StridedView<const Sca
   const Index n = x.rows, outputs = w.rows;
   const bool contiguous = x.col_stride == 1 && w.col_stride == 1 && y.col_stride == 1;
   if (n > RowByRowProduct<Scalar, Stored>::kMostRows || !contiguous) {
+    if (ThinProduct<Scalar, Stored>::fits(x, w)) {
+      const ThinOutput<Scalar, Stored> output{y, w, bias};
+      return multiply_thin(std::span<const ThinOutput<Scalar, Stored>>(&output, 1), x, workspace, executor);
+    }
     return multiply(y, x, w.transposed(), bias, Store::overwrite, workspace, executor);
   }
   if (n == 0) return;
