@@ -166,7 +166,7 @@ class ThinProducts {
     }
     // Neighbouring groups go to one thread, which asks for the next while it multiplies the present one; a few times as
     // many tasks as threads are enough to share out evenly.
-    const Index task_groups = workers == 1 ? groups_ : std::max(groups_ / (4 * workers), Index{1});
+    const Index task_groups = std::max(workers == 1 ? groups_ : groups_ / (4 * workers), Index{1});
     executor.run(divide_up(groups_, task_groups), [&](Index task, Index worker) {
       const Index first = task * task_groups, last = std::min(first + task_groups, groups_);
       run_groups(first, last, packed, pieces + worker * 2 * kPiece, all_sums + worker * sums);
