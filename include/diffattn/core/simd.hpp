@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/simd_eigen.hpp"
@@ -138,6 +139,44 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> select_equal(const Packet<Scalar>& x, const P
     const Vector selected = equal ? __builtin_bit_cast(Vector, then) : __builtin_bit_cast(Vector, otherwise);
     return __builtin_bit_cast(Packet<Scalar>, selected);
   }
+}
+
+/// The kCount values at p, again and again: lane i is p[i % kCount]. Any alignment.
+template <Index kCount, typename Scalar>
+EIGEN_ALWAYS_INLINE Packet<Scalar> repeat(const Scalar* p) {
+  constexpr std::size_t kBytes = kCount * sizeof(Scalar);
+  using P = Packet<Scalar>;
+  if constexpr (kCount == 1) {
+    return broadcast(*p);
+  } else if constexpr (kBytes == 8) {
+    std::uint64_t bits;
+    std::memcpy(&bits, p, kBytes);
+    return __builtin_bit_cast(P, bits - typename CompilerVector<std::uint64_t, sizeof(P)>::Type{});
+  } else {
+#ifdef EIGEN_VECTORIZE_AVX512
+    if constexpr (sizeof(P) == 64 && kBytes == 16) {
+      return __builtin_bit_cast(P, _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p))));
+    }
+#endif
+    alignas(kMostAlignment) Scalar values[kLanes<Scalar>];
+    for (Index i = 0; i < kLanes<Scalar>; ++i) values[i] = p[i % kCount];
+    return load(values);
+  }
+}
+
+/// One half of the lanes of a and b, taken in turns: the lower with kFirst = 0, the upper with kFirst = kLanes / 2.
+template <std::size_t kFirst, typename V, std::size_t... kLane>
+EIGEN_ALWAYS_INLINE V interleaved_half(const V& a, const V& b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * sizeof...(kLane))...);
+}
+/// The lanes of a and b in turns, a's first: the first half of them in a, the second in b.
+template <typename Scalar>
+EIGEN_ALWAYS_INLINE void interleave(Packet<Scalar>& a, Packet<Scalar>& b) {
+  constexpr std::size_t kSize = static_cast<std::size_t>(kLanes<Scalar>);
+  using Lanes = typename CompilerVector<Scalar, sizeof(a)>::Type;
+  const Lanes x = __builtin_bit_cast(Lanes, a), y = __builtin_bit_cast(Lanes, b);
+  a = __builtin_bit_cast(Packet<Scalar>, interleaved_half<0>(x, y, std::make_index_sequence<kSize>{}));
+  b = __builtin_bit_cast(Packet<Scalar>, interleaved_half<kSize / 2>(x, y, std::make_index_sequence<kSize>{}));
 }
 
 /// Shifts the bits of every lane left by N. So an integer in the low bits becomes the exponent of a float.

@@ -9,7 +9,7 @@
 // Shapes   x (n x in) → y (n x out), n >= 0. Any strides; contiguous rows are fastest.
 // Errors   ShapeError before any work.
 // Memory   from the workspace: a packed copy of x and, for each thread, 1 MB at most for a block of y and of W; nothing
-//          for a few rows, which read W once where it is.
+//          for up to 4 rows, which read W once where it is, as up to 64 do.
 
 #include <array>
 #include <cmath>
@@ -175,20 +175,32 @@ struct LinearOutput {
   MatrixMap<Scalar> y;  ///< n x out
 };
 
-/// Linear::forward_into of all of them: the same values, with threads woken once. Shapes already checked.
+/// Linear::forward_into of all of them: the same values, with x packed and threads woken once. Shapes already checked.
 template <typename Scalar, typename Weight, std::size_t kCount, typename X, Executor E>
 void linear_forward_all(const std::array<LinearOutput<Scalar, Weight>, kCount>& outputs, const Eigen::MatrixBase<X>& x,
                         Workspace& workspace, E& executor) {
   if constexpr (std::is_same_v<Weight, Matrix<Scalar>>) {
-    if (executor.concurrency() > 1 && x.rows() > RowByRowProduct<Scalar, Scalar>::kMostRows) {
-      const Readable<X> x_read(x.derived());
-      std::array<Product<Scalar>, kCount> products;
-      for (std::size_t i = 0; i < kCount; ++i) {
-        const auto& [linear, y] = outputs[i];
-        products[i] = {writable_view_of(y), view_of(x_read), view_of(linear.weight).transposed(),
-                       linear.bias.size() == 0 ? nullptr : linear.bias.data()};
+    const Readable<X> x_read(x.derived());
+    const StridedView<const Scalar> x_view = view_of(x_read);
+    if (x.rows() > RowByRowProduct<Scalar, Scalar>::kMostRows) {
+      if (ThinProduct<Scalar, Scalar>::fits(x_view, view_of(outputs[0].linear.weight))) {
+        std::array<ThinOutput<Scalar, Scalar>, kCount> thin;
+        for (std::size_t i = 0; i < kCount; ++i) {
+          const auto& [linear, y] = outputs[i];
+          thin[i] = {writable_view_of(y), view_of(linear.weight),
+                     linear.bias.size() == 0 ? nullptr : linear.bias.data()};
+        }
+        return multiply_thin(std::span<const ThinOutput<Scalar, Scalar>>(thin), x_view, workspace, executor);
       }
-      return multiply_all(std::span<const Product<Scalar>>(products), workspace, executor);
+      if (executor.concurrency() > 1) {
+        std::array<Product<Scalar>, kCount> products;
+        for (std::size_t i = 0; i < kCount; ++i) {
+          const auto& [linear, y] = outputs[i];
+          products[i] = {writable_view_of(y), x_view, view_of(linear.weight).transposed(),
+                         linear.bias.size() == 0 ? nullptr : linear.bias.data()};
+        }
+        return multiply_all(std::span<const Product<Scalar>>(products), workspace, executor);
+      }
     }
   }
   for (const auto& [linear, y] : outputs) linear.forward_into(y, x, workspace, executor);
