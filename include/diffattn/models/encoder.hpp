@@ -29,7 +29,6 @@
 
 #include <cstddef>
 #include <optional>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -67,8 +66,10 @@ class Encoder {
     if (config.norm_placement == NormPlacement::before) {
       norm.emplace(config.norm, config.attention.embed_dim, config.norm_eps);
     }
+    config_.attention = blocks.front().attention.config();
   }
 
+  /// The configuration, with what was left to its default filled in.
   const Config& config() const { return config_; }
 
   /// y (n x embed_dim) for x (n x embed_dim), one sequence.
@@ -170,6 +171,9 @@ class Encoder {
     const Index n = tape.inputs.back().rows(), embed_dim = config_.attention.embed_dim;
     detail::check_shape(kName, "dy", dy, n, embed_dim);
     detail::check_shape(kName, "dx", dx, n, embed_dim);
+    if (!detail::same_shape(grad.config_, config_)) {
+      detail::throw_invalid({kName, ": grad must be an encoder of the same configuration"});
+    }
     const auto frame = workspace.frame();
     MatrixMap<Scalar> d(workspace.take<Scalar>(n * embed_dim), n, embed_dim);
     d = dy;
@@ -186,10 +190,8 @@ class Encoder {
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
-    for (std::size_t layer = 0; layer < self.blocks.size(); ++layer) {
-      visit_part("layers." + std::to_string(layer), self.blocks[layer], visitor);
-    }
-    if (self.norm) visit_part("norm", *self.norm, visitor);
+    visit_part("layers", self.blocks, visitor);
+    visit_part("norm", self.norm, visitor);
   }
 
  private:
@@ -200,8 +202,13 @@ class Encoder {
                        const SequenceLengths& lengths) const {
     static_assert(std::is_same_v<typename X::Scalar, Scalar> && std::is_same_v<typename Y::Scalar, Scalar>,
                   "diffattn: x and y must have the scalar type of the encoder; convert with .template cast<>()");
-    detail::check_shape(kName, "x", x, x.rows(), config_.attention.embed_dim);
-    detail::check_shape(kName, "y", y, x.rows(), config_.attention.embed_dim);
+    const Index embed_dim = config_.attention.embed_dim;
+    if (x.cols() != embed_dim && x.rows() == embed_dim) {
+      detail::throw_shape({kName, ": x must have embed_dim = ", embed_dim, " columns, one token a row, got ", x.rows(),
+                           " x ", x.cols(), ": did you mean x.transpose()?"});
+    }
+    detail::check_shape(kName, "x", x, x.rows(), embed_dim);
+    detail::check_shape(kName, "y", y, x.rows(), embed_dim);
     detail::check_lengths(kName, lengths, x.rows());
     for (Index s = 0; s < lengths.size(); ++s) {
       detail::check_mask(kName, mask, config_.attention.num_heads, lengths[s], lengths[s]);
