@@ -1,6 +1,7 @@
 // The gradients of whole encoders by differences: every attention, norm and feed-forward layer.
 
 #include <diffattn/kernels/bias.hpp>
+#include <diffattn/kernels/learned_bias.hpp>
 #include <diffattn/models/encoder.hpp>
 #include <map>
 #include <string>
@@ -78,4 +79,31 @@ TEMPLATE_TEST_CASE("An encoder's gradients are what differences say", "[models][
       }
     }
   }
+}
+
+TEST_CASE("A bias that all layers of an encoder share is learned", "[models][encoder][gradients]") {
+  using namespace encoder_gradients_test;
+  using Attention = MultiheadDiffAttention<double>;
+  auto rng = support::make_rng();
+  const EncoderConfig<Attention> config{
+      .num_layers = 2, .hidden_dim = 5, .attention = {.embed_dim = 8, .num_heads = 2}, .norm_eps = 1e-3};
+  Encoder<double, Attention> encoder(config), grad = zeros_like(encoder), again = grad;
+  encoders::randomize(encoder, rng);
+  Matrix<double> table = random_matrix<double>(2, 5, rng), dbias = random_matrix<double>(2, 5, rng);
+  const Matrix<double> before = dbias, x = random_matrix<double>(8, 8, rng), dy = random_matrix<double>(8, 8, rng);
+  const std::vector<Index> lengths = {5, 3};
+  Encoder<double, Attention>::Tape tape;
+  const auto loss = [&] {
+    return encoder.forward(x, with_bias(FullMask{}, RelativeBias(table)), lengths, tape).cwiseProduct(dy).sum();
+  };
+  loss();
+  const Matrix<double> dx = encoder.backward(dy, tape, grad, dbias);
+  CHECK(dx == encoder.backward(dy, tape, again));
+  CHECK(excess(dbias - before, numerical_gradient(table, loss, 1e-4)) <= 0);
+  loss();
+  Matrix<double> narrow = table.leftCols(3);
+  CHECK_THROWS_AS(encoder.backward(dy, tape, grad, narrow), ShapeError);
+  encoder.forward(x, FullMask{}, lengths, tape);
+  CHECK_THROWS_AS(encoder.backward(dy, tape, grad, dbias), std::invalid_argument);
+  CHECK(oracle::weights_of<double>(grad) == oracle::weights_of<double>(again));  // nothing was added
 }

@@ -12,6 +12,8 @@
 //   y = encoder.forward(x);                      or forward(x, mask), (x, mask, lengths) for stacked sequences
 //   y = encoder.forward(x, mask, tape);          or (x, mask, lengths, tape): keeps what backward needs
 //   dx = encoder.backward(dy, tape, grad);       `grad` as zeros_like(encoder) makes it; gradients are added
+//   dx = encoder.backward(dy, tape, grad, dbias);    the gradient of the mask's learned bias, which all layers share as
+//                                                    T5's do, is added to dbias
 //   encoder.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
 //
 // Attention is a layer type: MultiheadDiffAttention<Scalar>, MultiheadDiffAttentionV2<Scalar>, MultiheadAttention
@@ -113,6 +115,17 @@ class Encoder {
     return dx;
   }
 
+  /// The same, and the gradient of the mask's learned bias (learned_bias.hpp), a sum over the layers, is added to dbias,
+  /// which has the shape of its table.
+  template <typename DY, typename DB>
+  Matrix<Scalar> backward(const Eigen::MatrixBase<DY>& dy, const Tape& tape, Encoder& grad,
+                          const Eigen::MatrixBase<DB>& dbias) const {
+    Workspace workspace;
+    Matrix<Scalar> dx(dy.rows(), config_.attention.embed_dim);
+    backward_into(dx, dy, tape, grad, dbias, workspace);
+    return dx;
+  }
+
   /// forward(x, mask) into y.
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
@@ -167,25 +180,14 @@ class Encoder {
   template <typename DX, typename DY, Executor E = Serial>
   void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape, Encoder& grad,
                      Workspace& workspace, E&& executor = {}) const {
-    tape.check(kName, config_);
-    const Index n = tape.inputs.back().rows(), embed_dim = config_.attention.embed_dim;
-    detail::check_shape(kName, "dy", dy, n, embed_dim);
-    detail::check_shape(kName, "dx", dx, n, embed_dim);
-    if (!detail::same_shape(grad.config_, config_)) {
-      detail::throw_invalid({kName, ": grad must be an encoder of the same configuration"});
-    }
-    const auto frame = workspace.frame();
-    MatrixMap<Scalar> d(workspace.take<Scalar>(n * embed_dim), n, embed_dim);
-    d = dy;
-    if (norm) {
-      norm->backward_rows(d.data(), d.data(), tape.inputs.back().data(), n, *grad.norm, Store::overwrite, workspace,
-                          executor);
-    }
-    for (std::size_t layer = blocks.size(); layer-- > 0;) {
-      blocks[layer].backward_in_place(d, tape.inputs[layer], tape.blocks[layer], grad.blocks[layer], workspace,
-                                      executor);
-    }
-    copy_to(dx, d);
+    run_back(dx, dy, tape, grad, workspace, executor);
+  }
+
+  /// backward(dy, tape, grad, dbias) into dx.
+  template <typename DX, typename DY, typename DB, Executor E = Serial>
+  void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape, Encoder& grad,
+                     const Eigen::MatrixBase<DB>& dbias, Workspace& workspace, E&& executor = {}) const {
+    run_back(dx, dy, tape, grad, workspace, executor, dbias);
   }
 
   template <typename Self, typename Visitor>
@@ -213,6 +215,32 @@ class Encoder {
     for (Index s = 0; s < lengths.size(); ++s) {
       detail::check_mask(kName, mask, config_.attention.num_heads, lengths[s], lengths[s]);
     }
+  }
+
+  /// backward, with a dbias or without.
+  template <typename DX, typename DY, Executor E, typename... DBias>
+  void run_back(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape, Encoder& grad,
+                Workspace& workspace, E& executor, const DBias&... dbias) const {
+    tape.check(kName, config_);
+    const Index n = tape.inputs.back().rows(), embed_dim = config_.attention.embed_dim;
+    detail::check_shape(kName, "dy", dy, n, embed_dim);
+    detail::check_shape(kName, "dx", dx, n, embed_dim);
+    if (!detail::same_shape(grad.config_, config_)) {
+      detail::throw_invalid({kName, ": grad must be an encoder of the same configuration"});
+    }
+    (blocks.front().attention.check_bias_gradient(dbias, tape.blocks.front().attention), ...);
+    const auto frame = workspace.frame();
+    MatrixMap<Scalar> d(workspace.take<Scalar>(n * embed_dim), n, embed_dim);
+    d = dy;
+    if (norm) {
+      norm->backward_rows(d.data(), d.data(), tape.inputs.back().data(), n, *grad.norm, Store::overwrite, workspace,
+                          executor);
+    }
+    for (std::size_t layer = blocks.size(); layer-- > 0;) {
+      blocks[layer].backward_in_place(d, tape.inputs[layer], tape.blocks[layer], grad.blocks[layer], workspace,
+                                      executor, dbias...);
+    }
+    copy_to(dx, d);
   }
 
   /// y = from, for a y of the caller's; of the same size, which has been checked.
