@@ -155,45 +155,47 @@ double train(Model& model, Index steps, bool by_heart) {
   return loss;
 }
 
-/// What the class token attends to in the last layer: how much of it is on the large digit, a mean over heads and
-/// images; and of the first image a picture for each head.
+/// What the class token attends to, over the pixels of an image; returns where the picture is.
+std::string save_attention(const std::string& name, std::size_t head, const AttentionMaps<float>& maps,
+                           const Eigen::MatrixXd& image) {
+  constexpr Index kAcross = example::kImageSize / example::kPatchSize;
+  std::vector<example::Panel> panels{{"image", 0 * image, Palette::red, image}};
+  const auto add = [&](const std::string& title, const Matrix<float>& map, Palette palette) {
+    Eigen::MatrixXd weights(image.rows(), image.cols());
+    for (Index y = 0; y < image.rows(); ++y) {
+      for (Index x = 0; x < image.cols(); ++x) {
+        weights(y, x) = double(map(0, 1 + y / example::kPatchSize * kAcross + x / example::kPatchSize));
+      }
+    }
+    panels.push_back({title, weights, palette, image});
+  };
+  if (maps.p2.size() != 0) {
+    add("P1", maps.p1, Palette::red);
+    add("P2", maps.p2, Palette::blue);
+  }
+  add(maps.p2.size() != 0 ? "P1 - lambda P2" : "P", maps.combined, Palette::diverging);
+  const std::string file = "digit_attention_" + name + "_head_" + std::to_string(head) + ".png";
+  const std::string title = "The class token's attention, " + name + ", last layer, head " + std::to_string(head);
+  return example::save_picture(file, title, panels, 10);
+}
+
+/// How much of the class token's attention in the last layer is on the large digit, a mean over heads and images; and
+/// of the first image a picture for each head.
 template <typename Attention>
 void show_attention(const VisionTransformer<Attention>& model, const example::DigitImages& images,
                     const std::string& name) {
-  constexpr Index kAcross = example::kImageSize / example::kPatchSize, kShown = 200;
-  const auto& layer = model.encoder.blocks.back().attention;
+  constexpr Index kShown = 200;
   double share = 0;
   for (Index i = 0; i < kShown; ++i) {
     typename VisionTransformer<Attention>::Tape tape;
     model.logits(images.patches.middleRows(i * kPatches, kPatches), tape);
-    const auto maps = attention_maps(layer, tape.encoder.blocks.back().attention.x, FullMask{});
+    const auto& attention = model.encoder.blocks.back().attention;
+    const auto maps = attention_maps(attention, tape.encoder.blocks.back().attention.x, FullMask{});
     for (std::size_t head = 0; head < maps.size(); ++head) {
       const Eigen::RowVectorXd weights = maps[head].combined.row(0).tail(kPatches).template cast<double>().cwiseAbs();
-      const std::vector<Index>& digit = images.digit_patches[std::size_t(i)];
-      share += weights(digit).sum() / weights.sum() / double(kShown * Index(maps.size()));
-      if (i > 0) continue;
-      std::vector<example::Panel> panels;
-      const auto add = [&](const std::string& title, const Matrix<float>& map, Palette palette) {
-        const Matrix<double> patches =
-            map.row(0).tail(kPatches).template cast<double>().reshaped(kAcross, kAcross).transpose();
-        Eigen::MatrixXd pixels(example::kImageSize, example::kImageSize);
-        for (Index y = 0; y < pixels.rows(); ++y) {
-          for (Index x = 0; x < pixels.cols(); ++x)
-            pixels(y, x) = patches(y / example::kPatchSize, x / example::kPatchSize);
-        }
-        panels.push_back({title, pixels, palette, image_of(images, i)});
-      };
-      add("image", Matrix<float>::Zero(kTokens, kTokens), Palette::red);
-      if (maps[head].p2.size() != 0) {
-        add("P1", maps[head].p1, Palette::red);
-        add("P2", maps[head].p2, Palette::blue);
-      }
-      add(maps[head].p2.size() != 0 ? "P1 - lambda P2" : "P", maps[head].combined, Palette::diverging);
-      const std::string number = std::to_string(head);
-      std::printf("  %s\n", example::save_picture(
-                                "digit_attention_" + name + "_head_" + number + ".png",
-                                "The class token's attention, " + name + ", last layer, head " + number, panels, 10)
-                                .c_str());
+      share +=
+          weights(images.digit_patches[std::size_t(i)]).sum() / weights.sum() / double(kShown * Index(maps.size()));
+      if (i == 0) std::printf("  %s\n", save_attention(name, head, maps[head], image_of(images, 0)).c_str());
     }
   }
   std::printf("  of the class token's attention to patches, %.2f is on the large digit\n", share);
