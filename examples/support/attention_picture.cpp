@@ -78,8 +78,10 @@ class Canvas {
     fill(left - 1, top - 1, width + 2, height + 2, kInk);
     for (int i = 0; i < n_q; ++i) {
       for (int j = 0; j < n_k; ++j) {
-        const bool masked = j > i + n_k - n_q;
-        fill(left + j * cell, top + i * cell, cell, cell, masked ? kMasked : colour_of(panel.map(i, j), panel.palette));
+        const bool masked = panel.image.size() == 0 && j > i + n_k - n_q;
+        Colour colour = masked ? kMasked : colour_of(panel.map(i, j), panel.palette);
+        if (panel.image.size() != 0) colour *= 1 - 0.7 * std::clamp(panel.image(i, j), 0.0, 1.0);
+        fill(left + j * cell, top + i * cell, cell, cell, colour);
       }
     }
     for (int key = 0; key < n_k; key += kTickEvery) {
@@ -92,8 +94,9 @@ class Canvas {
       fill(left - 1 - kTickLength, at, kTickLength, 1, kInk);
       write(left - kTickLength - 5, at - kTextHeight / 2, std::to_string(query), Align::right);
     }
-    write(left + width / 2, bottom + kTickLength + 5 + kTextHeight + 6, "key", Align::centre);
-    write_upwards(x, top + height / 2, "query");
+    write(left + width / 2, bottom + kTickLength + 5 + kTextHeight + 6, panel.image.size() == 0 ? "key" : "x",
+          Align::centre);
+    write_upwards(x, top + height / 2, panel.image.size() == 0 ? "query" : "y");
     draw_bar(left, bottom + kAxis + 8, width, panel.palette);
   }
 

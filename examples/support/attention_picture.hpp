@@ -1,6 +1,7 @@
 #pragma once
 
-// Attention maps as a PNG: panels side by side, one a map, query rows downwards and key columns to the right.
+// Attention maps as a PNG: panels side by side, one a map, query rows downwards and key columns to the right; or what one
+// query attends to, over the pixels of an image.
 
 #include <Eigen/Core>
 #include <string>
@@ -18,6 +19,7 @@ struct Panel {
   std::string title;
   Eigen::MatrixXd map;  ///< weights in [−1, 1]; keys above the diagonal are drawn as masked
   Palette palette;
+  Eigen::MatrixXd image = {};  ///< of the map's size: brightness from 0 to 1 of pixels, whose weights the map has
 };
 
 /// What a picture of the maps of one head is called.

@@ -13,6 +13,7 @@
 #include "diffattn/io/parameters.hpp"
 #include "diffattn/io/safetensors.hpp"
 #include "diffattn/models/decoder.hpp"
+#include "diffattn/models/encoder.hpp"
 #include "diffattn/models/generate.hpp"
 #include "diffattn/training/adamw.hpp"
 
@@ -55,7 +56,37 @@ void decoder_calls(const std::filesystem::path& path) {
   save_checkpoint(model, optimizer, path, {.windows_drawn = state.windows_drawn});
 }
 
+template <typename Attention>
+void encoder_calls(const M& x, const std::filesystem::path& path) {
+  Encoder<float, Attention> encoder({.num_layers = 2,
+                                     .hidden_dim = 64,
+                                     .attention = {.embed_dim = 32, .num_heads = 2},
+                                     .activation = Activation::gelu,
+                                     .bias = true,
+                                     .norm = NormKind::layer_norm,
+                                     .norm_placement = NormPlacement::before});
+  auto grad = zeros_like(encoder);
+  const std::vector<int> lengths = {1, 2};
+  M y = encoder.forward(x);
+  y = encoder.forward(x, PaddingMask{3});
+  y = encoder.forward(x, FullMask{}, lengths);
+  typename Encoder<float, Attention>::Tape tape;
+  y = encoder.forward(x, FullMask{}, tape);
+  y = encoder.forward(x, FullMask{}, lengths, tape);
+  M dx = encoder.backward(y, tape, grad);
+  Workspace workspace;
+  encoder.forward_into(y, x, FullMask{}, workspace, Serial{});
+  encoder.forward_into(y, x, FullMask{}, lengths, workspace, Serial{});
+  encoder.forward_into(y, x, FullMask{}, lengths, tape, workspace, Serial{});
+  encoder.backward_into(dx, y, tape, grad, workspace, Serial{});
+  AdamW<float>(encoder).step(encoder, grad);
+  save_parameters(encoder, path);
+  FeedForward<float> feed_forward(32, 64, Activation::relu, true);
+  y = feed_forward.forward(x);
+}
+
 void models(const std::filesystem::path& path) {
+  encoder_calls<MultiheadDiffAttention<float>>(M::Ones(3, 32), path);
   decoder_calls<MultiheadDiffAttention<float>>(path);
   decoder_calls<MultiheadDiffAttentionV2<float>>(path);
   decoder_calls<MultiheadAttention<float>>(path);

@@ -25,6 +25,7 @@
 #include "diffattn/io/safetensors_header.hpp"
 #include "diffattn/io/safetensors_reader.hpp"
 #include "diffattn/io/safetensors_writer.hpp"
+#include "diffattn/layers/parameters.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -65,7 +66,10 @@ class Destination {
   explicit Destination(Parameter& parameter)
       : to_(parameter.data()), read_([](const Safetensors& file, const std::string& name, void* to) {
           file.read(name, static_cast<typename Parameter::Scalar*>(to));
-        }) {}
+        }) {
+    static_assert(Parameter::IsRowMajor || Parameter::IsVectorAtCompileTime,
+                  "diffattn: a parameter must be row-major, as diffattn::Matrix is");
+  }
 
   /// Does not allocate.
   void read(const Safetensors& file, const std::string& name) const { read_(file, name, to_); }

@@ -195,6 +195,12 @@ class AttentionLayer : public BatchedAttention<Variant> {
                           executor);
   }
 
+  /// Throws what backward(dy, tape, grad, dbias) would say of this dbias.
+  template <typename DB>
+  void check_bias_gradient(const Eigen::MatrixBase<DB>& dbias, const Tape& tape) const {
+    Passes::checked_bias_gradient(dbias, tape);
+  }
+
   /// backward(dy, tape, grad, dbias) into dx.
   template <typename DX, typename DY, typename DB, Executor E = Serial>
   void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,

@@ -1,12 +1,37 @@
 #pragma once
 
-// The one list of a layer's parameters and their names.
+// The one list of a model's parameters and their names: saving, loading, counting, optimising, zeros_like and gradient
+// norms all go through it, for the layers and models of this library and for those of your own.
 //
 //   visit_parameters(layer, [](std::string_view name, auto& parameter) { … });
 //
 // Names are the official state-dict keys (q_proj.weight, lambda_q1, subln.weight, …), in the order in which the
 // official code declares them. A parameter is a Matrix<Scalar>, or a Vector<Scalar> where PyTorch has rank 1; const if
-// the layer is. Saving, loading, counting and optimising all go through this function.
+// the layer is.
+//
+// A model of your own is a class that can be copied and has one static member, a template on both of its arguments:
+//
+//   struct Classifier {
+//     Linear<float> input;                        // a part: whatever has visit() itself
+//     std::vector<Block> blocks;                  // parts, called blocks.0, blocks.1, …
+//     std::optional<Linear<float>> head;          // a part that may be missing
+//     Matrix<float> positions;                    // a parameter, or a Vector, an Eigen::RowVectorXf, or of fixed size
+//
+//     template <typename Self, typename Visitor>  // Self is Classifier or const Classifier
+//     static void visit(Self& self, Visitor& visitor) {
+//       visit_part("input", self.input, visitor);
+//       visit_part("blocks", self.blocks, visitor);
+//       visit_part("head", self.head, visitor);
+//       visitor("positions", self.positions);
+//     }
+//   };
+//
+// Names must differ, and stay what they are: files and optimizers know parameters by them, AdamW also which of them
+// not to decay ("norm", "bias", "lambda"). The order of the calls is the order in files and optimizers.
+// Matrices must be row-major, as diffattn::Matrix is. All parameters of one model have one scalar type where it is
+// trained. Weights that two parts share are visited once, under one name; their gradient is the sum of both. A single
+// number is a Vector of one. What is not learned (a configuration, a tape, a workspace) is not visited.
+// A gradient is an object of the same class: zeros_like(model). Examples 09 and 10 have a layer and a model of their own.
 
 #include <algorithm>
 #include <cstddef>
@@ -21,19 +46,62 @@
 
 namespace diffattn::inline v0_1 {
 
+namespace detail {
+
+/// Stands for any visitor in what is asked of a class below.
+struct AnyVisitor {
+  template <typename Parameter>
+  void operator()(std::string_view /*name*/, Parameter& /*parameter*/) const {}
+};
+
+template <typename Layer>
+concept Visitable = requires(Layer& layer, AnyVisitor& visitor) {
+  std::remove_const_t<Layer>::visit(layer, visitor);
+};
+
+template <typename Part>
+concept OptionalPart = requires(Part& part) {
+  part.has_value();
+  *part;
+};
+
+template <typename Part>
+concept SeveralParts = requires(Part& part) {
+  part.size();
+  part[0];
+};
+
+}  // namespace detail
+
 /// Calls visit(name, parameter) for every parameter. A layer lists its own in a static member visit(self, visitor).
 template <typename Layer, typename Visitor>
 void visit_parameters(Layer& layer, Visitor&& visitor) {
+  static_assert(detail::Visitable<std::remove_const_t<Layer>>,
+                "diffattn: the class must list its parameters: template <typename Self, typename Visitor> static void "
+                "visit(Self& self, Visitor& visitor), as layers/parameters.hpp says");
+  static_assert(detail::Visitable<const Layer> || !detail::Visitable<std::remove_const_t<Layer>>,
+                "diffattn: visit(self, visitor) must take a const object too: make it a template on the type of self");
   std::remove_const_t<Layer>::visit(layer, visitor);
 }
 
 /// Visits the parameters of `part`, a layer inside a layer or model of yours, their names prefixed with "<name>.": what
-/// visit() of the whole calls for each of its parts. The order of the calls is the order in files and optimizers.
+/// visit() of the whole calls for each of its parts. A std::optional that is empty has none; the parts of a std::vector
+/// or std::array are called <name>.0, <name>.1, ….
 template <typename Part, typename Visitor>
 void visit_part(std::string_view name, Part& part, Visitor&& visitor) {
-  visit_parameters(part, [&](std::string_view inner, auto& parameter) {
-    visitor(std::string_view(std::string(name).append(".").append(inner)), parameter);
-  });
+  if constexpr (detail::Visitable<std::remove_const_t<Part>>) {
+    visit_parameters(part, [&](std::string_view inner, auto& parameter) {
+      visitor(std::string_view(std::string(name).append(".").append(inner)), parameter);
+    });
+  } else if constexpr (detail::OptionalPart<Part>) {
+    if (part.has_value()) visit_part(name, *part, visitor);
+  } else if constexpr (detail::SeveralParts<Part>) {
+    for (std::size_t i = 0; i < part.size(); ++i) {
+      visit_part(std::string(name).append(".").append(std::to_string(i)), part[i], visitor);
+    }
+  } else {
+    visit_parameters(part, visitor);  // says what is missing
+  }
 }
 
 /// How many numbers a layer learns.

@@ -10,7 +10,6 @@
 #include <iterator>
 #include <optional>
 #include <span>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -70,11 +69,9 @@ class DecoderStack {
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
     visitor("embed_tokens.weight", self.embedding);
-    for (std::size_t layer = 0; layer < self.blocks.size(); ++layer) {
-      visit_part("layers." + std::to_string(layer), self.blocks[layer], visitor);
-    }
+    visit_part("layers", self.blocks, visitor);
     visit_part("norm", self.norm, visitor);
-    if (self.head) visit_part("lm_head", *self.head, visitor);
+    visit_part("lm_head", self.head, visitor);
   }
 
  private:

@@ -12,6 +12,8 @@
 //   y = encoder.forward(x);                      or forward(x, mask), (x, mask, lengths) for stacked sequences
 //   y = encoder.forward(x, mask, tape);          or (x, mask, lengths, tape): keeps what backward needs
 //   dx = encoder.backward(dy, tape, grad);       `grad` as zeros_like(encoder) makes it; gradients are added
+//   dx = encoder.backward(dy, tape, grad, dbias);    the gradient of the mask's learned bias, which all layers share as
+//                                                    T5's do, is added to dbias
 //   encoder.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
 //
 // Attention is a layer type: MultiheadDiffAttention<Scalar>, MultiheadDiffAttentionV2<Scalar>, MultiheadAttention
@@ -29,7 +31,6 @@
 
 #include <cstddef>
 #include <optional>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -67,8 +68,10 @@ class Encoder {
     if (config.norm_placement == NormPlacement::before) {
       norm.emplace(config.norm, config.attention.embed_dim, config.norm_eps);
     }
+    config_.attention = blocks.front().attention.config();
   }
 
+  /// The configuration, with what was left to its default filled in.
   const Config& config() const { return config_; }
 
   /// y (n x embed_dim) for x (n x embed_dim), one sequence.
@@ -109,6 +112,17 @@ class Encoder {
     Workspace workspace;
     Matrix<Scalar> dx(dy.rows(), config_.attention.embed_dim);
     backward_into(dx, dy, tape, grad, workspace);
+    return dx;
+  }
+
+  /// The same, and the gradient of the mask's learned bias (learned_bias.hpp), a sum over the layers, is added to dbias,
+  /// which has the shape of its table.
+  template <typename DY, typename DB>
+  Matrix<Scalar> backward(const Eigen::MatrixBase<DY>& dy, const Tape& tape, Encoder& grad,
+                          const Eigen::MatrixBase<DB>& dbias) const {
+    Workspace workspace;
+    Matrix<Scalar> dx(dy.rows(), config_.attention.embed_dim);
+    backward_into(dx, dy, tape, grad, dbias, workspace);
     return dx;
   }
 
@@ -166,30 +180,20 @@ class Encoder {
   template <typename DX, typename DY, Executor E = Serial>
   void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape, Encoder& grad,
                      Workspace& workspace, E&& executor = {}) const {
-    tape.check(kName, config_);
-    const Index n = tape.inputs.back().rows(), embed_dim = config_.attention.embed_dim;
-    detail::check_shape(kName, "dy", dy, n, embed_dim);
-    detail::check_shape(kName, "dx", dx, n, embed_dim);
-    const auto frame = workspace.frame();
-    MatrixMap<Scalar> d(workspace.take<Scalar>(n * embed_dim), n, embed_dim);
-    d = dy;
-    if (norm) {
-      norm->backward_rows(d.data(), d.data(), tape.inputs.back().data(), n, *grad.norm, Store::overwrite, workspace,
-                          executor);
-    }
-    for (std::size_t layer = blocks.size(); layer-- > 0;) {
-      blocks[layer].backward_in_place(d, tape.inputs[layer], tape.blocks[layer], grad.blocks[layer], workspace,
-                                      executor);
-    }
-    copy_to(dx, d);
+    run_back(dx, dy, tape, grad, workspace, executor);
+  }
+
+  /// backward(dy, tape, grad, dbias) into dx.
+  template <typename DX, typename DY, typename DB, Executor E = Serial>
+  void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape, Encoder& grad,
+                     const Eigen::MatrixBase<DB>& dbias, Workspace& workspace, E&& executor = {}) const {
+    run_back(dx, dy, tape, grad, workspace, executor, dbias);
   }
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
-    for (std::size_t layer = 0; layer < self.blocks.size(); ++layer) {
-      visit_part("layers." + std::to_string(layer), self.blocks[layer], visitor);
-    }
-    if (self.norm) visit_part("norm", *self.norm, visitor);
+    visit_part("layers", self.blocks, visitor);
+    visit_part("norm", self.norm, visitor);
   }
 
  private:
@@ -200,12 +204,43 @@ class Encoder {
                        const SequenceLengths& lengths) const {
     static_assert(std::is_same_v<typename X::Scalar, Scalar> && std::is_same_v<typename Y::Scalar, Scalar>,
                   "diffattn: x and y must have the scalar type of the encoder; convert with .template cast<>()");
-    detail::check_shape(kName, "x", x, x.rows(), config_.attention.embed_dim);
-    detail::check_shape(kName, "y", y, x.rows(), config_.attention.embed_dim);
+    const Index embed_dim = config_.attention.embed_dim;
+    if (x.cols() != embed_dim && x.rows() == embed_dim) {
+      detail::throw_shape({kName, ": x must have embed_dim = ", embed_dim, " columns, one token a row, got ", x.rows(),
+                           " x ", x.cols(), ": did you mean x.transpose()?"});
+    }
+    detail::check_shape(kName, "x", x, x.rows(), embed_dim);
+    detail::check_shape(kName, "y", y, x.rows(), embed_dim);
     detail::check_lengths(kName, lengths, x.rows());
     for (Index s = 0; s < lengths.size(); ++s) {
       detail::check_mask(kName, mask, config_.attention.num_heads, lengths[s], lengths[s]);
     }
+  }
+
+  /// backward, with a dbias or without.
+  template <typename DX, typename DY, Executor E, typename... DBias>
+  void run_back(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape, Encoder& grad,
+                Workspace& workspace, E& executor, const DBias&... dbias) const {
+    tape.check(kName, config_);
+    const Index n = tape.inputs.back().rows(), embed_dim = config_.attention.embed_dim;
+    detail::check_shape(kName, "dy", dy, n, embed_dim);
+    detail::check_shape(kName, "dx", dx, n, embed_dim);
+    if (!detail::same_shape(grad.config_, config_)) {
+      detail::throw_invalid({kName, ": grad must be an encoder of the same configuration"});
+    }
+    (blocks.front().attention.check_bias_gradient(dbias, tape.blocks.front().attention), ...);
+    const auto frame = workspace.frame();
+    MatrixMap<Scalar> d(workspace.take<Scalar>(n * embed_dim), n, embed_dim);
+    d = dy;
+    if (norm) {
+      norm->backward_rows(d.data(), d.data(), tape.inputs.back().data(), n, *grad.norm, Store::overwrite, workspace,
+                          executor);
+    }
+    for (std::size_t layer = blocks.size(); layer-- > 0;) {
+      blocks[layer].backward_in_place(d, tape.inputs[layer], tape.blocks[layer], grad.blocks[layer], workspace,
+                                      executor, dbias...);
+    }
+    copy_to(dx, d);
   }
 
   /// y = from, for a y of the caller's; of the same size, which has been checked.

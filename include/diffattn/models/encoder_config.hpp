@@ -21,10 +21,10 @@ namespace diffattn::inline v0_1 {
 template <typename Attention>
 struct EncoderConfig {
   Index num_layers = 0;
-  Index hidden_dim = 0;                     ///< inner width of the feed-forward layers
-  typename Attention::Config attention{};   ///< of every layer; depth and seed are set for each
-  Activation activation = Activation::gelu; ///< of the feed-forward layers
-  bool bias = false;                        ///< in the feed-forward layers; attention.bias says so of attention
+  Index hidden_dim = 0;                      ///< inner width of the feed-forward layers
+  typename Attention::Config attention{};    ///< of every layer; depth and seed are set for each
+  Activation activation = Activation::gelu;  ///< of the feed-forward layers
+  bool bias = false;                         ///< in the feed-forward layers; attention.bias says so of attention
   NormKind norm = NormKind::layer_norm;
   NormPlacement norm_placement = NormPlacement::before;  ///< before each layer and at the end, or behind each layer
   double norm_eps = 1e-5;
@@ -48,6 +48,17 @@ const EncoderConfig<Attention>& checked(const char* where, const EncoderConfig<A
   check_positive(where, "attention.embed_dim", embed_dim);
   checked_product(where, "num_layers·hidden_dim·embed_dim", {config.num_layers, config.hidden_dim, embed_dim});
   return config;
+}
+
+/// Whether encoders of the two have parameters of the same shapes and do the same with them: what a tape and a gradient
+/// of one must share with the other.
+template <typename Attention>
+bool same_shape(const EncoderConfig<Attention>& a, const EncoderConfig<Attention>& b) {
+  return a.num_layers == b.num_layers && a.hidden_dim == b.hidden_dim && a.activation == b.activation &&
+         a.bias == b.bias && a.norm == b.norm && a.norm_placement == b.norm_placement &&
+         a.attention.embed_dim == b.attention.embed_dim && a.attention.num_heads == b.attention.num_heads &&
+         a.attention.num_kv_heads == b.attention.num_kv_heads && a.attention.head_dim == b.attention.head_dim &&
+         a.attention.bias == b.attention.bias;
 }
 
 }  // namespace detail

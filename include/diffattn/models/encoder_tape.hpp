@@ -30,13 +30,10 @@ struct EncoderTape {
     for (Matrix<Scalar>& input : inputs) input.resize(n, of.attention.embed_dim);
   }
 
-  /// Throws std::invalid_argument, naming `where`, unless an encoder with the same blocks has filled it. What is wrong
-  /// with the attention's part of it, its layer says.
+  /// Throws std::invalid_argument, naming `where`, unless an encoder of this configuration has filled it.
   void check(const char* where, const EncoderConfig<Attention>& of) const {
     if (!filled) detail::throw_invalid({where, ": backward needs a tape that forward(x, mask, tape) has filled"});
-    if (config.num_layers != of.num_layers || config.hidden_dim != of.hidden_dim ||
-        config.attention.embed_dim != of.attention.embed_dim || config.activation != of.activation ||
-        config.norm != of.norm || config.norm_placement != of.norm_placement) {
+    if (!detail::same_shape(config, of)) {
       detail::throw_invalid({where, ": the tape was filled by an encoder of another configuration"});
     }
   }

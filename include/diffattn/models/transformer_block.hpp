@@ -103,10 +103,11 @@ struct TransformerBlock {
     }
   }
 
-  /// Turns dy, the gradient of y, into that of x, in place.
-  template <Executor E>
+  /// Turns dy, the gradient of y, into that of x, in place. With a dbias, the gradient of the mask's learned bias is
+  /// added to it.
+  template <Executor E, typename... DBias>
   void backward_in_place(MatrixMap<Scalar>& dy, const Matrix<Scalar>& x, const Tape& tape, TransformerBlock& grad,
-                         Workspace& workspace, E& executor) const {
+                         Workspace& workspace, E& executor, const DBias&... dbias) const {
     const auto frame = workspace.frame();
     MatrixMap<Scalar> dbranch(workspace.take<Scalar>(x.size()), x.rows(), x.cols());
     // A layer, and the norm before it or behind its sum; `normed` is what the norm was given.
@@ -123,8 +124,9 @@ struct TransformerBlock {
     through(feed_forward_norm, norms_before ? tape.attended : tape.fed, grad.feed_forward_norm, [&] {
       feed_forward.backward_into(dbranch, dy, tape.feed_forward, grad.feed_forward, workspace, executor);
     });
-    through(attention_norm, norms_before ? x : tape.attended, grad.attention_norm,
-            [&] { attention.backward_into(dbranch, dy, tape.attention, grad.attention, workspace, executor); });
+    through(attention_norm, norms_before ? x : tape.attended, grad.attention_norm, [&] {
+      attention.backward_into(dbranch, dy, tape.attention, grad.attention, dbias..., workspace, executor);
+    });
   }
 
   NormType attention_norm;
