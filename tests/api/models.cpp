@@ -78,7 +78,7 @@ void models(const std::filesystem::path& path) {
   const std::vector<Index> text = model.generate({1, 2}, {.max_new_tokens = 4});
   const std::vector<DecoderCache<float>*> caches = {&cache};
   logits = model.logits({1}, caches);
-  logits = model.logits({1, 2, 3}, cache, SlidingWindowMask{8}, Serial{});
+  logits = model.logits(std::vector<int>{1, 2}, cache, SlidingWindowMask{8}, Serial{});
   const std::vector<std::vector<int>> prompts = {{1, 2}, {3}};
   std::vector<std::vector<Index>> texts = model.generate(prompts, {.max_new_tokens = 4}, Serial{});
   texts = model.generate(prompts, std::vector<GenerateOptions>(2), caches, Serial{});
