@@ -1,7 +1,7 @@
 // What you learn here: how to go on training a checkpoint of Hugging Face's DiffLlama, and write it back as one. The
-// small model that comes with the examples knows the King James Bible byte by byte; it learns to say it in today's
-// words: "you" for "thee", "to" for "unto". Held-out text is what it is judged by, before and after.
-// With --text it learns any other text, with --model another model whose tokens are bytes.
+// small model that comes with the examples knows the King James Bible byte by byte; it learns to write headers of this
+// library. Text that was held out judges it, before and after. With --text it learns something else, with --model
+// another model whose tokens are bytes.
 
 #include <cstdint>
 #include <cstdio>
@@ -23,7 +23,7 @@
 
 #include "support/byte_model.hpp"
 #include "support/fine_tune_options.hpp"
-#include "support/todays_words.hpp"
+#include "support/fine_tune_text.hpp"
 
 using diffattn::Index;
 

@@ -12,9 +12,9 @@ namespace example {
 
 struct FineTuneOptions {
   std::filesystem::path model = DIFFATTN_EXAMPLE_DATA "/diffllama-bytes";
-  std::filesystem::path text;
+  std::filesystem::path text = DIFFATTN_EXAMPLE_DATA "/../../include/diffattn";
   std::filesystem::path out = "fine-tuned";
-  std::string prompt = "And it came to pass, that he said unto them, ";
+  std::string prompt = "/// The sum of two matrices";
   diffattn::Index steps = 120;
   diffattn::Index batch = 4;
   diffattn::Index length = 256;
@@ -25,8 +25,9 @@ struct FineTuneOptions {
   void declare(CLI::App& app) {
     const auto up_to = [](long most) { return CLI::Range(1L, most); };
     app.add_option("--model", model, "directory of a DiffLlama whose tokens are bytes")->capture_default_str();
-    app.add_option("--text", text, "any file; left out, the King James Bible in today's words")
-        ->check(CLI::ExistingFile);
+    app.add_option("--text", text, "any file, or a directory of files; its bytes are the tokens")
+        ->check(CLI::ExistingPath)
+        ->capture_default_str();
     app.add_option("--out", out, "directory for the tuned model")->capture_default_str();
     app.add_option("--prompt", prompt, "what the model goes on from")->capture_default_str();
     app.add_option("--steps", steps, "optimizer steps")->check(up_to(1 << 30))->capture_default_str();

@@ -388,6 +388,8 @@ TEST_CASE("Layers that no DiffLlama has are refused by their field", "[models][d
       "null");
   CHECK(message([](auto& c) { c.norm_eps = 1e-3; }) ==
         "save_diffllama: norm_eps of layer 1 is 0.001000, in a DiffLlama it is 0.000010, as in the first layer");
+  CHECK(message([](auto& c) { c.num_noise_heads = 1; }) ==
+        "save_diffllama: num_noise_heads of layer 1 is 1, in a DiffLlama it is 2, one for every head");
   CHECK(message([](auto& c) { c.num_kv_heads = 2; }) ==
         "save_diffllama: num_kv_heads of layer 1 is 2, in a DiffLlama it is 1, as in the first layer");
 }

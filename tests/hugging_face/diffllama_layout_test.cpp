@@ -70,7 +70,10 @@ TEST_CASE("Hugging Face's weights are loaded into their layout and become an off
   CHECK(support::identical(layer.out_proj.weight, file.matrix<float>("model.layers.0.self_attn.o_proj.weight")));
 }
 
-TEST_CASE("A rotary embedding of a part of a head has no DiffLlama", "[models][diffllama_layout]") {
+TEST_CASE("A rotary embedding of a part of a head has no DiffLlama, nor have shared noise heads",
+          "[models][diffllama_layout]") {
+  CHECK_THROWS_AS(DiffLlamaAttention<float>({.embed_dim = 32, .num_heads = 2, .num_kv_heads = 1, .num_noise_heads = 1}),
+                  std::invalid_argument);
   CHECK_THROWS_AS(DiffLlamaAttention<float>({.embed_dim = 32, .num_heads = 2, .rotary = RotaryConfig{.dim = 4}}),
                   std::invalid_argument);
 }

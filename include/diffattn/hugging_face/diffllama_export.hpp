@@ -79,11 +79,9 @@ void check_exportable(const Decoder<Scalar, MultiheadDiffAttention<Scalar>>& mod
     const auto same = [&](const char* field, auto is, auto must_be) {
       if (is != must_be) fail(field, std::to_string(is), std::to_string(must_be) + ", as in the first layer");
     };
-    if constexpr (requires { config.num_noise_heads; }) {
-      if (config.num_noise_heads != 0 && config.num_noise_heads != config.num_heads) {
-        fail("num_noise_heads", std::to_string(config.num_noise_heads),
-             std::to_string(config.num_heads) + ", one for every head");
-      }
+    if (config.num_noise_heads != config.num_heads) {
+      fail("num_noise_heads", std::to_string(config.num_noise_heads),
+           std::to_string(config.num_heads) + ", one for every head");
     }
     same("embed_dim", config.embed_dim, first.embed_dim);
     same("num_heads", config.num_heads, first.num_heads);

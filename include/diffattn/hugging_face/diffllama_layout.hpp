@@ -18,7 +18,8 @@
 // takes the halves, so that query pair h meets key heads h/r and (H + h)/r, r = A/n_kv: that is a layer of n_kv groups
 // in the official layout, whose heads appear twice.
 //
-// Errors   std::invalid_argument for a rotary embedding that turns a part of a head, which DiffLlama does not have.
+// Errors   std::invalid_argument for what DiffLlama does not have: a rotary embedding that turns a part of a head, and
+//          noise heads that several heads share.
 
 #include <string_view>
 #include <vector>
@@ -139,6 +140,10 @@ class DiffLlamaAttention {
     if (config_.rotary && config_.rotary->dim != 0 && config_.rotary->dim != head_dim_) {
       detail::throw_invalid(
           {"DiffLlamaAttention: rotary.dim must be the head_dim ", head_dim_, ", got ", config_.rotary->dim});
+    }
+    if (config_.num_noise_heads != config_.num_heads) {
+      detail::throw_invalid({"DiffLlamaAttention: num_noise_heads must be the num_heads ", config_.num_heads, ", got ",
+                             config_.num_noise_heads});
     }
     if (zeros) {
       set_zero(*this);

@@ -70,7 +70,7 @@ inline std::shared_ptr<const DiffLlamaOrigin> read_origin(const std::filesystem:
   for (const Safetensors& file : tensors.files()) {
     origin->metadata.insert(file.metadata().begin(), file.metadata().end());
   }
-  origin->metadata.erase(kSaveId);
+  for (const char* const ours : {kSaveId, kSavedGeneration}) origin->metadata.erase(ours);
   return origin;
 }
 

@@ -36,6 +36,7 @@
 namespace diffattn::inline v0_1::detail {
 
 inline constexpr const char* kSaveId = "diffattn_save_id";
+inline constexpr const char* kSavedGeneration = "diffattn_saved_generation_config";  // of weights saved with one
 
 /// A number that depends on every byte it is given: equal for equal bytes in equal pieces.
 class Fingerprint {
@@ -149,6 +150,7 @@ inline void save_checkpoint_directory(const std::filesystem::path& directory, Sa
   }
   std::optional<UnfinishedFile> generation_file;
   if (!generation.empty()) {
+    weights.set_metadata(kSavedGeneration, "true");
     generation = marked(std::move(generation), id);
     finish(generation_file.emplace(directory / "generation_config.json"), generation.data(), generation.size());
   }
@@ -189,10 +191,10 @@ inline std::optional<std::string> save_id_of(const std::string& config) {
   }
 }
 
-/// The mark of the weights: empty if they have none.
-inline std::string save_id_of(const ShardedSafetensors& tensors) {
+/// What the weights' metadata hold under a key; empty if they have nothing.
+inline std::string metadata_of(const ShardedSafetensors& tensors, const char* key) {
   for (const Safetensors& file : tensors.files()) {
-    if (const auto id = file.metadata().find(kSaveId); id != file.metadata().end()) return id->second;
+    if (const auto found = file.metadata().find(key); found != file.metadata().end()) return found->second;
   }
   return "";
 }
@@ -202,12 +204,7 @@ inline std::optional<std::string> unfinished_config(const std::filesystem::path&
   const std::filesystem::path target = follow_links(config);
   const std::string prefix = target.filename().string() + ".", suffix = kUnfinishedSuffix;
   std::error_code error;
-  std::filesystem::directory_iterator entry;
-  try {
-    entry = std::filesystem::directory_iterator(target.has_parent_path() ? target.parent_path() : ".");
-  } catch (const std::filesystem::filesystem_error&) {
-    return std::nullopt;  // the form with an error_code ends the program where there is no memory
-  }
+  std::filesystem::directory_iterator entry(target.has_parent_path() ? target.parent_path() : ".", error);
   for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
     const std::string name = entry->path().filename().string();
     const bool unfinished = name.size() > prefix.size() + suffix.size() &&
@@ -244,14 +241,13 @@ inline bool add_generation_config(CheckpointFiles& files, const std::filesystem:
   }
   const std::optional<std::string> id = text.empty() ? "" : save_id_of(text);
   files.is_generation_saved = id == files.save_id;
-  if (!files.is_generation_saved) {
+  if (!files.is_generation_saved && !metadata_of(files.tensors, kSavedGeneration).empty()) {
     if (std::optional<std::string> unfinished = unfinished_config(path, files.save_id)) {
-      files.generation_config = std::move(*unfinished);
+      text = std::move(*unfinished);
       files.is_generation_saved = true;
-      return true;
     }
-    if (id && !id->empty()) return false;
   }
+  if (!files.is_generation_saved && id && !id->empty()) return false;
   files.generation_config = std::move(text);
   return true;
 }
@@ -268,7 +264,7 @@ inline CheckpointFiles open_checkpoint_directory(const std::filesystem::path& di
     std::string config = missing ? "" : read_text(path);
     CheckpointFiles files{
         .tensors = ShardedSafetensors(directory), .config = "", .save_id = "", .generation_config = ""};
-    files.save_id = save_id_of(files.tensors);
+    files.save_id = metadata_of(files.tensors, kSaveId);
     const std::string& id = files.save_id;
     const std::optional<std::string> config_id = missing ? "" : save_id_of(config);
     std::optional<std::string> fitting;
