@@ -7,6 +7,8 @@
 
 #include "diffattn/diffattn.hpp"
 #include "diffattn/hugging_face/diffllama.hpp"
+#include "diffattn/hugging_face/diffllama_export.hpp"
+#include "diffattn/hugging_face/diffllama_import.hpp"
 #include "diffattn/io/checkpoint.hpp"
 #include "diffattn/io/parameters.hpp"
 #include "diffattn/io/safetensors.hpp"
@@ -76,10 +78,21 @@ void models(const std::filesystem::path& path) {
   const std::vector<Index> text = model.generate({1, 2}, {.max_new_tokens = 4});
   const std::vector<DecoderCache<float>*> caches = {&cache};
   logits = model.logits({1}, caches);
-  logits = model.logits({1, 2, 3}, cache, SlidingWindowMask{8}, Serial{});
+  logits = model.logits(std::vector<int>{1, 2}, cache, SlidingWindowMask{8}, Serial{});
   const std::vector<std::vector<int>> prompts = {{1, 2}, {3}};
   std::vector<std::vector<Index>> texts = model.generate(prompts, {.max_new_tokens = 4}, Serial{});
   texts = model.generate(prompts, std::vector<GenerateOptions>(2), caches, Serial{});
+
+  Decoder<float, MultiheadDiffAttention<float>> trainable = load_diffllama<float>(path);
+  save_diffllama(trainable, path);
+  save_diffllama(trainable, path,
+                 {.max_position_embeddings = 512,
+                  .eos_token_ids = {1, 2},
+                  .bos_token_id = 0,
+                  .pad_token_id = 0,
+                  .dtype = Dtype::BF16});
+  save_diffllama(model, path);
+  model.save(path);
 }
 
 }  // namespace api

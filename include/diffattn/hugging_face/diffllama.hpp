@@ -25,7 +25,6 @@
 #include <filesystem>
 #include <initializer_list>
 #include <iterator>
-#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -39,8 +38,9 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/hugging_face/diffllama_checkpoint.hpp"
 #include "diffattn/hugging_face/diffllama_config.hpp"
+#include "diffattn/hugging_face/diffllama_export.hpp"
+#include "diffattn/hugging_face/diffllama_import.hpp"
 #include "diffattn/hugging_face/diffllama_layout.hpp"
-#include "diffattn/io/checkpoint_directory.hpp"
 #include "diffattn/io/safetensors.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/cache_batch.hpp"
@@ -65,7 +65,7 @@ class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
   /// The model in `directory`. Reads what it does not map; a model that does not load leaves nothing behind.
   static DiffLlama load(const std::filesystem::path& directory) {
     const DiffLlamaCheckpoint checkpoint(directory);
-    DiffLlama model(checkpoint.config);
+    DiffLlama model(checkpoint);
     model.read(checkpoint);
     return model;
   }
@@ -120,55 +120,37 @@ class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
     decoder_.logits_into(y, tokens, caches, mask, workspace, executor);
   }
 
-  /// Writes config.json and model.safetensors, in the element types that were read, as one thing: whatever interrupts
-  /// it, load() gives the old model or the new one. The directory is made if it is not there. Holds a copy of the
-  /// weights while it writes.
-  void save(const std::filesystem::path& directory) const {
-    SafetensorsWriter writer(std::map<std::string, std::string>{{"format", "pt"}});
+  /// Writes what was read, in the element types that it had, as save_diffllama does for a Decoder
+  /// (diffllama_export.hpp), whose options and errors it has. Holds a copy of the weights while it writes.
+  void save(const std::filesystem::path& directory, const DiffLlamaExportOptions& options = {}) const {
+    detail::ExportedConfig exported(detail::origin_of(decoder_.config().origin), options);
+    exported.config = config_;
+    SafetensorsWriter writer(exported.metadata());
     for_each_parameter(*this, [&](const std::string& name, const auto& parameter, const std::vector<Index>* heads) {
-      add_to(writer, name, parameter, heads);
+      const auto add = [&](const auto& values) {
+        detail::add_as(exported.dtype_of(name, Dtype::F32), writer, name, in_order(values, heads));
+      };
+      if constexpr (std::is_same_v<std::remove_cvref_t<decltype(parameter)>, FrozenMatrix>) {
+        parameter.visit([&]<typename T>(const StridedView<const T>& view) {
+          add(Eigen::Map<const Matrix<T>>(view.data, view.rows, view.cols));
+        });
+      } else {
+        add(parameter);
+      }
     });
-    const std::string dtype = decoder_.embedding.visit(
-        []<typename T>(const StridedView<const T>&) { return DiffLlamaConfig::torch_dtype<T>(); });
-    detail::save_checkpoint_directory(directory, std::move(writer), config_.to_json(dtype));
+    exported.save(directory, std::move(writer), "float32");
   }
 
  private:
-  explicit DiffLlama(const DiffLlamaConfig& config) : config_(config), decoder_(decoder_config(config)) {}
-
-  static typename Model::Config decoder_config(const DiffLlamaConfig& config) {
-    typename Attention::Config attention{.embed_dim = config.hidden_size, .num_heads = config.num_attention_heads / 2};
-    attention.num_kv_heads = heads_of(config).groups();
-    attention.rotary = RotaryConfig{.base = config.rope_theta,
-                                    .pairing = RotaryPairing::half,
-                                    .table_positions = table_positions(config),
-                                    .scaling = config.rope_scaling};
-    attention.norm_eps = config.rms_norm_eps;
-    attention.bias = config.attention_bias;
-    attention.norm_weight = false;
-    attention.head_dim = config.head_dim;
-    return {.vocab_size = config.vocab_size,
-            .num_layers = config.num_hidden_layers,
-            .hidden_dim = config.intermediate_size,
-            .attention = attention,
-            .tied_head = config.tie_word_embeddings,
-            .norm_eps = config.rms_norm_eps};
-  }
-
-  /// Every layer has a table of its own: at most 4M angles.
-  static Index table_positions(const DiffLlamaConfig& config) {
-    return std::min({config.max_tokens(), Index{4096}, std::max<Index>(1, (Index{1} << 22) / config.head_dim)});
-  }
-
-  static detail::DiffLlamaHeads heads_of(const DiffLlamaConfig& config) {
-    return {config.num_attention_heads, config.num_key_value_heads};
-  }
+  explicit DiffLlama(const DiffLlamaCheckpoint& checkpoint)
+      : config_(checkpoint.config), decoder_(detail::decoder_config_of<Attention>(checkpoint)) {}
 
   /// Calls f(name in a checkpoint, parameter, heads) for every parameter: a FrozenMatrix or a Vector. heads says which
   /// head of the checkpoint each of ours is; null where the order is the same.
   template <typename Self, typename F>
   static void for_each_parameter(Self& self, F&& f) {
-    const std::vector<Index> queries = heads_of(self.config_).queries(), keys = heads_of(self.config_).keys();
+    const std::vector<Index> queries = detail::heads_of(self.config_).queries(),
+                             keys = detail::heads_of(self.config_).keys();
     auto& decoder = self.decoder_;
     f(DiffLlamaCheckpoint::kEmbedding, decoder.embedding, nullptr);
     for (std::size_t layer = 0; layer < decoder.blocks.size(); ++layer) {
@@ -214,7 +196,6 @@ class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
         } else {
           detail::gather_heads(parameter, values, *heads, config_.head_dim);
         }
-        vector_types_[known_name] = file.info(name).dtype;
       }
     });
   }
@@ -234,29 +215,14 @@ class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
     return FrozenMatrix(std::move(ordered));
   }
 
-  void add_to(SafetensorsWriter& writer, const std::string& name, const FrozenMatrix& weight,
-              const std::vector<Index>* heads) const {
-    weight.visit([&]<typename T>(const StridedView<const T>& view) {
-      add_in_order(writer, name, Eigen::Map<const Matrix<T>>(view.data, view.rows, view.cols), heads);
-    });
-  }
-  void add_to(SafetensorsWriter& writer, const std::string& name, const Vector<Scalar>& vector,
-              const std::vector<Index>* heads) const {
-    const auto type = vector_types_.find(name);
-    detail::with_type_of(type == vector_types_.end() ? Dtype::F32 : type->second, [&]<typename T>(T) {
-      add_in_order(writer, name, Vector<T>(vector.template cast<T>()), heads);
-    });
-  }
-
-  /// Adds a tensor with its heads in the order of the checkpoint.
+  /// The values with their heads in the order of the checkpoint.
   template <typename Values>
-  void add_in_order(SafetensorsWriter& writer, const std::string& name, const Values& values,
-                    const std::vector<Index>* heads) const {
-    if (heads == nullptr) return writer.add(name, values);
+  typename Values::PlainObject in_order(const Values& values, const std::vector<Index>* heads) const {
+    if (heads == nullptr) return values;
     const auto back = detail::first_of_each(*heads, 1 + *std::max_element(heads->begin(), heads->end()));
     typename Values::PlainObject ordered(static_cast<Index>(back.size()) * config_.head_dim, values.cols());
     detail::gather_heads(ordered, values, back, config_.head_dim);
-    writer.add(name, ordered);
+    return ordered;
   }
 
   void check_length(Index tokens, const char* where = kName) const {
@@ -284,13 +250,13 @@ class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
 
   DiffLlamaConfig config_;
   Model decoder_;
-  std::map<std::string, Dtype> vector_types_;  // as they were stored
 };
 
-/// The model in `directory`, as DiffLlama::save writes it: the same function as for a Decoder (diffllama_export.hpp).
+/// DiffLlama::save, under the name that it has for a Decoder.
 template <typename Scalar>
-void save_diffllama(const DiffLlama<Scalar>& model, const std::filesystem::path& directory) {
-  model.save(directory);
+void save_diffllama(const DiffLlama<Scalar>& model, const std::filesystem::path& directory,
+                    const DiffLlamaExportOptions& options = {}) {
+  model.save(directory, options);
 }
 
 }  // namespace diffattn::inline v0_1

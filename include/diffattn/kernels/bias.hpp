@@ -13,7 +13,9 @@
 //   void check(const char* where, Index num_heads, Index n_q, Index n_k) const
 // which throws if it could not be meant for that many heads, queries and keys; it is asked before any work;
 //   void fill(T* row, const BiasRow& of) const
-// which tells it for many keys at once and makes it cheaper (bias_row.hpp).
+// which tells it for many keys at once and makes it cheaper (bias_row.hpp);
+//   bool same_for_all_heads(Index n_q) const
+// which says that it does not look at `head` when there are n_q queries (mask.hpp).
 
 #include <algorithm>
 #include <cmath>
@@ -77,6 +79,7 @@ class AlibiBias {
           {where, ": the slopes of AlibiBias must be ", num_heads, ", one for every head, got ", count});
     }
   }
+  bool same_for_all_heads(Index /*n_q*/) const { return slopes_.empty(); }
 
  private:
   template <typename T>
@@ -124,6 +127,7 @@ struct PaddingBias {
       detail::throw_invalid({where, ": num_valid of PaddingBias must be 0 or more, got ", num_valid});
     }
   }
+  bool same_for_all_heads(Index /*n_q*/) const { return true; }
 };
 
 /// Any matrix of biases, -inf where a key is masked: n_q x n_k for all heads alike, or (num_heads * n_q) x n_k, that of
@@ -156,6 +160,7 @@ class MatrixBias {
     detail::throw_shape({where, ": the bias matrix must be ", n_q, " x ", n_k, " for all heads, or ", num_heads * n_q,
                          " x ", n_k, " with one head below the other, got ", matrix_.rows, " x ", matrix_.cols});
   }
+  bool same_for_all_heads(Index n_q) const { return matrix_.rows == n_q; }
 
  private:
   StridedView<const Scalar> matrix_;

@@ -128,8 +128,8 @@ bool is_minus_infinity(Number bias) {
 /// a + b, where only -inf is -inf: two finite biases that add up to less than any number are the lowest number.
 template <typename A, typename B>
 auto sum_of_biases(A a, B b) {
-  const auto sum = a + b;
-  using Sum = std::remove_cv_t<decltype(sum)>;
+  using Sum = decltype(a + b);
+  const auto sum = static_cast<Sum>(a) + static_cast<Sum>(b);
   if (is_minus_infinity<Sum>(sum) && !is_minus_infinity(a) && !is_minus_infinity(b)) {
     return std::numeric_limits<Sum>::lowest();
   }

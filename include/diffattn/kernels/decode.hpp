@@ -16,7 +16,8 @@
 // will do (mask.hpp), as if all keys ever fed, pages.first_key + pages.n_k of them, stood in one piece: those that have
 // been dropped are not seen. KvCache (layers/kv_cache.hpp) makes the pages and says `cache.packed()`.
 //
-// Shapes     q (n_q x H·d) → out (n_q x H·dv), differential: q (n_q x 2H·d), packed head 2h is Q1_h and 2h+1 is Q2_h.
+// Shapes     q (n_q x H·d) → out (n_q x H·dv), differential: q (n_q x 2H·d), packed head 2h is Q1_h and 2h+1 is Q2_h,
+//            or (n_q x (H + N)·d) with N = num_noise_heads that are shared, as diff_attention.hpp has it.
 //            The pages hold G = num_kv_heads heads of keys (d wide; for a differential head two of them, or one that
 //            both maps share: DIFF V2) and values (dv wide). n_q may exceed what the cache holds: a query that sees no
 //            key gives exactly 0.

@@ -18,6 +18,8 @@
 //   number bias(Index head, Index query, Index key, Index n_q, Index n_k) const      added to scale * q·k; -inf masks
 //   void fill_bias(T* row, const BiasRow& of) const                                  many of them at once (bias_row.hpp)
 //   void check(const char* where, Index num_heads, Index n_q, Index n_k) const       throws what could not be meant
+//   bool same_for_all_heads(Index n_q) const      whether its bias is: then heads share a map of noise (Heads) for the
+//                                                 price of one. Left out: no, each head's is computed by itself
 // `head` is the query head, of a differential kernel the differential head. Masks nest in both() and with_bias():
 // with_bias(both(CausalMask{}, PaddingMask{n}), AlibiBias{slopes}).
 
@@ -119,6 +121,17 @@ void check_mask(const char* where, const Mask& mask, Index num_heads, Index n_q,
   if constexpr (has_check) mask.check(where, num_heads, n_q, n_k);
 }
 
+/// Whether every head sees the same scores under a mask, or a bias, of a call with n_q queries: those that have no bias
+/// do, and those that say so.
+template <typename Mask>
+bool same_for_all_heads(const Mask& mask, Index n_q) {
+  if constexpr (requires { mask.same_for_all_heads(n_q); }) {
+    return mask.same_for_all_heads(n_q);
+  } else {
+    return !HasBias<Mask> && !std::is_invocable_v<const Mask&, Index, Index, Index, Index, Index>;
+  }
+}
+
 /// Whether the bias, if there is one, leaves key `key` visible. The range is not looked at.
 template <typename Mask>
 bool bias_shows(const Mask& mask, Index head, Index query, Index key, Index n_q, Index n_k) {
@@ -170,6 +183,10 @@ struct BiasedMask {
   void check(const char* where, Index num_heads, Index n_q, Index n_k) const {
     detail::check_mask(where, mask, num_heads, n_q, n_k);
     detail::check_mask(where, added, num_heads, n_q, n_k);
+  }
+
+  bool same_for_all_heads(Index n_q) const {
+    return detail::same_for_all_heads(mask, n_q) && detail::same_for_all_heads(added, n_q);
   }
 };
 
@@ -231,6 +248,10 @@ struct BothMasks {
   void check(const char* where, Index num_heads, Index n_q, Index n_k) const {
     detail::check_mask(where, first, num_heads, n_q, n_k);
     detail::check_mask(where, second, num_heads, n_q, n_k);
+  }
+
+  bool same_for_all_heads(Index n_q) const {
+    return detail::same_for_all_heads(first, n_q) && detail::same_for_all_heads(second, n_q);
   }
 };
 

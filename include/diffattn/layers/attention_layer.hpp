@@ -9,6 +9,7 @@
 //   y = layer.forward(x, mask, tape);         or (x, mask, lengths, tape): keeps what backward needs
 //   dx = layer.backward(dy, tape, grad);      from dy, the gradient of y
 //   dx = layer.backward(dy, tape, grad, dbias);      the gradient of the mask's learned bias is added to dbias
+//   y = layer.forward_cross(x, memory);       keys and values from elsewhere: cross_attention.hpp
 //   layer.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
 //                                             into a matrix of yours, scratch and threads from you: after a first call
 //                                             of the largest shape no heap allocation

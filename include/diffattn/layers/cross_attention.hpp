@@ -17,7 +17,8 @@
 // Masks    FullMask unless another is given. Masks and biases are asked about n_q queries and n_k keys: PaddingMask{n}
 //          shows the first n rows of the memory, a MatrixBias is n_q x n_k. What is aligned, a CausalMask for one, is
 //          so at the bottom right.
-// Rotary   if configured turns queries and keys, the positions of both counted from 0.
+// Rotary   if configured turns queries and keys, the positions of both counted from 0, in every call: token by token, a
+//          layer that has it gives other numbers than at once.
 // Caches   what is written to the same cache again stands behind what is there, as if the memory had come in one piece.
 //          forward_cross adds nothing. A cache serves one layer, and any number of x: copies of it share its pages.
 // Tapes    as attention_layer.hpp says. One that forward has filled is refused by backward_cross, and the other way.

@@ -6,6 +6,7 @@
 //
 // Tested by tests/models/decoder_test.cpp.
 
+#include <any>
 #include <cstdint>
 
 #include "diffattn/core/error.hpp"
@@ -24,6 +25,8 @@ struct DecoderConfig {
   bool tied_head = false;                  ///< the logits are products with the embedding
   double norm_eps = 1e-5;                  ///< of the norms before attention, before feed-forward, before the head
   std::uint64_t seed = 0;                  ///< of the initial parameters
+  /// What a checkpoint says beside all this, kept for who writes the model back: load_diffllama puts it here.
+  std::any origin{};
 
   /// The attention of layer `layer`, from 0: its depth, which λ_init follows, and a seed of its own.
   typename Attention::Config attention_of(Index layer) const {

@@ -26,6 +26,8 @@ struct ShiftedMask {
     return mask.bias(head, query, first_key + key, n_q, first_key + n_k);
   }
 
+  bool same_for_all_heads(Index n_q) const { return detail::same_for_all_heads(mask, n_q); }
+
   template <typename T>
   void fill_bias(T* row, const BiasRow& of) const requires HasBias<Mask> {
     fill_biases(BiasOfMask<Mask>{mask}, row,

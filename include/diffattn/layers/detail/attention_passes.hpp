@@ -47,11 +47,18 @@ class AttentionPasses : public Variant {
 
   struct Tape : AttentionTape<Scalar> {};
 
+  /// The heads as the kernels are told of them.
+  Heads heads() const { return configured_heads(config_); }
+  /// Which packed head of the queries is that of a map, 0 or 1, of a head: rows query_head(…) · head_dim on of
+  /// q_proj.weight. Heads that share their second map have the same for it.
+  Index query_head(Index head, Index map) const { return heads().query_head(head, map, Variant::kQueryMaps); }
+
  protected:
   explicit AttentionPasses(const Config& config)
       : Variant(config),
         config_(config),
-        q_proj(config.embed_dim, config.num_heads * Variant::kQueryMaps * config.head_dim, config.bias),
+        q_proj(config.embed_dim, configured_heads(config).query_heads(Variant::kQueryMaps) * config.head_dim,
+               config.bias),
         k_proj(config.embed_dim, config.num_kv_heads * Variant::kKeyMaps * config.head_dim, config.bias),
         v_proj(config.embed_dim, config.num_kv_heads * Variant::value_dim(config), config.bias),
         rotary_(make_rotary<Scalar>(config.rotary, config.head_dim)) {
@@ -158,8 +165,6 @@ class AttentionPasses : public Variant {
     rotate_rows(rotary_, q, k, position, executor, turn);
   }
 
-  Heads heads() const { return {config_.num_heads, config_.num_kv_heads}; }
-
   /// y = layer(x), each sequence by itself.
   template <typename Mask, typename E>
   void attend_to_sequences(const Output& y, const Input& x, const Mask& mask, const SequenceLengths& lengths,
@@ -205,7 +210,7 @@ class AttentionPasses : public Variant {
   AttentionShape shape_;
 
  public:
-  Projection q_proj;  ///< num_heads · kQueryMaps · head_dim x embed_dim
+  Projection q_proj;  ///< heads().query_heads(kQueryMaps) · head_dim x embed_dim
   Projection k_proj;  ///< num_kv_heads · kKeyMaps · head_dim x embed_dim
   Projection v_proj;  ///< num_kv_heads · value_dim x embed_dim
 

@@ -17,6 +17,7 @@ class RememberedMask {
     virtual ~Holder() = default;
     virtual KeyRange visible_keys(Index query, Index n_q, Index n_k) const = 0;
     virtual double bias(Index head, Index query, Index key, Index n_q, Index n_k) const = 0;
+    virtual bool same_for_all_heads(Index n_q) const = 0;
     virtual void fill_bias(double* row, const BiasRow& of) const = 0;
     // Of the learned bias, if there is one.
     virtual Index table_rows() const = 0;
@@ -44,6 +45,7 @@ class RememberedMask {
         return 0;
       }
     }
+    bool same_for_all_heads(Index n_q) const override { return detail::same_for_all_heads(mask, n_q); }
     void fill_bias(double* row, const BiasRow& of) const override {
       if constexpr (HasBias<Mask>) fill_biases(BiasOfMask<Mask>{mask}, row, of);
     }
@@ -72,6 +74,7 @@ class RememberedMask {
     double bias(Index head, Index query, Index key, Index n_q, Index n_k) const {
       return this->held.bias(head, query, key, n_q, n_k);
     }
+    bool same_for_all_heads(Index n_q) const { return this->held.same_for_all_heads(n_q); }
     void fill_bias(double* row, const BiasRow& of) const { this->held.fill_bias(row, of); }
 
     static constexpr int kLearnedBiases = 1;  // for all that the type knows: see learned_biases()

@@ -103,6 +103,7 @@ struct MaskReference {
   auto bias(Index head, Index query, Index key, Index n_q, Index n_k) const requires HasBias<Mask> {
     return mask.bias(head, query, key, n_q, n_k);
   }
+  bool same_for_all_heads(Index n_q) const { return detail::same_for_all_heads(mask, n_q); }
   template <typename T>
   void fill_bias(T* row, const BiasRow& of) const requires HasBias<Mask> {
     fill_biases(BiasOfMask<Mask>{mask}, row, of);

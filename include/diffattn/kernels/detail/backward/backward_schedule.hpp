@@ -48,8 +48,10 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
   const BiasGradientSums<Scalar> bias_sums(grad.of_bias, in.heads_per_kv_head(), slots, workspace);
   auto* const scratch = workspace.take<Block>(workers);
   const Index most_keys = parts.most_keys();
+  // A learned bias has a gradient from each head by itself.
+  const Index heads_of_noise = bias_sums.wanted() ? 1 : heads_with_one_noise_map(in, mask, n_q);
   for (Index worker = 0; worker < workers; ++worker) {
-    new (scratch + worker) Block(workspace, packing.shape(), n_q, most_keys, HasBias<Mask>);
+    new (scratch + worker) Block(workspace, packing.shape(), n_q, most_keys, HasBias<Mask>, heads_of_noise);
   }
 
   for (Index first_head = 0; first_head < kv_heads; first_head += wave) {

@@ -11,7 +11,7 @@ namespace diffattn::inline v0_1::detail {
 /// The shapes of the gradients of a call.
 struct GradientShapes {
   explicit GradientShapes(const CallSizes& sizes)
-      : q_cols(sizes.heads.num_heads * sizes.query_maps * sizes.d),
+      : q_cols(sizes.heads.query_heads(sizes.query_maps) * sizes.d),
         k_cols(sizes.heads.num_kv_heads * sizes.key_maps * sizes.d),
         v_cols(sizes.heads.num_kv_heads * sizes.dv) {}
   Index q_cols, k_cols, v_cols;

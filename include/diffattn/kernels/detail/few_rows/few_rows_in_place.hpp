@@ -36,7 +36,7 @@ struct InPlaceSource {
         for (Index head = heads.begin; head < heads.end; ++head) {
           for (Index map = 0; map < kMaps; ++map) {
             const Scalar* const k = &s.in.keys(map, head)(s.first_key(chunk) + c + i, 0);
-            for (Index row = 0; row < s.rows; ++row, to += kLanes) {
+            for (Index row = 0; row < s.rows_of(map); ++row, to += kLanes) {
               *to = dot(s.q(head, map) + row * s.in.d, k, s.in.d);
             }
             prefetch(k + s.in.k[map].row_stride, s.in.d);
@@ -45,7 +45,7 @@ struct InPlaceSource {
       }
       const Scalar* from = tile;
       for (Index head = heads.begin; head < heads.end; ++head) {
-        for (Index row = 0; row < kMaps * s.rows; ++row, from += kLanes) {
+        for (Index row = 0; row < s.all_rows; ++row, from += kLanes) {
           std::copy_n(from, present, s.weights(chunk, head, 0, row) + c);
         }
       }

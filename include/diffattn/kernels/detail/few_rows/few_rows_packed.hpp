@@ -138,15 +138,20 @@ struct PackedSource {
     using Strip = WholeStrip<Storage, FewRowsState<Scalar, kMaps, Mask>::kCols>;
     const KeyRange columns = s.strips_of_any(chunk);
     const Index strips = (columns.end - columns.begin) / s.kCols, maps = pages.shape.key_maps;
-    // Maps that share their keys meet each strip together.
-    const Index rows = maps == kMaps ? s.rows : kMaps * s.rows, count = (heads.end - heads.begin) * maps * strips;
-    multiply_streams(count, s.kWeightStride, s.in.d, s.in.d, rows, [&](Index i) {
-      const Index head = heads.begin + i / strips / maps, map = i / strips % maps;
-      const Index column = columns.begin + i % strips * s.kCols;
-      return StripProduct<Scalar, Strip>{s.weights(chunk, head, map, 0) + column,
-                                         s.q(head, map),
-                                         {pages.key_strip(s.first_key(chunk) + column, head, map)}};
-    });
+    const auto multiply = [&](Index first_map, Index count_maps, Index rows) {
+      const Index count = (heads.end - heads.begin) * count_maps * strips;
+      multiply_streams(count, s.kWeightStride, s.in.d, s.in.d, rows, [&](Index i) {
+        const Index head = heads.begin + i / strips / count_maps, map = first_map + i / strips % count_maps;
+        const Index column = columns.begin + i % strips * s.kCols;
+        return StripProduct<Scalar, Strip>{s.weights(chunk, head, map, 0) + column,
+                                           s.q(head, map),
+                                           {pages.key_strip(s.first_key(chunk) + column, head, map)}};
+      });
+    };
+    // Maps that share their keys meet each strip together; maps of another number of rows each by themselves.
+    if (maps == 1) return multiply(0, 1, s.all_rows);
+    if (s.rows_of(kMaps - 1) == s.rows) return multiply(0, kMaps, s.rows);
+    for (Index map = 0; map < kMaps; ++map) multiply(map, 1, s.rows_of(map));
   }
 
   template <typename Scalar, Index kMaps, typename Mask>

@@ -2,7 +2,8 @@
 
 // What StandardBlock and DifferentialBlock share: a block of query rows of one head, taken group by group against chunk
 // by chunk of the packed keys. Scores of a group and a chunk are a kRows x kChunk tile that stays in the L1 cache. Both
-// are called alike: block.run(operands, packed head, rows, scale) computes `rows` of the result.
+// are called alike: block.run(operands, packed head, rows, heads, scale) computes `rows` of the result, of `heads`
+// query heads from rows.head on, which share their second map.
 
 #include <algorithm>
 
