@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <diffattn/analysis/model_maps.hpp>
 #include <diffattn/analysis/statistics.hpp>
 #include <diffattn/hugging_face/diffllama.hpp>
-#include <diffattn/models/model_maps.hpp>
 #include <exception>
 #include <numeric>
 #include <string>

@@ -34,7 +34,7 @@
 // Look at what it does
 //   attention_maps, attention_maps_cross, MapRows           of a layer              analysis/attention_maps
 //   row_entropy, effective_support, attention_share, …      what is in a map        analysis/statistics
-//   attention_maps(model, tokens)                           of a whole model        models/model_maps *
+//   attention_maps(model, tokens)                           of a whole model        analysis/model_maps
 //
 // Use threads, and leave the heap alone
 //   Serial, ThreadPool                                      executors               core/parallel, parallel_threads
@@ -62,6 +62,7 @@
 //   DiffLlama, load_diffllama, save_diffllama               Hugging Face's models   hugging_face/diffllama, …
 
 #include "diffattn/analysis/attention_maps.hpp"
+#include "diffattn/analysis/model_maps.hpp"
 #include "diffattn/analysis/statistics.hpp"
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"

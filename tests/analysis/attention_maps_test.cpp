@@ -99,6 +99,7 @@ MultiheadDiffAttention<double> maps_layer(const Safetensors& file) {
                                       .num_heads = number("num_heads"),
                                       .num_kv_heads = number("num_kv_heads"),
                                       .head_dim = number("head_dim"),
+                                      .num_noise_heads = number("num_noise_heads"),
                                       .depth = number("depth")};
   if (number("rotary") != 0) config.rotary = RotaryConfig{};
   MultiheadDiffAttention<double> layer(config);
@@ -210,8 +211,19 @@ TEST_CASE("maps recorded from a layer with ALiBi", "[analysis][golden]") {
   check_recorded_maps(attention_maps(layer, file.matrix<double>("x"), mask), file, recorded_lambda(file));
 }
 
+TEST_CASE("maps recorded from heads that share their noise map", "[analysis][golden]") {
+  const std::string name = GENERATE("wide_grouped_0", "wide_grouped_1");
+  INFO(name);
+  const Safetensors file = maps_file(name);
+  const auto layer = maps_layer(file);
+  const bool causal = file.metadata().at("causal") == "1";
+  const Matrix<double> x = file.matrix<double>("x");
+  check_recorded_maps(causal ? attention_maps(layer, x) : attention_maps(layer, x, FullMask{}), file,
+                      recorded_lambda(file));
+}
+
 TEST_CASE("maps recorded of attention to another sequence", "[analysis][golden]") {
-  const std::string name = "wide_cross_0";
+  const std::string name = GENERATE("wide_cross_0", "wide_cross_1");
   INFO(name);
   const Safetensors file = maps_file(name);
   const auto layer = maps_layer(file);
