@@ -73,7 +73,7 @@ bool run(const std::string& directory, const std::string& text) {
   std::printf(
       "\nkeys: exp of the entropy of |weights| / their sum. Shares are parts of 1 - lambda, which rows sum to.\n");
 
-  // A picture wants all rows, of one layer: the last queries of the model are few, its first ones come cheap.
+  // The picture shows all rows.
   const AttentionMaps<float> head = attention_maps(model, tokens)[sharpest_layer][sharpest_head];
   using example::Palette;
   const std::string path =

@@ -25,7 +25,7 @@
 // λ          a number, or one for every query and head, n_q x H.
 // Errors     ShapeError, std::invalid_argument; before any work, and nothing has been written.
 // Memory     a few queries: the weights of all visible keys, from `workspace`. More: the scratch of attention.hpp and,
-//            where the storage is narrower, a widened copy of one head.
+//            where the storage is narrower or a page has fewer than 256 tokens, a copy of one head.
 // Threads    as many as the executor has, pages of keys shared out besides heads and sequences; the result is bitwise
 //            the same for any number, and for a sequence alone or among others.
 // Cost       up to 4 queries: every visible key and value is read once, 2·d + dv values a token and key head; with
