@@ -56,13 +56,11 @@ void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& prod
     for (auto& product : sums) {
       for (auto& row : product) row[0] = row[1] = simd::broadcast(Scalar(0));
     }
-    const auto add = [&](Index first, Index end) {
-      decltype(products[0].strip.row(0)) rows[kCount];
-      for (std::size_t i = 0; i < kCount; ++i) rows[i] = products[i].strip.row(first);
+    const auto add = [&](Index first, Index end, const auto& row_of) {
       for (Index k = first; k < end; ++k) {
 #pragma GCC unroll 4
         for (std::size_t i = 0; i < kCount; ++i) {
-          const auto* const strip = rows[i] + (k - first) * kCols;
+          const auto* const strip = row_of(i, k);
           const simd::Packet<Scalar> right[2] = {simd::load_as<Scalar>(strip), simd::load_as<Scalar>(strip + kLanes)};
 #pragma GCC unroll 4
           for (Index r = 0; r < kHeight; ++r) {
@@ -75,11 +73,13 @@ void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& prod
     };
     const Index end = std::min(begin + kScoreChain, depth);
     if constexpr (Strip::kWhole) {
-      add(begin, end);
+      add(begin, end, [&](std::size_t i, Index k) { return products[i].strip.row(k); });
     } else {
       for (Index first = begin, piece_end = begin; first < end; first = piece_end) {
         piece_end = std::min(end, products[0].strip.end_of_piece(first));  // all strips end where the first does
-        add(first, piece_end);
+        decltype(products[0].strip.row(0)) rows[kCount];
+        for (std::size_t i = 0; i < kCount; ++i) rows[i] = products[i].strip.row(first);
+        add(first, piece_end, [&](std::size_t i, Index k) { return rows[i] + (k - first) * kCols; });
       }
     }
 #pragma GCC unroll 4
