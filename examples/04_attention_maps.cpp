@@ -23,33 +23,28 @@ using Map = Matrix<double>;
 
 namespace {
 
-/// The same q, k and v, `copies` times over, read as differential heads or as twice as many standard ones.
-void print_times(const Map& q_once, const Map& k_once, const Map& v_once, Index copies, double lambda, Heads heads) {
-  const auto repeated = [&](const Map& m) -> Eigen::MatrixXf { return m.replicate(copies, 1).cast<float>(); };
-  const Eigen::MatrixXf q = repeated(q_once), k = repeated(k_once), v = repeated(v_once);
-  const Heads twice{2 * heads.num_heads, 2 * heads.num_kv_heads};
-  const CausalMask causal;
+/// A layer of the size that was recorded beside a standard one with as many parameters, twice as many heads.
+void print_times(const MultiheadDiffAttentionConfig& config, Index tokens) {
+  const MultiheadDiffAttention<float> differential(config);
+  const MultiheadAttention<float> standard({.embed_dim = config.embed_dim,
+                                            .num_heads = 2 * config.num_heads,
+                                            .num_kv_heads = 2 * config.num_kv_heads,
+                                            .rotary = config.rotary});
+  const Matrix<float> x = Matrix<float>::Random(tokens, config.embed_dim);
   Workspace workspace;
-  Eigen::MatrixXf out(q.rows(), q.cols());
-  const example::AlternatingTimes times = example::time_alternating_runs(
-      [&] { multihead_diff_attention_into(out, q, k, v, lambda, heads, causal, {}, workspace); },
-      [&] { multihead_attention_into(out, q, k, v, twice, causal, {}, workspace); });
-  std::printf("  %5ld tokens%16.1f%16.1f%12.2f\n", q.rows(), times.first, times.second, times.ratio);
+  Matrix<float> y(tokens, config.embed_dim);
+  const example::AlternatingTimes times =
+      example::time_alternating_runs([&] { differential.forward_into(y, x, CausalMask{}, workspace); },
+                                     [&] { standard.forward_into(y, x, CausalMask{}, workspace); });
+  std::printf("  %5ld tokens%16.1f%16.1f%12.2f\n", tokens, times.first, times.second, times.ratio);
 }
 
 bool run(const Safetensors& file) {
   MultiheadDiffAttention<double> layer(example::recorded_config(file));
   load_parameters(layer, file, "weight.");
-  const Index heads = layer.config().num_heads, kv_heads = layer.config().num_kv_heads, d = layer.config().head_dim;
+  const Index heads = layer.config().num_heads;
   const double lambda = layer.lambda_value();
-
-  // The columns of q are Q1 and Q2 of head 0, then of head 1 …, each d wide and turned by the position of its row.
-  const Map x = file.matrix<double>("x"), v = x * layer.v_proj.weight.transpose();
-  Map q = x * layer.q_proj.weight.transpose(), k = x * layer.k_proj.weight.transpose();
-  const Rotary<double> rotary(*layer.config().rotary, d);
-  rotary.apply({q.data(), q.rows(), q.cols(), q.cols()}, 2 * heads);
-  rotary.apply({k.data(), k.rows(), k.cols(), k.cols()}, 2 * kv_heads);
-
+  const Map x = file.matrix<double>("x");
   const auto rows = file.vector<Index>("query_rows"), answers = file.vector<Index>("answer_columns");
   const Map official[] = {file.matrix<double>("p1"), file.matrix<double>("p2")};  // recorded, all heads stacked
   const std::vector<AttentionMaps<double>> all_maps = attention_maps(layer, x);
@@ -80,9 +75,9 @@ bool run(const Safetensors& file) {
   std::printf("\nEntropy: nats, of |weights| / their sum; keys: its exp. Rows of the difference sum to 1 - lambda.\n");
   std::printf("Largest difference to the recorded maps: %.1e\n", error);
 
-  std::printf("\nTime of all heads, causal, one thread, float; median of alternating runs, microseconds:\n");
+  std::printf("\nTime of a layer, causal, one thread, float; median of alternating runs, microseconds:\n");
   std::printf("%14s%16s%16s%12s\n", "", "differential", "standard", "ratio");
-  for (Index copies : {1, 8}) print_times(q, k, v, copies, lambda, {heads, kv_heads});
+  for (const Index copies : {1, 8}) print_times(layer.config(), copies * x.rows());
   std::printf("\nPictures of the maps:%s\n", pictures.c_str());
   return error < 1e-12;
 }

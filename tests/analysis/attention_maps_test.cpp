@@ -99,6 +99,7 @@ MultiheadDiffAttention<double> maps_layer(const Safetensors& file) {
                                       .num_heads = number("num_heads"),
                                       .num_kv_heads = number("num_kv_heads"),
                                       .head_dim = number("head_dim"),
+                                      .num_noise_heads = number("num_noise_heads"),
                                       .depth = number("depth")};
   if (number("rotary") != 0) config.rotary = RotaryConfig{};
   MultiheadDiffAttention<double> layer(config);
@@ -210,6 +211,12 @@ TEST_CASE("maps recorded from a layer with ALiBi", "[analysis][golden]") {
   check_recorded_maps(attention_maps(layer, file.matrix<double>("x"), mask), file, recorded_lambda(file));
 }
 
+TEST_CASE("maps recorded from heads that share their noise map", "[analysis][golden]") {
+  const Safetensors file = maps_file("wide_grouped_0");
+  const auto layer = maps_layer(file);
+  check_recorded_maps(attention_maps(layer, file.matrix<double>("x")), file, recorded_lambda(file));
+}
+
 TEST_CASE("maps recorded of attention to another sequence", "[analysis][golden]") {
   const std::string name = GENERATE("wide_cross_0", "wide_cross_1");
   INFO(name);
@@ -231,7 +238,8 @@ TEST_CASE("maps recorded of attention to another sequence", "[analysis][golden]"
   CHECK((direct[1].combined.rightCols(3).array() == 0).all());
   CHECK(support::thrown_by<std::invalid_argument>([&] {
           attention_maps_cross(layer, x, memory, FullMask{}, {7, 1});
-        }) == "attention_maps_cross: rows.first = 7 and rows.count = 1 are out of range: there are 7 queries");
+        }) == "attention_maps_cross: rows.first = " + std::to_string(x.rows()) +
+                  " and rows.count = 1 are out of range: there are " + std::to_string(x.rows()) + " queries");
 }
 
 TEST_CASE("the maps of some queries are rows of the whole maps", "[analysis]") {

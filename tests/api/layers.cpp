@@ -23,7 +23,7 @@ void layer_calls(Layer& layer, Layer& grad, const M& x) {
   y = layer.forward(x, mask, {3, 4});
 
   KvCache<float> cache;
-  KvCache<Eigen::half> windowed({.window = 16});
+  KvCache<Eigen::half> windowed({.window = 16, .page_size = 64});
   y = layer.forward(x, cache);
   y = layer.forward(x, cache, mask);
   y = layer.forward(x, windowed, PrefixMask{4});
@@ -50,6 +50,12 @@ void layer_calls(Layer& layer, Layer& grad, const M& x) {
   y = layer.forward_cross(x, memory, mask, lengths, {1, 2}, tape);
   CrossGradients<float> gradients = layer.backward_cross(y, tape, grad);
   auto [dq, dmemory] = layer.backward_cross(y, tape, grad);
+
+  std::vector<AttentionMaps<float>> maps = attention_maps(layer, x);
+  maps = attention_maps(layer, x, mask, {.first = 2, .count = 3});
+  maps = attention_maps(layer, tape, MapRows{2});
+  maps = attention_maps_cross(layer, x, memory);
+  maps = attention_maps_cross(layer, x, memory, mask, {.first = 2});
 
   Workspace workspace;
   layer.forward_cross_into(y, x, memory, mask, workspace, Serial{});

@@ -41,6 +41,9 @@ void decoder_calls(const std::filesystem::path& path) {
   logits = model.logits(tokens, caches);
   logits = model.logits(tokens, std::span<DecoderCache<float>* const>(caches), SlidingWindowMask{8});
   model.logits_into(logits, tokens, caches, workspace, Serial{});
+  ModelMaps<float> maps = attention_maps(model, {1, 2, 3});
+  maps = attention_maps(model, tokens);
+  maps = attention_maps(model, tokens, SlidingWindowMask{8}, {.first = 1, .count = 2});
   std::vector<Index> text = generate(model, {1, 2}, {.max_new_tokens = 4});
   const std::vector<std::vector<Index>> prompts = {{1, 2}, {3}};
   const std::vector<GenerateOptions> options(2);

@@ -13,6 +13,8 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
@@ -179,6 +181,43 @@ TEST_CASE("forks and truncations of a stream go on as the whole sequence does", 
   }
   fork.clear();
   CHECK((layer.forward(x.topRows(200), fork) - expected.topRows(200)).cwiseAbs().maxCoeff() <= 1e-5f);
+}
+
+TEST_CASE("streams in a batch are the same for any page size, and leave the heap alone", "[layers][kv_cache]") {
+  const auto& layer = stream_diff_layer();
+  auto rng = support::make_rng();
+  constexpr Index kStreams = 4;
+  const std::array<Index, kStreams> windows = {70, 33, 300, 70}, sizes = {32, 64, 128, 1024};
+  std::vector<KvCache<float>> small, usual;
+  for (std::size_t i = 0; i < kStreams; ++i) {
+    small.emplace_back(KvCacheOptions{.window = windows[i], .page_size = sizes[i]});
+    usual.emplace_back(KvCacheOptions{.window = windows[i]});
+  }
+  std::array<KvCache<float>*, kStreams> small_batch, usual_batch;
+  for (std::size_t i = 0; i < kStreams; ++i) {
+    small_batch[i] = &small[i];
+    usual_batch[i] = &usual[i];
+  }
+  // They stand at different positions.
+  layer.forward(support::random_matrix<float>(201, kStreamWidth, rng), small[1]);
+  usual[1] = KvCache<float>({.window = windows[1]});
+  rng = support::make_rng();
+  layer.forward(support::random_matrix<float>(201, kStreamWidth, rng), usual[1]);
+
+  Workspace workspace, usual_workspace;
+  Eigen::Matrix<float, kStreams, kStreamWidth, Eigen::RowMajor> y, expected;
+  bool same = true;
+  std::size_t allocations = 0;
+  for (Index t = 0; t < 900; ++t) {
+    const Matrix<float> x = support::random_matrix<float>(kStreams, kStreamWidth, rng);
+    const std::size_t before = support::allocations();
+    layer.forward_into(y, x, small_batch, workspace);
+    if (t > 300) allocations += support::allocations() - before;
+    layer.forward_into(expected, x, usual_batch, usual_workspace);
+    same = same && (y.array() == expected.array()).all();
+  }
+  CHECK(same);
+  CHECK(allocations == 0);
 }
 
 TEST_CASE("a page size is rounded up, or refused by name", "[layers][kv_cache]") {

@@ -8,7 +8,7 @@
 //   attention_maps_cross(layer, x, memory);                           of layer.forward_cross(x, memory)
 //   attention_maps(layer, tape);                                      of the forward pass that filled the tape
 //
-// Those of all layers of a model: models/model_maps.hpp. statistics.hpp says what is in them.
+// Those of all layers of a model: model_maps.hpp. statistics.hpp says what is in them.
 //
 // Shapes   x (n x embed_dim), one sequence; every map (rows x n), a query a row; of forward_cross (rows x tokens of
 //          memory). A query that sees no key has zeros. Heads in the order of the layer's; heads that share their second
@@ -17,9 +17,10 @@
 //          for a tape that is not filled, of another layer, or of several sequences, and for a variant of your own with one
 //          λ for all tokens that is hidden: lambda_value() must be public.
 // Memory   maps are what a layer otherwise never holds: 3 · rows · n values a head, rows · n where a head is one softmax.
-//          All rows of 4,096 tokens and 16 heads in float are 3 GB: ask for those that you want to see.
+//          All rows of 4,096 tokens and 16 heads in float are 3.2 GB: ask for those that you want to see.
 // Cost     a forward pass and O(rows·n·head_dim) plain loops a map: to understand a layer with, not to run it.
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -101,24 +102,20 @@ std::vector<AttentionMaps<typename Variant::Scalar>> maps_of_tape(const Attentio
   const auto& config = layer.config();
   const Index d = config.head_dim, heads = config.num_heads, heads_per_kv = heads / config.num_kv_heads;
   const Index key_maps = tape.k.cols() / (config.num_kv_heads * d);
-  // Heads come in groups that share a second map, whose queries stand behind those of the group (as the paper has it, a
-  // group is one head).
-  const Index noise_heads = tape.q.cols() / d - heads, group = noise_heads == 0 ? 1 : heads / noise_heads;
-  const Index group_queries = noise_heads == 0 ? 1 : group + 1;
 
   std::vector<AttentionMaps<Scalar>> all;
   for (Index h = 0; h < heads; ++h) {
     const MaskOfHead<Mask> mask_of_head{mask, h, rows.first, tape.q.rows()};
-    const auto map = [&](Index query_head, Index key_map) {
-      return reference::attention_map(tape.q.block(rows.first, query_head * d, rows.count, d),
-                                      tape.k.middleCols((h / heads_per_kv * key_maps + key_map) * d, d), mask_of_head);
+    const auto map = [&](Index number) {
+      const Index key_map = h / heads_per_kv * key_maps + std::min(number, key_maps - 1);
+      return reference::attention_map(tape.q.block(rows.first, layer.query_head(h, number) * d, rows.count, d),
+                                      tape.k.middleCols(key_map * d, d), mask_of_head);
     };
-    const Index first_query_head = h / group * group_queries;
     AttentionMaps<Scalar> maps;
-    maps.p1 = map(first_query_head + h % group, 0);
+    maps.p1 = map(0);
     maps.combined = maps.p1;
-    if (noise_heads != 0) {
-      maps.p2 = map(first_query_head + group, key_maps - 1);
+    if (tape.q.cols() > heads * d) {  // queries of a second map
+      maps.p2 = map(1);
       maps.lambda = lambda_of_head(layer, tape, h, rows);
       maps.combined -= maps.lambda.asDiagonal() * maps.p2;
     }

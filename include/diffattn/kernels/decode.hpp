@@ -25,7 +25,7 @@
 // λ          a number, or one for every query and head, n_q x H.
 // Errors     ShapeError, std::invalid_argument; before any work, and nothing has been written.
 // Memory     a few queries: the weights of all visible keys, from `workspace`. More: the scratch of attention.hpp and,
-//            where the storage is narrower, a widened copy of one head.
+//            where the storage is narrower or a page has fewer than 256 tokens, a copy of one head.
 // Threads    as many as the executor has, pages of keys shared out besides heads and sequences; the result is bitwise
 //            the same for any number, and for a sequence alone or among others.
 // Cost       up to 4 queries: every visible key and value is read once, 2·d + dv values a token and key head; with
@@ -61,7 +61,9 @@ void check_cached_rows(const char* where, Index rows, std::span<const KeyValuePa
   }
   check_sequences(where, rows, [&](const char* name, Index i) {
     const auto at = static_cast<std::size_t>(i);
-    if (caches[at].shape != caches[0].shape) throw_shape({name, ": the cache is not of the shape of the first one"});
+    PageShape shape = caches[at].shape;
+    shape.page_size = caches[0].shape.page_size;  // which may differ
+    if (shape != caches[0].shape) throw_shape({name, ": the cache is not of the shape of the first one"});
     check_mask(name, masks[at], heads.num_heads, 1, caches[at].first_key + caches[at].n_k);
   });
 }

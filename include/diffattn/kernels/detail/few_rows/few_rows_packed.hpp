@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
-#include <limits>
 #include <type_traits>
 
 #include "diffattn/kernels/detail/blocking.hpp"
@@ -16,23 +15,25 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// A strip in one piece: where row k is, and how far the rows follow each other from there.
+/// A strip in one piece, with row k.
 template <typename Storage, Index kCols>
 struct WholeStrip {
+  static constexpr bool kWhole = true;
   const Storage* data;
 
   const Storage* row(Index k) const { return data + k * kCols; }
-  static Index end_of_piece(Index /*k*/) { return std::numeric_limits<Index>::max(); }
 };
 
 /// A strip of values that lies in several pages: its row k is that of key `first` + k, counted from the pages' origin.
 template <typename Storage, Index kCols>
 struct PagedStrip {
+  static constexpr bool kWhole = false;
   const KeyValuePages<Storage>* pages;
   Index head;
   Index first;
   Index column;  // of the values, the first of the strip
 
+  /// Row k, which others follow until end_of_piece(k).
   const Storage* row(Index k) const { return pages->value_row(first + k, head) + column * pages->shape.page_size; }
   Index end_of_piece(Index k) const { return k + pages->shape.page_size - pages->row_of(first + k); }
 };
@@ -55,15 +56,11 @@ void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& prod
     for (auto& product : sums) {
       for (auto& row : product) row[0] = row[1] = simd::broadcast(Scalar(0));
     }
-    const Index end = std::min(begin + kScoreChain, depth);
-    for (Index piece = begin, piece_end = begin; piece < end; piece = piece_end) {
-      piece_end = std::min(end, products[0].strip.end_of_piece(piece));  // all strips end where the first does
-      decltype(products[0].strip.row(0)) rows[kCount];
-      for (std::size_t i = 0; i < kCount; ++i) rows[i] = products[i].strip.row(piece);
-      for (Index k = piece; k < piece_end; ++k) {
+    const auto add = [&](Index first, Index end, const auto& row_of) {
+      for (Index k = first; k < end; ++k) {
 #pragma GCC unroll 4
         for (std::size_t i = 0; i < kCount; ++i) {
-          const auto* const strip = rows[i] + (k - piece) * kCols;
+          const auto* const strip = row_of(i, k);
           const simd::Packet<Scalar> right[2] = {simd::load_as<Scalar>(strip), simd::load_as<Scalar>(strip + kLanes)};
 #pragma GCC unroll 4
           for (Index r = 0; r < kHeight; ++r) {
@@ -72,6 +69,17 @@ void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& prod
             sums[i][r][1] = simd::fma(left, right[1], sums[i][r][1]);
           }
         }
+      }
+    };
+    const Index end = std::min(begin + kScoreChain, depth);
+    if constexpr (Strip::kWhole) {
+      add(begin, end, [&](std::size_t i, Index k) { return products[i].strip.row(k); });
+    } else {
+      for (Index first = begin, piece_end = begin; first < end; first = piece_end) {
+        piece_end = std::min(end, products[0].strip.end_of_piece(first));  // all strips end where the first does
+        decltype(products[0].strip.row(0)) rows[kCount];
+        for (std::size_t i = 0; i < kCount; ++i) rows[i] = products[i].strip.row(first);
+        add(first, piece_end, [&](std::size_t i, Index k) { return rows[i] + (k - first) * kCols; });
       }
     }
 #pragma GCC unroll 4

@@ -154,8 +154,8 @@ void run_cached_rows(const HeadOperands<Scalar, kMaps>& in, std::span<const KeyV
   for (Index i = 0; i < n; ++i) {
     const KeyValuePages<Storage>& cache = caches[static_cast<std::size_t>(i)];
     const Row& row = *std::construct_at(
-        rows + i, Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.first_key}});
-    std::construct_at(calls + i, row.in, row.source, cache.n_k, row.mask, workspace);
+        rows + i, Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.origin(), cache.lead()}});
+    std::construct_at(calls + i, row.in, row.source, cache.lead() + cache.n_k, row.mask, workspace);
   }
   Call::run(std::span<Call>(calls, static_cast<std::size_t>(n)), executor);
 }

@@ -1,12 +1,13 @@
 // The maps of whole models: those that their layers attend with, under any mask, and the rows of them.
 
 #include <cstddef>
+#include <diffattn/analysis/model_maps.hpp>
 #include <diffattn/hugging_face/diffllama.hpp>
 #include <diffattn/kernels/bias.hpp>
 #include <diffattn/layers/multihead_attention.hpp>
 #include <diffattn/layers/multihead_diff_attention.hpp>
 #include <diffattn/layers/multihead_diff_attention_v2.hpp>
-#include <diffattn/models/model_maps.hpp>
+#include <diffattn/models/encoder.hpp>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -55,7 +56,7 @@ void check_decoder_maps(const typename Attention::Config& config, const Mask& ma
 
 }  // namespace
 
-TEST_CASE("maps of a Decoder are those its layers attend with", "[models][analysis]") {
+TEST_CASE("maps of a Decoder are those its layers attend with", "[analysis]") {
   const auto biased = with_bias(CausalMask{}, AlibiBias{alibi_slopes(2)});
   check_decoder_maps<MultiheadDiffAttention<double>>({.embed_dim = 16, .num_heads = 2, .rotary = RotaryConfig{}},
                                                      CausalMask{});
@@ -65,7 +66,7 @@ TEST_CASE("maps of a Decoder are those its layers attend with", "[models][analys
   check_decoder_maps<MultiheadAttention<double>>({.embed_dim = 16, .num_heads = 2}, biased);
 }
 
-TEST_CASE("maps of a Decoder, by the simplest call and with what does not fit", "[models][analysis]") {
+TEST_CASE("maps of a Decoder, by the simplest call and with what does not fit", "[analysis]") {
   const Decoder<float, MultiheadDiffAttention<float>> model(
       {.vocab_size = 19, .num_layers = 2, .hidden_dim = 20, .attention = {.embed_dim = 16, .num_heads = 2}});
   const std::vector<Index> tokens = {1, 2, 3};
@@ -80,7 +81,7 @@ TEST_CASE("maps of a Decoder, by the simplest call and with what does not fit", 
         }) == "attention_maps: rows.first = 2 and rows.count = 2 are out of range: there are 3 queries");
 }
 
-TEST_CASE("maps of a DiffLlama are those of its decoder", "[models][analysis]") {
+TEST_CASE("maps of a DiffLlama are those of its decoder", "[analysis]") {
   const auto model = DiffLlama<double>::load(DIFFATTN_TEST_DATA "/models/diffllama_0");
   const std::vector<Index> tokens = {1, 5, 9, 2, 2, 7};
   const ModelMaps<double> maps = attention_maps(model, tokens),
@@ -95,7 +96,7 @@ TEST_CASE("maps of a DiffLlama are those of its decoder", "[models][analysis]") 
   }
 }
 
-TEST_CASE("maps of an Encoder see the whole sequence", "[models][analysis]") {
+TEST_CASE("maps of an Encoder see the whole sequence", "[analysis]") {
   using Attention = MultiheadDiffAttention<double>;
   const NormPlacement placement = GENERATE(NormPlacement::before, NormPlacement::after);
   const Encoder<double, Attention> model(
