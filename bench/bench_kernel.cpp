@@ -63,6 +63,40 @@ void standard(benchmark::State& state, Index d, Index n) {
   count(state, n, std::is_same_v<Mask, CausalMask>, 8.0 * static_cast<double>(d), workspace);
 }
 
+/// What a bias adds to a head: `run` as above, with every kind, against the same without.
+template <typename Bias>
+void biased(benchmark::State& state, bool two_maps, Index d, Index n, const Bias& bias) {
+  Head<float> h(n, d);
+  Workspace workspace;
+  const auto mask = with_bias(FullMask{}, bias);
+  const auto run = [&] {
+    if (two_maps) diff_attention_into(h.out, h.q1, h.k1, h.q2, h.k2, h.v, 0.7f, mask, {}, workspace);
+    if (!two_maps) attention_into(h.out1, h.q1, h.k1, h.v1, mask, {}, workspace);
+  };
+  run();
+  for (auto _ : state) run();
+  count(state, n, false, (two_maps ? 8.0 : 4.0) * static_cast<double>(d), workspace);
+}
+
+void add_biases(Index d, Index n) {
+  static const Matrix<float> matrix = Matrix<float>::Random(n, n), table = Matrix<float>::Random(1, 257);
+  const auto add = [&](const std::string& name, const auto& bias) {
+    for (const bool two_maps : {false, true}) {
+      const std::string kernel = two_maps ? "differential" : "standard";
+      benchmark::RegisterBenchmark(
+          ("bias/" + name + "/" + kernel + "/d" + std::to_string(d) + "/n" + std::to_string(n)).c_str(),
+          [=](benchmark::State& state) { biased(state, two_maps, d, n, bias); })
+          ->Unit(benchmark::kMillisecond);
+    }
+  };
+  add("alibi", AlibiBias{0.1});
+  add("matrix", MatrixBias(matrix));
+  add("padding", PaddingBias{n});
+  add("relative", RelativeBias(table));
+  add("indexed", IndexedBias(table, [](Index query, Index key, Index, Index) { return (query + key) % 257; }));
+  add("lambda", [](Index, Index query, Index key, Index, Index) { return -0.1 * static_cast<double>(query - key); });
+}
+
 template <typename Scalar, typename Mask>
 void plain_eigen(benchmark::State& state, Index d, Index n) {
   Head<Scalar> h(n, d);
@@ -158,6 +192,7 @@ const bool registered = [] {
     add("noise_backward/shared", four_heads<false, true>);
     add("noise_backward/repeated", four_heads<true, true>);
   }
+  add_biases(64, 1920);
   // What one call at 131,072 keys takes beside its operands; once is enough.
   benchmark::RegisterBenchmark("memory/differential/float/causal/d64/n131072", differential<float, CausalMask>, 64,
                                131072)

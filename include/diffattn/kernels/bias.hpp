@@ -62,10 +62,18 @@ class AlibiBias {
       alignas(simd::kMostAlignment) double lanes[kLanes];
       for (Index lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<double>(first + lane);
       const auto slopes = simd::broadcast(slope_here), step = simd::broadcast(static_cast<double>(kLanes));
-      for (auto key = simd::load(lanes); i + kLanes <= of.count; i += kLanes, key = simd::add(key, step)) {
+      auto key = simd::load(lanes);
+      const auto set_some = [&] {
         const auto distance = simd::max(key, simd::sub(simd::broadcast(0.0), key));
         simd::store_as(row + i, simd::mul(slopes, distance));
+        key = simd::add(key, step);
+        i += kLanes;
+      };
+      while (i + 4 * kLanes <= of.count) {
+#pragma GCC unroll 4
+        for (int packet = 0; packet < 4; ++packet) set_some();
       }
+      while (i + kLanes <= of.count) set_some();
     }
     for (; i < of.count; ++i) {
       row[i] = detail::converted_bias<T>((*this)(of.head, of.query, of.first_key + i, of.n_q, of.n_k));
