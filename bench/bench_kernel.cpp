@@ -1,12 +1,14 @@
 // One differential head (d, V 2d) against two standard heads (d, d), which hold the same parameters, and against plain
 // Eigen; the pair of DIFF V2 (shared K and V) against two standard query heads on one KV head. Work is counted as 8d
-// FLOP per visible pair for all of them, 6d for the V2 pair.
+// FLOP per visible pair for all of them, 6d for the V2 pair. And four heads that share their map of noise against the
+// same heads as pairs, with the noise's queries repeated: 26d FLOP a pair against 32d.
 
 #include <benchmark/benchmark.h>
 
 #include <string>
 
 #include "diffattn/kernels/attention.hpp"
+#include "diffattn/kernels/backward.hpp"
 #include "diffattn/kernels/diff_attention.hpp"
 #include "support/peak.hpp"
 #include "support/plain_eigen.hpp"
@@ -100,6 +102,29 @@ void v2_baseline(benchmark::State& state, Index d, Index n) {
   count(state, n, std::is_same_v<Mask, CausalMask>, 8.0 * static_cast<double>(d), workspace);
 }
 
+/// Four signal heads on one key head, and a noise head: one for all, or repeated for each; kBackward: the gradients.
+template <bool kRepeated, bool kBackward>
+void four_heads(benchmark::State& state, Index d, Index n) {
+  std::srand(1);
+  const Heads heads{4, 1, kRepeated ? 4 : 1};
+  const Matrix<float> q = Matrix<float>::Random(n, heads.query_heads() * d) * 3.0f;
+  const Matrix<float> k = Matrix<float>::Random(n, 2 * d) * 3.0f, v = Matrix<float>::Random(n, 2 * d);
+  Matrix<float> out = Matrix<float>::Random(n, 8 * d);
+  MultiheadDiffAttentionGradients<float, float> gradients;
+  Workspace workspace;
+  const auto run = [&] {
+    if constexpr (kBackward) {
+      multihead_diff_attention_backward_into(gradients, q, k, v, 0.7f, out, heads, CausalMask{}, {}, workspace);
+    } else {
+      multihead_diff_attention_into(out, q, k, v, 0.7f, heads, CausalMask{}, {}, workspace);
+    }
+  };
+  run();
+  for (auto _ : state) run();
+  const double flop = (kBackward ? (kRepeated ? 80.0 : 62.0) : kRepeated ? 32.0 : 26.0) * static_cast<double>(d);
+  count(state, n, true, flop, workspace);
+}
+
 template <typename Scalar, typename Mask>
 void add_shape(const std::string& type, const std::string& mask, Index d, Index n) {
   const std::string shape = "/" + type + "/" + mask + "/d" + std::to_string(d) + "/n" + std::to_string(n);
@@ -123,6 +148,16 @@ const bool registered = [] {
   }
   for (const Index n : {384, 1920}) add_shape<double, FullMask>("double", "full", 64, n);
   add_shape<double, CausalMask>("double", "causal", 64, 1920);
+  for (const Index n : {384, 1920}) {
+    const auto add = [&](const char* name, void (*run)(benchmark::State&, Index, Index)) {
+      const std::string shape = "/float/causal/d64/n" + std::to_string(n);
+      benchmark::RegisterBenchmark((name + shape).c_str(), run, 64, n)->Unit(benchmark::kMillisecond);
+    };
+    add("noise/shared", four_heads<false, false>);
+    add("noise/repeated", four_heads<true, false>);
+    add("noise_backward/shared", four_heads<false, true>);
+    add("noise_backward/repeated", four_heads<true, true>);
+  }
   // What one call at 131,072 keys takes beside its operands; once is enough.
   benchmark::RegisterBenchmark("memory/differential/float/causal/d64/n131072", differential<float, CausalMask>, 64,
                                131072)

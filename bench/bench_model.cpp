@@ -1,12 +1,17 @@
 // A whole model in the shape of kajuma/DiffLlama-0.3B-handcut: hidden 2,048, feed-forward 8,192, 16 differential heads
 // with 4 key and value heads, vocabulary 128,256, head tied to the embedding; against the Transformer of the same
 // template (32 heads, 8 key and value heads), which reads the very same weights. Two of its 16 layers, so that it fits
-// any machine, and random weights. Prefill is 512 tokens and the logits of the last; decode is one token after 512.
+// any machine, and random weights. Prefill is 512 tokens and the logits of the last; decode is one token after 512;
+// decode_batch a token of each of 1, 4, 16 or 64 sequences, every one behind 512 of its own. `speedup` is against as many
+// tokens one at a time, timed in turns with them.
 
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
+#include <chrono>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -127,6 +132,66 @@ void decode(benchmark::State& state) {
   state.counters["tokens/s"] = Counter(1, Counter::kIsIterationInvariantRate);
 }
 
+/// Keys and values of kPrompt tokens, random: what they are makes no difference.
+template <typename Attention>
+DecoderCache<float> filled_cache(const Decoder<float, Attention>& decoder, SplitMix64& random) {
+  DecoderCache<float> cache = decoder.make_cache({.reserve = kPrompt + 1});
+  constexpr Index kKeyMaps = std::is_same_v<Attention, Differential> ? 2 : 1;
+  const auto& config = decoder.blocks[0].attention.config();
+  const Index d = config.head_dim, dv = kKeyMaps * d;
+  Matrix<float> k(kPrompt, config.num_kv_heads * kKeyMaps * d), v(kPrompt, config.num_kv_heads * dv);
+  Serial serial;
+  for (KvCache<float>& layer : cache.layers) {
+    for (Matrix<float>* part : {&k, &v}) {
+      for (Index i = 0; i < part->size(); ++i) part->data()[i] = static_cast<float>(2 * random.unit() - 1);
+    }
+    layer.prepare<float>("bench", config.num_kv_heads, kKeyMaps, d, dv, kPrompt);
+    layer.write(detail::view_of(k), detail::view_of(v), serial);
+    layer.commit(kPrompt);
+  }
+  return cache;
+}
+
+/// A token of each of state.range(0) sequences.
+template <typename Attention, typename Stored>
+void decode_batch(benchmark::State& state) {
+  const auto& decoder = model<Attention, Stored>();
+  const Index n = state.range(0);
+  SplitMix64 random(1);
+  std::vector<DecoderCache<float>> caches;
+  for (Index i = 0; i < n; ++i) caches.push_back(filled_cache(decoder, random));
+  std::vector<DecoderCache<float>*> batch;
+  for (DecoderCache<float>& cache : caches) batch.push_back(&cache);
+  const std::vector<Index> tokens(static_cast<std::size_t>(n), 17);
+  Matrix<float> logits(n, 128256), alone(1, 128256);
+  Workspace workspace;
+  const auto step_back = [&] {
+    for (DecoderCache<float>& cache : caches) cache.truncate(kPrompt);
+  };
+  decoder.logits_into(logits, tokens, batch, workspace);
+  using Clock = std::chrono::steady_clock;
+  Clock::duration together{}, one_by_one{};
+  for (auto _ : state) {
+    step_back();
+    const auto start = Clock::now();
+    decoder.logits_into(logits, tokens, batch, workspace);
+    const auto elapsed = Clock::now() - start;
+    together += elapsed;
+    state.SetIterationTime(std::chrono::duration<double>(elapsed).count());
+    step_back();
+    const auto start_alone = Clock::now();
+    const Index some = std::min<Index>(n, 4);  // the others would take as long
+    for (Index i = 0; i < some; ++i) {
+      decoder.logits_into(alone, std::span(tokens).first(1), caches[static_cast<std::size_t>(i)], workspace);
+    }
+    one_by_one += (Clock::now() - start_alone) * n / some;
+  }
+  using benchmark::Counter;
+  state.counters["tokens/s"] = Counter(static_cast<double>(n), Counter::kIsIterationInvariantRate);
+  state.counters["speedup"] =
+      std::chrono::duration<double>(one_by_one).count() / std::chrono::duration<double>(together).count();
+}
+
 /// What one core reads of the same memory: the sum of the embedding.
 void read_bandwidth(benchmark::State& state) {
   model<Differential, float>().embedding.visit([&]<typename T>(const StridedView<const T>& view) {
@@ -156,6 +221,14 @@ const bool registered = [] {
   add("model/decode/float/standard", decode<Standard, float>);
   add("model/decode/bfloat16/differential", decode<Differential, Eigen::bfloat16>);
   add("model/decode/bfloat16/standard", decode<Standard, Eigen::bfloat16>);
+  const auto add_batch = [](const char* name, void (*run)(benchmark::State&)) {
+    auto* const bench = benchmark::RegisterBenchmark(name, run)->UseManualTime()->Unit(benchmark::kMillisecond);
+    bench->MinTime(0.4)->Arg(1)->Arg(4)->Arg(16)->Arg(64);
+  };
+  add_batch("model/decode_batch/float/differential", decode_batch<Differential, float>);
+  add_batch("model/decode_batch/float/standard", decode_batch<Standard, float>);
+  add_batch("model/decode_batch/bfloat16/differential", decode_batch<Differential, Eigen::bfloat16>);
+  add_batch("model/decode_batch/bfloat16/standard", decode_batch<Standard, Eigen::bfloat16>);
   return true;
 }();
 

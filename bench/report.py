@@ -106,6 +106,22 @@ def block_table(runs, kind, title):
         print(row[-1])
 
 
+def noise_table(runs):
+    """Heads that share their map of noise, against pairs with its queries repeated."""
+    rows = []
+    for name, run in runs.items():
+        match = re.fullmatch(r"(noise\w*)/shared/(float/causal/d64/n(\d+))", name)
+        if match:
+            other = runs[f"{match[1]}/repeated/{match[2]}"]
+            what = "gradients" if "backward" in match[1] else "output"
+            rows.append(f"| {what} | {int(match[3]):,} | {run['cpu_time']:.2f} ms | {other['cpu_time']:.2f} ms "
+                        f"| {run['cpu_time'] / other['cpu_time']:.2f} |")
+    if rows:
+        print("\n| four signal heads, d = 64, causal, float | n | one noise head for all | repeated for each "
+              "| shared / repeated |\n|---|---|---|---|---|")
+        print("\n".join(rows))
+
+
 def layer_table(runs):
     print("\n| layer, embed_dim 1,024, causal | differential | standard | differential / standard "
           "| plain Eigen / differential |\n|---|---|---|---|---|")
@@ -232,6 +248,7 @@ def main():
     print("\nGradients:\n")
     kernel_table(runs, "backward")
     whole_matrices_table(runs)
+    noise_table(runs)
     layer_table(runs)
     thread_table(runs)
     exp_table(runs)

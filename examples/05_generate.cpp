@@ -64,6 +64,22 @@ int main(int argc, char** argv) try {
               << " tokens/s, text: " << static_cast<double>(written.size() - 1) / decode << " tokens/s\n";
     if (written.size() < 2) return 1;
   }
+
+  // Many prompts at once: every step feeds a token of each, and reads the weights once for all of them.
+  const std::vector<std::vector<Index>> prompts = {Bytes::encode("And God said, "), Bytes::encode("The LORD is my "),
+                                                   Bytes::encode("Blessed are the "), Bytes::encode("Now ")};
+  start = std::chrono::steady_clock::now();
+  const auto texts = model.generate(prompts, {.max_new_tokens = 60}, threads);
+  std::cout << "\nFour prompts at once:\n";
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    for (const auto* tokens_of : {&prompts[i], &texts[i]}) {
+      for (const Index token : *tokens_of) std::cout << Bytes::decode(token);
+    }
+    std::cout << "…\n";
+    count += texts[i].size();
+  }
+  std::cout << "  " << static_cast<double>(count) / seconds_since(start) << " tokens/s\n";
 } catch (const std::exception& error) {
   std::cerr << error.what() << '\n';
   return 1;

@@ -83,6 +83,13 @@ int main() {
     difference = std::max(difference, (layer.forward(x.row(i), cache) - whole.row(i)).cwiseAbs().maxCoeff());
   }
 
+  // It attends to another sequence, too, whose keys and values are kept.
+  const Matrix<float> memory = Matrix<float>::Random(30, 32);
+  diffattn::KvCache kept;
+  layer.write_memory(memory, kept);
+  const Matrix<float> crossed = layer.forward_cross(x, memory);
+  difference = std::max(difference, (layer.forward_cross(x, kept) - crossed).cwiseAbs().maxCoeff());
+
   // Saved, loaded, and the attention of a decoder.
   const auto path = std::filesystem::temp_directory_path() / "diffattn_own_variant.safetensors";
   save_parameters(layer, path);

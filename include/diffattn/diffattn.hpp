@@ -32,6 +32,7 @@
 #include "diffattn/kernels/reference.hpp"
 #include "diffattn/layers/attention_layer.hpp"
 #include "diffattn/layers/attention_variant.hpp"
+#include "diffattn/layers/cross_attention.hpp"
 #include "diffattn/layers/kv_cache.hpp"
 #include "diffattn/layers/lambda.hpp"
 #include "diffattn/layers/layer_norm.hpp"

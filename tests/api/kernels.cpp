@@ -27,6 +27,7 @@ void kernels_under(const Mask& mask, const M& x, const Matrix<float>& column) {
   static_assert(std::is_same_v<decltype(per_row.dlambda), Vector<float>>);
   const auto standard = attention_backward(x, x, x, out, mask);
   out += standard.dq + standard.dk + standard.dv;
+  out += multihead_diff_attention(x, x, x, 0.5f, Heads{4, 1, 2}, mask);
   const auto many = multihead_diff_attention_backward(x, x, x, 0.5f, out, Heads{2, 1}, mask);
   out += many.dq + many.dk + many.dv;
   Workspace workspace;
@@ -45,6 +46,9 @@ void decode_under(const Mask& mask, const KeyValuePages<float>& pages, const M& 
 void kernels(const M& x, const Matrix<double>& biases, const KeyValuePages<float>& pages) {
   static_assert(std::is_same_v<decltype(attention(x, x, x)), M>);
   static_assert(std::is_same_v<decltype(diff_attention(x, x, x, x, x, 1)), M>);
+  constexpr Heads grouped{.num_heads = 4, .num_kv_heads = 1, .num_noise_heads = 2};
+  static_assert(grouped.query_heads() == 6 && grouped.query_head(3, 0) == 4 && grouped.query_head(3, 1) == 5);
+  static_assert(grouped.noise_sharers() == 2);
   static_assert(std::is_same_v<decltype(decode_attention(x, pages, Heads{2, 1})), M>);
   const std::vector<double> slopes = alibi_slopes(8);
   const auto own = [](Index head, Index query, Index key, Index n_q, Index n_k) {
@@ -57,6 +61,7 @@ void kernels(const M& x, const Matrix<double>& biases, const KeyValuePages<float
   kernels_under(nested, x, x);
   kernels_under(with_bias(CausalMask{}, MatrixBias(biases)), x, x);
   kernels_under(with_bias(FullMask{}, own), x, x);
+  static_assert(std::is_same_v<decltype(nested.same_for_all_heads(Index{3})), bool>);
   static_assert(std::is_convertible_v<decltype(nested.bias(Index{0}, Index{1}, Index{2}, Index{3}, Index{4})), double>);
   decode_under(CausalMask{}, pages, x);
   decode_under(nested, pages, x);

@@ -1,5 +1,6 @@
 // Layers as users write them: it has to compile, nothing of it runs.
 
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -27,16 +28,44 @@ void layer_calls(Layer& layer, Layer& grad, const M& x) {
   y = layer.forward(x, cache, mask);
   y = layer.forward(x, windowed, PrefixMask{4});
 
+  const std::vector<KvCache<float>*> caches = {&cache};
+  y = layer.forward(x, caches);
+  y = layer.forward(x, caches, mask);
+  y = layer.forward(x, std::span<KvCache<float>* const>(caches));
+
   typename Layer::Tape tape;
   y = layer.forward(x, CausalMask{}, tape);
   y = layer.forward(x, mask, lengths, tape);
   M dx = layer.backward(y, tape, grad);
 
+  const M memory = x.topRows(3);
+  y = layer.forward_cross(x, memory);
+  y = layer.forward_cross(x, memory, mask);
+  y = layer.forward_cross(x, memory, FullMask{}, lengths, {1, 2});
+  layer.write_memory(memory, cache);
+  const KvCache<float> kept = cache;
+  y = layer.forward_cross(x, kept);
+  y = layer.forward_cross(x, kept, mask);
+  y = layer.forward_cross(x, memory, FullMask{}, tape);
+  y = layer.forward_cross(x, memory, mask, lengths, {1, 2}, tape);
+  CrossGradients<float> gradients = layer.backward_cross(y, tape, grad);
+  auto [dq, dmemory] = layer.backward_cross(y, tape, grad);
+
   Workspace workspace;
+  layer.forward_cross_into(y, x, memory, mask, workspace, Serial{});
+  layer.forward_cross_into(y, x, memory, mask, lengths, {1, 2}, workspace, Serial{});
+  layer.forward_cross_into(y, x, kept, workspace, Serial{});
+  layer.forward_cross_into(y, x, kept, mask, workspace, Serial{});
+  layer.forward_cross_into(y, x, memory, mask, tape, workspace, Serial{});
+  layer.forward_cross_into(y, x, memory, mask, lengths, {1, 2}, tape, workspace, Serial{});
+  layer.write_memory(memory, cache, workspace, Serial{});
+  layer.backward_cross_into(gradients.dx, gradients.dmemory, y, tape, grad, workspace, Serial{});
   layer.forward_into(y, x, mask, workspace, Serial{});
   layer.forward_into(y, x, mask, lengths, workspace, Serial{});
   layer.forward_into(y, x, cache, workspace, Serial{});
   layer.forward_into(y, x, cache, mask, workspace, Serial{});
+  layer.forward_into(y, x, caches, workspace, Serial{});
+  layer.forward_into(y, x, caches, mask, workspace, Serial{});
   layer.forward_into(y, x, mask, tape, workspace, Serial{});
   layer.backward_into(dx, y, tape, grad, workspace, Serial{});
 
@@ -51,6 +80,7 @@ void layers(const M& x) {
                                        .num_heads = 4,
                                        .num_kv_heads = 2,
                                        .head_dim = 8,
+                                       .num_noise_heads = 2,
                                        .depth = 1,
                                        .lambda_init = 0.8,
                                        .rotary = RotaryConfig{}});
@@ -58,6 +88,8 @@ void layers(const M& x) {
       {.embed_dim = 64, .num_heads = 4, .num_kv_heads = 2, .head_dim = 8, .rotary = RotaryConfig{}});
   MultiheadAttention<float> standard(
       {.embed_dim = 64, .num_heads = 4, .num_kv_heads = 2, .head_dim = 16, .rotary = RotaryConfig{}});
+  static_assert(std::is_same_v<decltype(layer.query_head(3, 1)), Index>);
+  static_assert(std::is_same_v<decltype(layer.heads().query_heads()), Index>);
   auto grad = layer;
   auto v2_grad = v2;
   auto standard_grad = standard;

@@ -1,11 +1,14 @@
 // Models, training and files as users write them: it has to compile, nothing of it runs.
 
 #include <filesystem>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "diffattn/diffattn.hpp"
 #include "diffattn/hugging_face/diffllama.hpp"
+#include "diffattn/hugging_face/diffllama_export.hpp"
+#include "diffattn/hugging_face/diffllama_import.hpp"
 #include "diffattn/io/checkpoint.hpp"
 #include "diffattn/io/parameters.hpp"
 #include "diffattn/io/safetensors.hpp"
@@ -33,7 +36,17 @@ void decoder_calls(const std::filesystem::path& path) {
   Workspace workspace;
   model.logits_into(logits, tokens, workspace, Serial{});
   model.logits_into(logits, tokens, cache, workspace, Serial{});
+  const std::vector<DecoderCache<float>*> caches = {&cache};
+  logits = model.logits(tokens, caches);
+  logits = model.logits(tokens, std::span<DecoderCache<float>* const>(caches), SlidingWindowMask{8});
+  model.logits_into(logits, tokens, caches, workspace, Serial{});
   std::vector<Index> text = generate(model, {1, 2}, {.max_new_tokens = 4});
+  const std::vector<std::vector<Index>> prompts = {{1, 2}, {3}};
+  const std::vector<GenerateOptions> options(2);
+  std::vector<std::vector<Index>> texts = generate(model, prompts, {.max_new_tokens = 4});
+  texts = generate(model, prompts, options, Serial{});
+  texts = generate(model, prompts, options, caches, Serial{});
+  texts = generate(model, prompts, {.max_new_tokens = 4}, caches, CausalMask{}, Serial{});
   text = generate(model, tokens, {.max_new_tokens = 4}, Serial{});
 
   AdamW<float> optimizer(model);
@@ -63,6 +76,23 @@ void models(const std::filesystem::path& path) {
   Workspace workspace;
   model.logits_into(logits, std::vector<int>{1, 2}, cache, workspace, Serial{});
   const std::vector<Index> text = model.generate({1, 2}, {.max_new_tokens = 4});
+  const std::vector<DecoderCache<float>*> caches = {&cache};
+  logits = model.logits({1}, caches);
+  logits = model.logits(std::vector<int>{1, 2}, cache, SlidingWindowMask{8}, Serial{});
+  const std::vector<std::vector<int>> prompts = {{1, 2}, {3}};
+  std::vector<std::vector<Index>> texts = model.generate(prompts, {.max_new_tokens = 4}, Serial{});
+  texts = model.generate(prompts, std::vector<GenerateOptions>(2), caches, Serial{});
+
+  Decoder<float, MultiheadDiffAttention<float>> trainable = load_diffllama<float>(path);
+  save_diffllama(trainable, path);
+  save_diffllama(trainable, path,
+                 {.max_position_embeddings = 512,
+                  .eos_token_ids = {1, 2},
+                  .bos_token_id = 0,
+                  .pad_token_id = 0,
+                  .dtype = Dtype::BF16});
+  save_diffllama(model, path);
+  model.save(path);
 }
 
 }  // namespace api

@@ -347,3 +347,38 @@ TEST_CASE("Memory may fail at any point of loading", "[models][diffllama]") {
   }
   CHECK(support::identical(DiffLlama<float>::load(directory).logits({1, 2, 3}), expected));
 }
+
+TEST_CASE("DiffLlama writes many texts at once, and gives logits of many sequences", "[models][diffllama][batch]") {
+  const auto model = DiffLlama<float>::load(kTrained);
+  diffattn::ThreadPool pool(2);
+  const std::vector<std::vector<int>> prompts = {{65, 110, 100, 32}, {84}, {71, 111, 100}};
+  const auto options = std::vector<diffattn::GenerateOptions>{{.max_new_tokens = 12},
+                                                              {.max_new_tokens = 9, .temperature = 0.7, .seed = 3},
+                                                              {.max_new_tokens = 15, .stop_tokens = {32}}};
+  std::vector<std::vector<Index>> expected;
+  for (std::size_t i = 0; i < 3; ++i) expected.push_back(model.generate(prompts[i], options[i]));
+  CHECK(model.generate(prompts, options) == expected);
+  CHECK(model.generate(prompts, options, pool) == expected);
+  auto a = model.make_cache(), b = model.make_cache({.window = 200}), c = model.make_cache({.reserve = 50});
+  const std::vector<diffattn::DecoderCache<float>*> caches = {&a, &b, &c};
+  CHECK(model.generate(prompts, options, caches, pool) == expected);
+  CHECK(model.generate(prompts, {.max_new_tokens = 12})[0] == expected[0]);
+
+  const std::vector<Index> next = {97, 98, 99};
+  auto fork = b.fork();
+  const Matrix<float> logits = model.logits(next, caches);
+  CHECK(support::identical(Matrix<float>(logits.row(1)), model.logits({98}, fork)));
+  CHECK(refusal([&] {
+          model.logits({97, 98, 256}, caches);
+        }) == "Decoder: sequence 2: token 0 is 256, outside the vocabulary of 256");
+  // As long as the model has positions.
+  model.logits(std::vector<Index>(static_cast<std::size_t>(1024 - a.position()), 65), a);
+  CHECK(refusal([&] { model.logits(next, caches); }) ==
+        "DiffLlama: sequence 0: a sequence of 1025 tokens is longer than the 1024 positions that the model has");
+  CHECK(refusal([&] { model.generate(prompts, options, caches); }) ==
+        "generate: sequence 0: the prompt has 4 tokens, there is room for 0");
+
+  // A mask, as for every model.
+  CHECK(support::identical(model.logits(next, diffattn::SlidingWindowMask{1 << 20}), model.logits(next)));
+  CHECK(!support::identical(model.logits(next, diffattn::SlidingWindowMask{1}), model.logits(next)));
+}

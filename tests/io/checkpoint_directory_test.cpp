@@ -5,6 +5,7 @@
 #include <chrono>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
@@ -35,7 +36,8 @@ inline SafetensorsWriter weights(int number) {
 inline std::string config(int number) { return "{\n  \"number\": " + std::to_string(number) + "\n}\n"; }
 
 inline void save(const std::filesystem::path& directory, int number) {
-  save_checkpoint_directory(directory, weights(number), config(number));
+  save_checkpoint_directory(directory, weights(number), config(number),
+                            {.generation_config = config(number), .others = {}});
 }
 
 /// As others save: in shards or not, without our mark.
@@ -47,13 +49,24 @@ inline void save_as_others(const std::filesystem::path& directory, int number, b
                  R"({"weight_map": {"x": "model-00001-of-00001.safetensors"}})");
   }
   files::write(directory / "config.json", config(number));
+  files::write(directory / "generation_config.json", config(number));
 }
 
-/// Which model a directory holds; −1 if the weights are of another than the configuration.
+/// Of which model a generation_config.json is; 0 if there is none.
+inline int generation(const diffattn::detail::CheckpointFiles& opened) {
+  if (opened.generation_config.empty()) return 0;
+  return nlohmann::json::parse(opened.generation_config).at("number").get<int>();
+}
+inline int generation(const std::filesystem::path& directory) {
+  return generation(open_checkpoint_directory(directory));
+}
+
+/// Which model a directory holds; −1 if the weights are of another than one of the configurations.
 inline int load(const std::filesystem::path& directory) {
   const auto opened = open_checkpoint_directory(directory);
   const Matrix<float> x = opened.tensors.file_of("x").matrix<float>("x");
   const int number = nlohmann::json::parse(opened.config).at("number").get<int>();
+  if (generation(opened) != 0 && generation(opened) != number) return -1;
   return x == Matrix<float>::Constant(20, 20, static_cast<float>(number)) ? number : -1;
 }
 
@@ -76,6 +89,67 @@ TEST_CASE("A directory is saved and loaded, made if need be, and equal models ar
   checkpoints::save(folder / "c", 2);
   CHECK(checkpoints::load(folder / "c") == 2);
   CHECK(nlohmann::json::parse(files::read(folder / "c/config.json")).size() == 2);
+}
+
+TEST_CASE("A generation_config.json is read with the weights that it was saved with") {
+  const files::Scratch folder;
+  checkpoints::save(folder / "one", 1);
+  const auto opened = [&] { return checkpoints::open_checkpoint_directory(folder / "one"); };
+  CHECK(checkpoints::generation(opened()) == 1);
+  CHECK(opened().is_generation_saved);
+  // Another save's does not count, one without a mark is somebody's own.
+  checkpoints::save(folder / "two", 2);
+  const auto path = folder / "one/generation_config.json";
+  std::filesystem::copy_file(folder / "two/generation_config.json", path,
+                             std::filesystem::copy_options::overwrite_existing);
+  CHECK(checkpoints::generation(opened()) == 0);
+  CHECK_FALSE(opened().is_generation_saved);
+  files::write(path, "{\"number\": 7}");
+  CHECK(checkpoints::generation(opened()) == 7);
+  CHECK_FALSE(opened().is_generation_saved);
+  std::filesystem::remove(path);
+  CHECK(checkpoints::generation(opened()) == 0);
+  // Left unfinished by a save that was killed, it is read in the place of the one that is there.
+  std::filesystem::copy_file(folder / "two/generation_config.json", path);
+  checkpoints::save(folder / "three", 1);
+  std::filesystem::rename(folder / "three/generation_config.json",
+                          folder / "one/generation_config.json.1-1.unfinished");
+  CHECK(checkpoints::generation(opened()) == 1);
+  CHECK(opened().is_generation_saved);
+  // Weights of others come with whatever is there.
+  checkpoints::weights(2).save(folder / "one/model.safetensors");
+  CHECK(checkpoints::generation(opened()) == 2);
+  // An empty object has no comma to put behind the mark.
+  diffattn::detail::save_checkpoint_directory(folder / "four", checkpoints::weights(4), "{}",
+                                              {.generation_config = "{ }", .others = {}});
+  CHECK(nlohmann::json::parse(files::read(folder / "four/config.json")).size() == 1);
+  CHECK(nlohmann::json::parse(files::read(folder / "four/generation_config.json")).size() == 1);
+}
+
+TEST_CASE("Files beside the weights are written once") {
+  const files::Scratch folder;
+  files::write(folder / "source", std::string("a\0b", 3));
+  files::write(folder / "empty", "");
+  const auto companions = [&] {
+    diffattn::detail::CompanionFiles result;
+    result.others["tokenizer.json"] = std::make_shared<diffattn::detail::FileBytes>(folder / "source");
+    result.others["merges.txt"] = std::make_shared<diffattn::detail::FileBytes>(folder / "empty");
+    return result;
+  };
+  const auto save = [&] {
+    checkpoints::save_checkpoint_directory(folder / "model", checkpoints::weights(1), "{}", companions());
+  };
+  save();
+  const auto path = folder / "model/tokenizer.json";
+  CHECK(files::read(path) == std::string("a\0b", 3));
+  CHECK(files::read(folder / "model/merges.txt").empty());
+  const auto old = std::filesystem::file_time_type() + std::chrono::hours(1);
+  std::filesystem::last_write_time(path, old);
+  save();
+  CHECK(std::filesystem::last_write_time(path) == old);
+  files::write(path, "other");
+  save();
+  CHECK(files::read(path) == std::string("a\0b", 3));
 }
 
 TEST_CASE("Files of two saves are refused, edited ones are not") {
@@ -208,6 +282,7 @@ void check_kills(const std::filesystem::path& before, int first, int stride) {
       continue;
     }
     REQUIRE((number == 1 || number == 2));
+    REQUIRE(checkpoints::generation(path) == number);
     ++(number == 1 ? old_ones : new_ones);
   }
   if (stop == first) return;  // processes cannot be traced here

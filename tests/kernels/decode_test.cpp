@@ -3,6 +3,9 @@
 #include <diffattn/core/parallel_threads.hpp>
 #include <diffattn/kernels/decode.hpp>
 #include <limits>
+#include <memory>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "kernels/oracle.hpp"
@@ -114,6 +117,89 @@ TEST_CASE("Decoding from pages of the scalar's own type agrees with the oracle",
 TEST_CASE("Decoding from narrower pages agrees with the oracle on what they hold", "[kernels][decode]") {
   check_all<float, Eigen::bfloat16>();
   check_all<float, Eigen::half>();
+}
+
+namespace {
+
+/// Keys that are hidden here and there, and a number for all others.
+struct PageTestBias {
+  float operator()(Index head, Index query, Index key, Index /*n_q*/, Index /*n_k*/) const {
+    if ((head + query + 3 * key) % 7 == 0) return -std::numeric_limits<float>::infinity();
+    return 0.01f * static_cast<float>(key % 13);
+  }
+};
+
+/// What pages of `size` tokens give, `dropped` keys having gone from their front: a multiple of all sizes.
+template <typename Storage, typename Mask>
+Matrix<float> decode_with_pages(Index size, Index n_q, Index n_k, Index dropped, bool shared_keys, const Mask& mask) {
+  Rng rng = make_rng();
+  const Index heads = 3, d = 9, dv = 37, key_maps = shared_keys ? 1 : 2;
+  const auto q = random_matrix<float>(n_q, 2 * 2 * heads * d, rng);
+  const auto k = random_matrix<float>(n_k, heads * key_maps * d, rng), v = random_matrix<float>(n_k, heads * dv, rng);
+  Pages<Storage> pages(k, v, heads, key_maps, rng, size);
+  pages.drop(dropped / size);
+  Workspace workspace;
+  Matrix<float> out(n_q, 2 * heads * dv);
+  diffattn::decode_diff_attention_into(out, q, pages.packed, 0.4f, Heads{2 * heads, heads}, mask, {}, workspace);
+  return out;
+}
+
+template <typename Storage>
+void check_page_sizes() {
+  for (const Index n_q : {1, 3, 4, 5, 70}) {
+    for (const Index n_k : {90, 1100}) {
+      for (const bool shared_keys : {false, true}) {
+        INFO(n_q << " queries, " << n_k << " keys, shared " << shared_keys);
+        const auto check = [&](const auto& mask, Index dropped) {
+          const Matrix<float> usual = decode_with_pages<Storage>(256, n_q, n_k, dropped / 256 * 256, shared_keys, mask);
+          for (const Index size : {32, 64, 128, 512, 4096}) {
+            INFO("pages of " << size);
+            const Index gone = dropped / size * size;  // whole pages, as a cache drops them
+            CHECK(identical(decode_with_pages<Storage>(size, n_q, n_k, gone, shared_keys, mask), usual));
+          }
+        };
+        check(CausalMask{}, 0);
+        check(with_bias(CausalMask{}, PageTestBias{}), 0);
+        if (n_k < 1000) continue;
+        const Index dropped = n_k - n_q - 410, window = 411;  // as much as the first query no longer sees
+        check(SlidingWindowMask{window}, dropped);
+        check(with_bias(SlidingWindowMask{window}, PageTestBias{}), dropped);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("Pages of any size give the same bits", "[kernels][decode]") {
+  check_page_sizes<float>();
+  check_page_sizes<Eigen::bfloat16>();
+}
+
+TEST_CASE("A value that is not finite stays with its query, whatever the size of a page", "[kernels][decode]") {
+  Rng rng = make_rng();
+  const Index size = GENERATE(32, 64, 256, 512), n_q = GENERATE(2, 40), n_k = 700, window = 90, bad = 630;
+  INFO("pages of " << size << ", " << n_q << " queries");
+  const auto q = random_matrix<float>(n_q, 2 * 8, rng), k = random_matrix<float>(n_k, 2 * 8, rng);
+  auto v = random_matrix<float>(n_k, 11, rng);
+  const auto decode = [&] {
+    Pages<float> pages(k, v, 1, 2, rng, size);
+    pages.drop((n_k - n_q - window + 1) / size);
+    Workspace workspace;
+    Matrix<float> out(n_q, 11);
+    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.4f, Heads{1, 1}, SlidingWindowMask{window}, {},
+                                         workspace);
+    return out;
+  };
+  const Matrix<float> clean = decode();
+  v.row(bad).setConstant(std::numeric_limits<float>::infinity());
+  const Matrix<float> out = decode();
+  for (Index i = 0; i < n_q; ++i) {
+    const Index position = n_k - n_q + i;
+    const bool sees = bad <= position && position < bad + window;
+    CHECK(out.row(i).allFinite() == !sees);
+    if (!sees) CHECK((out.row(i) - clean.row(i)).cwiseAbs().maxCoeff() <= 1e-5f);
+  }
 }
 
 TEST_CASE("What a later key or value holds does not reach an earlier query", "[kernels][decode]") {
@@ -245,6 +331,67 @@ TEST_CASE("Decoding refuses what does not fit, before any work", "[kernels][deco
                                                Heads{2, 2}, CausalMask{}, {}, workspace);
         }) == "decode_diff_attention: out must be 3 x 10, got 3 x 9");
   CHECK((out.array() == 7.0f).all());
+}
+
+TEST_CASE("Decoding refuses pages of a size that no cache makes", "[kernels][decode]") {
+  Rng rng = make_rng();
+  const Index size = GENERATE(16, 96, 0);
+  Pages<float> pages(random_matrix<float>(20, 8, rng), random_matrix<float>(20, 4, rng), 1, 1, rng);
+  pages.packed.shape.page_size = size;
+  CHECK(thrown_by<std::invalid_argument>([&] {
+          diffattn::decode_attention(random_matrix<float>(1, 8, rng), pages.packed, Heads{1, 1});
+        }) ==
+        "decode_attention: the pages must be of a power of two of tokens, at least 32, got " + std::to_string(size));
+}
+
+TEST_CASE("Decoding many sequences at once gives the bits of each alone", "[kernels][decode]") {
+  Rng rng = make_rng();
+  constexpr Index n = 5, d = 6, dv = 7, heads = 4, kv_heads = 2;
+  std::vector<std::unique_ptr<Pages<float>>> caches;
+  std::vector<diffattn::KeyValuePages<float>> packed;
+  std::vector<SlidingWindowMask> masks;
+  for (const Index n_k : {3, 700, 256, 1, 40}) {
+    caches.push_back(std::make_unique<Pages<float>>(random_matrix<float>(n_k, 2 * kv_heads * d, rng),
+                                                    random_matrix<float>(n_k, kv_heads * dv, rng), kv_heads, 2, rng));
+    packed.push_back(caches.back()->packed);
+    masks.push_back({n_k % 2 == 0 ? n_k : 20});
+  }
+  const auto q = random_matrix<float>(n, 2 * heads * d, rng), lambda = random_matrix<float>(n, heads, rng);
+  const std::span<const diffattn::KeyValuePages<float>> all(packed);
+  const std::span<const SlidingWindowMask> all_masks(masks);
+  Workspace workspace;
+  Matrix<float> out(n, heads * dv), expected = out, constant = out;
+  for (Index i = 0; i < n; ++i) {
+    const auto& pages = packed[static_cast<std::size_t>(i)];
+    diffattn::decode_diff_attention_into(expected.middleRows(i, 1), q.middleRows(i, 1), pages, lambda.middleRows(i, 1),
+                                         Heads{heads, kv_heads}, masks[static_cast<std::size_t>(i)], {}, workspace);
+    diffattn::decode_diff_attention_into(constant.middleRows(i, 1), q.middleRows(i, 1), pages, 0.3f,
+                                         Heads{heads, kv_heads}, masks[static_cast<std::size_t>(i)], {}, workspace);
+  }
+  diffattn::ThreadPool pool(3);
+  const auto decode = [&](const auto& l) {
+    diffattn::decode_diff_attention_into(out, q, all, l, Heads{heads, kv_heads}, all_masks, {}, workspace, pool);
+    return out;
+  };
+  CHECK(identical(decode(lambda), expected));
+  CHECK(identical(decode(0.3f), constant));
+  // No sequence is no error.
+  diffattn::decode_diff_attention_into(Matrix<float>(0, heads * dv), Matrix<float>(0, 2 * heads * d), all.first(0),
+                                       0.3f, Heads{heads, kv_heads}, all_masks.first(0), {}, workspace);
+
+  CHECK(thrown_by<ShapeError>([&] {
+          diffattn::decode_diff_attention_into(out, q, all.first(4), 0.3f, Heads{heads, kv_heads}, all_masks, {},
+                                               workspace);
+        }) == "decode_diff_attention: there must be a cache and a mask for each of the 5 rows of q, got 4 and 5");
+  masks[3].window = -1;
+  CHECK(thrown_by<std::invalid_argument>([&] { decode(0.3f); }) ==
+        "decode_diff_attention: sequence 3: the window of SlidingWindowMask must be 0 or more, got -1");
+  masks[3].window = 1;
+  const Pages<float> narrow(random_matrix<float>(3, 2 * kv_heads * 5, rng), random_matrix<float>(3, kv_heads * dv, rng),
+                            kv_heads, 2, rng);
+  packed[2] = narrow.packed;
+  CHECK(thrown_by<ShapeError>([&] { decode(0.3f); }) ==
+        "decode_diff_attention: sequence 2: the cache is not of the shape of the first one");
 }
 
 TEST_CASE("Decoding by the simplest calls: causal, with the thread's workspace", "[kernels][decode]") {

@@ -18,13 +18,15 @@ using diffattn::Index;
 template <typename Storage>
 struct Pages {
   template <typename Scalar>
-  Pages(const diffattn::Matrix<Scalar>& k, const diffattn::Matrix<Scalar>& v, Index heads, Index key_maps, Rng& rng) {
+  Pages(const diffattn::Matrix<Scalar>& k, const diffattn::Matrix<Scalar>& v, Index heads, Index key_maps, Rng& rng,
+        Index page_size = diffattn::detail::kPageKeys) {
     namespace detail = diffattn::detail;
-    packed.shape = {heads, key_maps, k.cols() / heads / key_maps, v.cols() / heads, detail::Tile<Scalar>::kCols};
+    packed.shape = {heads,    key_maps, k.cols() / heads / key_maps, v.cols() / heads, detail::Tile<Scalar>::kCols,
+                    page_size};
     packed.n_k = k.rows();
     for (Index row = 0; row < k.rows();) {
-      if (row % detail::kPageKeys == 0) pages.push_back(std::make_shared<detail::Page<Storage>>(packed.shape));
-      const Index at = row % detail::kPageKeys, room = std::min(detail::kPageKeys - at, k.rows() - row);
+      if (row % page_size == 0) pages.push_back(std::make_shared<detail::Page<Storage>>(packed.shape));
+      const Index at = row % page_size, room = std::min(page_size - at, k.rows() - row);
       const Index count = std::uniform_int_distribution<Index>(1, room)(rng), width = k.cols() / heads;
       for (Index head = 0; head < heads; ++head) {
         pack_into_page(*pages.back(), packed.shape, head, at, detail::view_of(k).block(row, head * width, count, width),
@@ -39,8 +41,8 @@ struct Pages {
   void drop(Index count) {
     pages.erase(pages.begin(), pages.begin() + count);
     packed.pages = pages.data();
-    packed.first_key += count * diffattn::detail::kPageKeys;
-    packed.n_k -= count * diffattn::detail::kPageKeys;
+    packed.first_key += count * packed.shape.page_size;
+    packed.n_k -= count * packed.shape.page_size;
   }
 
   std::vector<std::shared_ptr<diffattn::detail::Page<Storage>>> pages;

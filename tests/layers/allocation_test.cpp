@@ -59,14 +59,47 @@ void check_layer(const Layer& layer, support::AnyExecutor executor) {
   }
 }
 
+/// Attention to a memory: at once, with a tape and back, and by a cache that has been emptied and filled again.
+template <typename Layer>
+void check_cross_attention(const Layer& layer, support::AnyExecutor executor) {
+  support::Rng rng = support::make_rng();
+  const Index width = layer.config().embed_dim;
+  const Matrix<float> memory = support::random_matrix<float>(110, width, rng);
+  for (const Index n : {1, 3, 70}) {
+    INFO("queries " << n);
+    const Matrix<float> x = support::random_matrix<float>(n, width, rng);
+    Matrix<float> y(n, width), dx(n, width), dmemory(110, width);
+    Layer grad = zeros_like(layer);
+    typename Layer::Tape tape;
+    KvCache<float> cache;
+    Workspace workspace;
+    const auto all = [&] {
+      layer.forward_cross_into(y, x, memory, PaddingMask{90}, workspace, executor);
+      layer.forward_cross_into(y, x, memory, PaddingMask{90}, tape, workspace, executor);
+      layer.backward_cross_into(dx, dmemory, x, tape, grad, workspace, executor);
+      cache.clear();
+      layer.write_memory(memory, cache, workspace, executor);
+      layer.forward_cross_into(y, x, cache, PaddingMask{90}, workspace, executor);
+    };
+    for (int warm_up = 0; warm_up < 3; ++warm_up) all();
+    CHECK(allocations_of(all) == 0);
+  }
+}
+
+template <typename Layer>
+void check_both(const Layer& layer, support::AnyExecutor executor) {
+  check_layer(layer, executor);
+  check_cross_attention(layer, executor);
+}
+
 void check_layers(support::AnyExecutor executor) {
   const RotaryConfig rotary;
-  check_layer(MultiheadDiffAttention<float>({.embed_dim = 48, .num_heads = 3, .num_kv_heads = 1, .rotary = rotary}),
-              executor);
-  check_layer(MultiheadDiffAttentionV2<float>({.embed_dim = 48, .num_heads = 2, .num_kv_heads = 1, .rotary = rotary}),
-              executor);
-  check_layer(MultiheadAttention<float>({.embed_dim = 48, .num_heads = 4, .num_kv_heads = 2, .rotary = rotary}),
-              executor);
+  check_both(MultiheadDiffAttention<float>({.embed_dim = 48, .num_heads = 3, .num_kv_heads = 1, .rotary = rotary}),
+             executor);
+  check_both(MultiheadDiffAttentionV2<float>({.embed_dim = 48, .num_heads = 2, .num_kv_heads = 1, .rotary = rotary}),
+             executor);
+  check_both(MultiheadAttention<float>({.embed_dim = 48, .num_heads = 4, .num_kv_heads = 2, .rotary = rotary}),
+             executor);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ using diffattn::RotaryConfig;
 using diffattn::SlidingWindowMask;
 using diffattn::Workspace;
 using diffattn::zeros_like;
+using layer_checks::for_each_pair;
 using support::excess;
 using support::numerical_gradient;
 
@@ -25,16 +26,6 @@ using V1 = diffattn::MultiheadDiffAttention<double>;
 using V2 = diffattn::MultiheadDiffAttentionV2<double>;
 using Standard = diffattn::MultiheadAttention<double>;
 using Lengths = std::vector<Index>;
-
-/// Calls f(name, a, b) for the parameters of two layers, one after another.
-template <typename Layer, typename F>
-void for_each_pair(Layer& a, Layer& b, const F& f) {
-  std::vector<Matrix<double>> second;
-  visit_parameters(b, [&](std::string_view, const auto& parameter) { second.push_back(parameter); });
-  std::size_t i = 0;
-  visit_parameters(a, [&](std::string_view name, auto& parameter) { f(std::string(name), parameter, second[i++]); });
-  CHECK(i == second.size());
-}
 
 template <typename Layer>
 void check_same(Layer& a, Layer& b) {
@@ -93,18 +84,8 @@ void check_differences(const typename Layer::Config& config, const Mask& mask) {
   layer.forward(x, mask, lengths, tape);
   const Matrix<double> dx = layer.backward(dy, tape, grad);
   CHECK(excess(dx, numerical_gradient(x, loss)) <= 0);
-  Layer numeric = layer;
-  visit_parameters(layer, [&](std::string_view name, auto& parameter) {
-    const Matrix<double> gradient = numerical_gradient(parameter, loss);
-    visit_parameters(numeric, [&](std::string_view other, auto& to) {
-      if (name == other) to = gradient;
-    });
-  });
   for_each_pair(grad, before, [](const std::string&, auto& got, const auto& start) { got -= start; });
-  for_each_pair(grad, numeric, [](const std::string& name, const auto& got, const auto& expected) {
-    INFO(name);
-    CHECK(excess(got, expected) <= 0);
-  });
+  layer_checks::parameter_gradients(layer, grad, loss);
 }
 
 /// Any number of threads, a tape and a workspace used again, a sequence alone and in company.

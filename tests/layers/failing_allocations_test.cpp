@@ -120,6 +120,29 @@ void check_caches(Failures failures) {
   check_cache<Layer, float>({.reserve = 40000}, 0, 9, false, failures);
 }
 
+/// A memory of 250 rows is kept, and 90 more come while memory fails.
+template <typename Layer>
+void check_kept_memory(Failures failures) {
+  const Layer layer = small_layer<Layer>();
+  auto rng = make_rng(3);
+  const Matrix<float> memory = random_matrix<float>(340, 24, rng), x = random_matrix<float>(5, 24, rng);
+  KvCache<float> cache, untouched;
+  for (KvCache<float>* each : {&cache, &untouched}) layer.write_memory(memory.topRows(250), *each);
+  const Matrix<float> before = layer.forward_cross(x, untouched);
+  layer.write_memory(memory.bottomRows(90), untouched);
+  const Matrix<float> expected = layer.forward_cross(x, untouched);
+  const std::size_t failed =
+      support::for_every_failing_allocation([&] { layer.write_memory(memory.bottomRows(90), cache); },
+                                            [&](bool threw) {
+                                              CHECK(threw);
+                                              CHECK(identical(layer.forward_cross(x, cache), before));
+                                            },
+                                            failures);
+  CHECK((failed > 0) == support::fails_allocations());
+  if (failed == 0) layer.write_memory(memory.bottomRows(90), cache);
+  CHECK(identical(layer.forward_cross(x, cache), expected));
+}
+
 }  // namespace
 
 TEMPLATE_TEST_CASE("A layer's forward and backward pass without memory", "[layers]", MultiheadAttention<float>,
@@ -132,4 +155,10 @@ TEMPLATE_TEST_CASE("A cache is as before when there is no memory", "[layers][kv_
                    MultiheadDiffAttention<float>, MultiheadDiffAttentionV2<float>) {
   check_caches<TestType>(Failures::one);
   check_caches<TestType>(Failures::all_later);
+}
+
+TEMPLATE_TEST_CASE("A memory that is kept is as before when there is no memory for more", "[layers][cross_attention]",
+                   MultiheadAttention<float>, MultiheadDiffAttention<float>, MultiheadDiffAttentionV2<float>) {
+  check_kept_memory<TestType>(Failures::one);
+  check_kept_memory<TestType>(Failures::all_later);
 }

@@ -20,6 +20,7 @@
 
 #include "layers/layer_oracle.hpp"
 #include "support/catch.hpp"
+#include "support/numerical_gradient.hpp"
 #include "support/random.hpp"
 #include "support/throws.hpp"
 #include "support/tolerances.hpp"
@@ -44,6 +45,33 @@ void randomize(Layer& layer, std::mt19937_64& rng, double spread = 0.3) {
   diffattn::visit_parameters(layer, [&](std::string_view, auto& parameter) {
     using S = typename std::remove_reference_t<decltype(parameter)>::Scalar;
     parameter = static_cast<S>(spread) * random_matrix<S>(parameter.rows(), parameter.cols(), rng);
+  });
+}
+
+/// Calls f(name, a, b) for the parameters of two layers, one after another.
+template <typename A, typename B, typename F>
+void for_each_pair(A& a, B& b, const F& f) {
+  std::vector<Matrix<double>> second;
+  diffattn::visit_parameters(b, [&](std::string_view, const auto& parameter) { second.push_back(parameter); });
+  std::size_t i = 0;
+  diffattn::visit_parameters(
+      a, [&](std::string_view name, auto& parameter) { f(std::string(name), parameter, second[i++]); });
+  CHECK(i == second.size());
+}
+
+/// Every parameter's gradient in `grad` is what differences of loss() say, which reads `layer`.
+template <typename Layer, typename Loss>
+void parameter_gradients(Layer& layer, Layer& grad, const Loss& loss) {
+  Layer numeric = layer;
+  diffattn::visit_parameters(layer, [&](std::string_view name, auto& parameter) {
+    const Matrix<double> gradient = support::numerical_gradient(parameter, loss);
+    diffattn::visit_parameters(numeric, [&](std::string_view other, auto& to) {
+      if (name == other) to = gradient;
+    });
+  });
+  for_each_pair(grad, numeric, [](const std::string& name, const auto& got, const auto& expected) {
+    INFO(name);
+    CHECK(support::excess(got, expected) <= 0);
   });
 }
 

@@ -103,15 +103,29 @@ S lambda(const Weights<S>& weights, double lambda_init) {
 
 inline double lambda_init(Index depth) { return 0.8 - 0.6 * std::exp(-0.3 * static_cast<double>(depth)); }
 
-/// Version 1. Query pair h reads key pair and value slab h / (num_heads / num_kv_heads), as both flash files do.
+/// A mask as head `head` sees it, for the reference, which knows of one.
+template <typename Mask>
+struct OfHead {
+  const Mask& mask;
+  Index head;
+
+  auto visible_keys(Index query, Index n_q, Index n_k) const { return mask.visible_keys(query, n_q, n_k); }
+  auto bias(Index /*head*/, Index query, Index key, Index n_q,
+            Index n_k) const requires diffattn::detail::HasBias<Mask> {
+    return mask.bias(head, query, key, n_q, n_k);
+  }
+};
+
+/// Version 1. Query pair h reads key pair and value slab h / (num_heads / num_kv_heads), as both flash files do. Keys
+/// and values come from `memory`.
 template <typename S, typename Config, typename Mask>
 Matrix<S> multihead_diff_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
-                                   const Mask& mask) {
+                                   const Matrix<S>& memory, const Mask& mask) {
   const Index heads = config.num_heads, kv_heads = config.num_kv_heads == 0 ? heads : config.num_kv_heads;
   const Index d = config.head_dim == 0 ? config.embed_dim / heads / 2 : config.head_dim;
   const double init = config.lambda_init ? *config.lambda_init : lambda_init(config.depth);
-  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", x);
-  const Matrix<S> v = linear(weights, "v_proj", x);
+  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", memory);
+  const Matrix<S> v = linear(weights, "v_proj", memory);
   if (config.rotary) {
     rotate(q, d, *config.rotary);
     rotate(k, d, *config.rotary);
@@ -122,20 +136,28 @@ Matrix<S> multihead_diff_attention(const Weights<S>& weights, const Config& conf
     const Index g = h / (heads / kv_heads);
     heads_out.middleCols(2 * h * d, 2 * d) = diffattn::reference::diff_attention(
         q.middleCols(2 * h * d, d), k.middleCols(2 * g * d, d), q.middleCols((2 * h + 1) * d, d),
-        k.middleCols((2 * g + 1) * d, d), v.middleCols(2 * g * d, 2 * d), l, mask);
+        k.middleCols((2 * g + 1) * d, d), v.middleCols(2 * g * d, 2 * d), l, OfHead<Mask>{mask, h});
   }
   const auto norm = weights.find("subln.weight");
   rms_norm(heads_out, 2 * d, config.norm_eps, norm == weights.end() ? Matrix<S>() : norm->second, 1 - init);
   return linear(weights, "out_proj", heads_out);
 }
 
+/// The same of x alone.
+template <typename S, typename Config, typename Mask>
+Matrix<S> multihead_diff_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
+                                   const Mask& mask) {
+  return multihead_diff_attention(weights, config, x, x, mask);
+}
+
 /// The baseline.
 template <typename S, typename Config, typename Mask>
-Matrix<S> multihead_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x, const Mask& mask) {
+Matrix<S> multihead_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
+                              const Matrix<S>& memory, const Mask& mask) {
   const Index heads = config.num_heads, kv_heads = config.num_kv_heads == 0 ? heads : config.num_kv_heads;
   const Index d = config.embed_dim / heads;
-  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", x);
-  const Matrix<S> v = linear(weights, "v_proj", x);
+  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", memory);
+  const Matrix<S> v = linear(weights, "v_proj", memory);
   if (config.rotary) {
     rotate(q, d, *config.rotary);
     rotate(k, d, *config.rotary);
@@ -143,20 +165,26 @@ Matrix<S> multihead_attention(const Weights<S>& weights, const Config& config, c
   Matrix<S> heads_out(x.rows(), config.embed_dim);
   for (Index h = 0; h < heads; ++h) {
     const Index g = h / (heads / kv_heads);
-    heads_out.middleCols(h * d, d) =
-        diffattn::reference::attention(q.middleCols(h * d, d), k.middleCols(g * d, d), v.middleCols(g * d, d), mask);
+    heads_out.middleCols(h * d, d) = diffattn::reference::attention(q.middleCols(h * d, d), k.middleCols(g * d, d),
+                                                                    v.middleCols(g * d, d), OfHead<Mask>{mask, h});
   }
   return linear(weights, "out_proj", heads_out);
+}
+
+/// The same of x alone.
+template <typename S, typename Config, typename Mask>
+Matrix<S> multihead_attention(const Weights<S>& weights, const Config& config, const Matrix<S>& x, const Mask& mask) {
+  return multihead_attention(weights, config, x, x, mask);
 }
 
 /// Version 2: heads 2i and 2i + 1 share key and value head i / (num_heads / num_kv_heads); λ per token and head.
 template <typename S, typename Config, typename Mask>
 Matrix<S> multihead_diff_attention_v2(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
-                                      const Mask& mask) {
+                                      const Matrix<S>& memory, const Mask& mask) {
   const Index heads = config.num_heads, kv_heads = config.num_kv_heads == 0 ? heads : config.num_kv_heads;
   const Index d = weights.at("q_proj.weight").rows() / heads / 2;
-  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", x);
-  const Matrix<S> v = linear(weights, "v_proj", x), logits = linear(weights, "lambda_proj", x);
+  Matrix<S> q = linear(weights, "q_proj", x), k = linear(weights, "k_proj", memory);
+  const Matrix<S> v = linear(weights, "v_proj", memory), logits = linear(weights, "lambda_proj", x);
   if (config.rotary) {
     rotate(q, d, *config.rotary);
     rotate(k, d, *config.rotary);
@@ -165,14 +193,22 @@ Matrix<S> multihead_diff_attention_v2(const Weights<S>& weights, const Config& c
   for (Index h = 0; h < heads; ++h) {
     const Index g = h / (heads / kv_heads);
     const Matrix<S> key = k.middleCols(g * d, d), value = v.middleCols(g * d, d);
-    const Matrix<S> first = diffattn::reference::attention(q.middleCols(2 * h * d, d), key, value, mask);
-    const Matrix<S> second = diffattn::reference::attention(q.middleCols((2 * h + 1) * d, d), key, value, mask);
+    const OfHead<Mask> mask_of_head{mask, h};
+    const Matrix<S> first = diffattn::reference::attention(q.middleCols(2 * h * d, d), key, value, mask_of_head);
+    const Matrix<S> second = diffattn::reference::attention(q.middleCols((2 * h + 1) * d, d), key, value, mask_of_head);
     for (Index t = 0; t < x.rows(); ++t) {
       const S sigmoid = S(1) / (S(1) + std::exp(-logits(t, h)));
       heads_out.row(t).segment(h * d, d) = first.row(t) - sigmoid * second.row(t);
     }
   }
   return linear(weights, "o_proj", heads_out);
+}
+
+/// The same of x alone.
+template <typename S, typename Config, typename Mask>
+Matrix<S> multihead_diff_attention_v2(const Weights<S>& weights, const Config& config, const Matrix<S>& x,
+                                      const Mask& mask) {
+  return multihead_diff_attention_v2(weights, config, x, x, mask);
 }
 
 }  // namespace oracle

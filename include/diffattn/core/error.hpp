@@ -75,5 +75,19 @@ void check_shape(const char* where, const char* tensor, const Eigen::EigenBase<D
   }
 }
 
+/// Calls check(where, i) for each of `count` sequences. What one of them refuses is refused in the name of that
+/// sequence: "Decoder: sequence 3: …". A check that is passed costs no more for it.
+template <typename Check>
+void check_sequences(const char* where, Index count, const Check& check) {
+  for (Index i = 0; i < count; ++i) {
+    try {
+      check(where, i);
+    } catch (const std::invalid_argument&) {
+      check(join({where, ": sequence ", i}).c_str(), i);
+      throw;
+    }
+  }
+}
+
 }  // namespace detail
 }  // namespace diffattn::inline v0_1

@@ -6,6 +6,7 @@
 //   Matrix<float> logits = model.logits(tokens);                          (tokens x vocab_size)
 //   std::vector<Index> text = model.generate(prompt, {.max_new_tokens = 100});
 //   auto cache = model.make_cache();  model.logits(prompt, cache);        then token by token
+//   auto texts = model.generate(prompts, {.max_new_tokens = 100});        many at once; model.logits(tokens, caches)
 //   model.logits_into(y, tokens, cache, workspace, executor);             into a matrix of yours, without the heap
 //   save_diffllama(model, directory);                                     config.json and model.safetensors
 //
@@ -24,7 +25,6 @@
 #include <filesystem>
 #include <initializer_list>
 #include <iterator>
-#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -38,18 +38,26 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/hugging_face/diffllama_checkpoint.hpp"
 #include "diffattn/hugging_face/diffllama_config.hpp"
+#include "diffattn/hugging_face/diffllama_export.hpp"
+#include "diffattn/hugging_face/diffllama_import.hpp"
 #include "diffattn/hugging_face/diffllama_layout.hpp"
-#include "diffattn/io/checkpoint_directory.hpp"
 #include "diffattn/io/safetensors.hpp"
+#include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/cache_batch.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
 #include "diffattn/models/decoder.hpp"
+#include "diffattn/models/decoder_cache.hpp"
 #include "diffattn/models/generate.hpp"
+#include "diffattn/models/language_model.hpp"
 
 namespace diffattn::inline v0_1 {
 
 template <typename Scalar>
-class DiffLlama {
+class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
+  using Calls = LanguageModel<DiffLlama, Scalar>;
+  using Calls::size_of;
+
  public:
   using Attention = MultiheadDiffAttention<Scalar, FrozenMatrix>;
   using Model = Decoder<Scalar, Attention>;
@@ -57,7 +65,7 @@ class DiffLlama {
   /// The model in `directory`. Reads what it does not map; a model that does not load leaves nothing behind.
   static DiffLlama load(const std::filesystem::path& directory) {
     const DiffLlamaCheckpoint checkpoint(directory);
-    DiffLlama model(checkpoint.config);
+    DiffLlama model(checkpoint);
     model.read(checkpoint);
     return model;
   }
@@ -65,29 +73,7 @@ class DiffLlama {
   const DiffLlamaConfig& config() const { return config_; }
   const Model& decoder() const { return decoder_; }
 
-  /// (tokens x vocab_size): row i scores what follows token i. Tokens are any contiguous integers. Throws
-  /// std::invalid_argument for one outside the vocabulary and for more of them than the model has positions.
-  template <typename Tokens, Executor E = Serial>
-  Matrix<Scalar> logits(const Tokens& tokens, E&& executor = {}) const {
-    Workspace workspace;
-    Matrix<Scalar> result(size_of(tokens), config_.vocab_size);
-    logits_into(result, tokens, workspace, executor);
-    return result;
-  }
-  Matrix<Scalar> logits(std::initializer_list<Index> tokens) const { return logits(std::span(tokens)); }
-
-  /// The same for the tokens that follow those in `cache`, which they join; whatever is thrown, it is as before.
-  template <typename Tokens, typename Storage, Executor E = Serial>
-  Matrix<Scalar> logits(const Tokens& tokens, DecoderCache<Storage>& cache, E&& executor = {}) const {
-    Workspace workspace;
-    Matrix<Scalar> result(size_of(tokens), config_.vocab_size);
-    logits_into(result, tokens, cache, workspace, executor);
-    return result;
-  }
-  template <typename Storage>
-  Matrix<Scalar> logits(std::initializer_list<Index> tokens, DecoderCache<Storage>& cache) const {
-    return logits(std::span(tokens), cache);
-  }
+  using Calls::logits, Calls::logits_into;  // language_model.hpp describes them
 
   /// A cache for this model, whose storage type is free: make_cache<Eigen::bfloat16>(). Throws std::invalid_argument
   /// for options that KvCache refuses.
@@ -96,12 +82,12 @@ class DiffLlama {
     return decoder_.template make_cache<Storage>(options);
   }
 
-  /// The tokens that follow the prompt, as generate.hpp says, with work spread over `executor`. If no stop tokens are
-  /// given, they are the eos_token_id of the configuration.
-  template <typename Tokens, Executor E = Serial>
-  std::vector<Index> generate(const Tokens& prompt, const GenerateOptions& options = {}, E&& executor = {}) const {
-    DecoderCache<Scalar> cache = make_cache();
-    return generate(prompt, options, cache, executor);
+  /// The tokens that follow the prompt, or each of many prompts, as generate.hpp says: model.generate(prompt, options,
+  /// …) is what generate(decoder(), prompt, options, …) gives, but for stop tokens, which are the eos_token_id of the
+  /// configuration if none are given, and for texts that are no longer than the model has positions.
+  template <typename Prompt, BatchOptions Options = GenerateOptions, typename... Rest>
+  auto generate(const Prompt& prompt, const Options& options = {}, Rest&&... rest) const {
+    return diffattn::generate(decoder_, prompt, adapted(options), rest...);
   }
   template <Executor E = Serial>
   std::vector<Index> generate(std::initializer_list<Index> prompt, const GenerateOptions& options = {},
@@ -109,79 +95,62 @@ class DiffLlama {
     return generate(std::span(prompt), options, executor);
   }
 
-  /// The same behind what is in `cache`, which holds prompt and text, but for the last token, afterwards.
-  template <typename Tokens, typename Storage, Executor E = Serial>
-  std::vector<Index> generate(const Tokens& prompt, GenerateOptions options, DecoderCache<Storage>& cache,
-                              E&& executor = {}) const {
-    if (options.stop_tokens.empty()) options.stop_tokens = config_.eos_token_ids;
-    options.max_length = std::min(options.max_length.value_or(config_.max_tokens()), config_.max_tokens());
-    return diffattn::generate(decoder_, prompt, options, cache, executor);
-  }
-
-  /// logits(tokens) into y (tokens x vocab_size): after a first call of the largest shape no heap.
-  template <typename Y, typename Tokens, Executor E = Serial>
-  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, Workspace& workspace, E&& executor = {}) const {
+  /// logits(tokens, mask) into y (tokens x vocab_size).
+  template <typename Y, typename Tokens, AttentionMask Mask, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, const Mask& mask, Workspace& workspace,
+                   E&& executor = {}) const {
     check_length(size_of(tokens));
-    decoder_.logits_into(y, tokens, workspace, executor);
+    decoder_.logits_into(y, tokens, mask, workspace, executor);
   }
-
-  /// The same behind what is in `cache`, which allocates only the pages by which it grows, none up to its `reserve`.
-  template <typename Y, typename Tokens, typename Storage, Executor E = Serial>
-  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache,
+  /// logits(tokens, cache, mask) into y.
+  template <typename Y, typename Tokens, typename Storage, AttentionMask Mask, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask,
                    Workspace& workspace, E&& executor = {}) const {
     check_length(cache.position() + size_of(tokens));
-    decoder_.logits_into(y, tokens, cache, workspace, executor);
+    decoder_.logits_into(y, tokens, cache, mask, workspace, executor);
+  }
+  /// logits(tokens, caches, mask) into y.
+  template <typename Y, typename Tokens, CacheBatch<DecoderCache> Caches, AttentionMask Mask, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, Caches&& caches, const Mask& mask,
+                   Workspace& workspace, E&& executor = {}) const {
+    detail::check_sequences(kName, static_cast<Index>(std::size(caches)), [&](const char* where, Index i) {
+      const auto* const cache = std::data(caches)[i];
+      if (cache != nullptr) check_length(cache->position() + 1, where);  // the decoder refuses null
+    });
+    decoder_.logits_into(y, tokens, caches, mask, workspace, executor);
   }
 
-  /// Writes config.json and model.safetensors, in the element types that were read, as one thing: whatever interrupts
-  /// it, load() gives the old model or the new one. The directory is made if it is not there. Holds a copy of the
-  /// weights while it writes.
-  void save(const std::filesystem::path& directory) const {
-    SafetensorsWriter writer(std::map<std::string, std::string>{{"format", "pt"}});
+  /// Writes what was read, in the element types that it had, as save_diffllama does for a Decoder
+  /// (diffllama_export.hpp), whose options and errors it has. Holds a copy of the weights while it writes.
+  void save(const std::filesystem::path& directory, const DiffLlamaExportOptions& options = {}) const {
+    detail::ExportedConfig exported(detail::origin_of(decoder_.config().origin), options);
+    exported.config = config_;
+    SafetensorsWriter writer(exported.metadata());
     for_each_parameter(*this, [&](const std::string& name, const auto& parameter, const std::vector<Index>* heads) {
-      add_to(writer, name, parameter, heads);
+      const auto add = [&](const auto& values) {
+        detail::add_as(exported.dtype_of(name, Dtype::F32), writer, name, in_order(values, heads));
+      };
+      if constexpr (std::is_same_v<std::remove_cvref_t<decltype(parameter)>, FrozenMatrix>) {
+        parameter.visit([&]<typename T>(const StridedView<const T>& view) {
+          add(Eigen::Map<const Matrix<T>>(view.data, view.rows, view.cols));
+        });
+      } else {
+        add(parameter);
+      }
     });
-    const std::string dtype = decoder_.embedding.visit(
-        []<typename T>(const StridedView<const T>&) { return DiffLlamaConfig::torch_dtype<T>(); });
-    detail::save_checkpoint_directory(directory, std::move(writer), config_.to_json(dtype));
+    exported.save(directory, std::move(writer), "float32");
   }
 
  private:
-  explicit DiffLlama(const DiffLlamaConfig& config) : config_(config), decoder_(decoder_config(config)) {}
-
-  static typename Model::Config decoder_config(const DiffLlamaConfig& config) {
-    typename Attention::Config attention{.embed_dim = config.hidden_size, .num_heads = config.num_attention_heads / 2};
-    attention.num_kv_heads = heads_of(config).groups();
-    attention.rotary = RotaryConfig{.base = config.rope_theta,
-                                    .pairing = RotaryPairing::half,
-                                    .table_positions = table_positions(config),
-                                    .scaling = config.rope_scaling};
-    attention.norm_eps = config.rms_norm_eps;
-    attention.bias = config.attention_bias;
-    attention.norm_weight = false;
-    attention.head_dim = config.head_dim;
-    return {.vocab_size = config.vocab_size,
-            .num_layers = config.num_hidden_layers,
-            .hidden_dim = config.intermediate_size,
-            .attention = attention,
-            .tied_head = config.tie_word_embeddings,
-            .norm_eps = config.rms_norm_eps};
-  }
-
-  /// Every layer has a table of its own: at most 4M angles.
-  static Index table_positions(const DiffLlamaConfig& config) {
-    return std::min({config.max_tokens(), Index{4096}, std::max<Index>(1, (Index{1} << 22) / config.head_dim)});
-  }
-
-  static detail::DiffLlamaHeads heads_of(const DiffLlamaConfig& config) {
-    return {config.num_attention_heads, config.num_key_value_heads};
-  }
+  explicit DiffLlama(const DiffLlamaCheckpoint& checkpoint)
+      : config_(checkpoint.config), decoder_(detail::decoder_config_of<Attention>(checkpoint)) {}
 
   /// Calls f(name in a checkpoint, parameter, heads) for every parameter: a FrozenMatrix or a Vector. heads says which
   /// head of the checkpoint each of ours is; null where the order is the same.
   template <typename Self, typename F>
   static void for_each_parameter(Self& self, F&& f) {
-    const std::vector<Index> queries = heads_of(self.config_).queries(), keys = heads_of(self.config_).keys();
+    const std::vector<Index> queries = detail::heads_of(self.config_).queries(),
+                             keys = detail::heads_of(self.config_).keys();
     auto& decoder = self.decoder_;
     f(DiffLlamaCheckpoint::kEmbedding, decoder.embedding, nullptr);
     for (std::size_t layer = 0; layer < decoder.blocks.size(); ++layer) {
@@ -227,7 +196,6 @@ class DiffLlama {
         } else {
           detail::gather_heads(parameter, values, *heads, config_.head_dim);
         }
-        vector_types_[known_name] = file.info(name).dtype;
       }
     });
   }
@@ -247,52 +215,48 @@ class DiffLlama {
     return FrozenMatrix(std::move(ordered));
   }
 
-  void add_to(SafetensorsWriter& writer, const std::string& name, const FrozenMatrix& weight,
-              const std::vector<Index>* heads) const {
-    weight.visit([&]<typename T>(const StridedView<const T>& view) {
-      add_in_order(writer, name, Eigen::Map<const Matrix<T>>(view.data, view.rows, view.cols), heads);
-    });
-  }
-  void add_to(SafetensorsWriter& writer, const std::string& name, const Vector<Scalar>& vector,
-              const std::vector<Index>* heads) const {
-    const auto type = vector_types_.find(name);
-    detail::with_type_of(type == vector_types_.end() ? Dtype::F32 : type->second, [&]<typename T>(T) {
-      add_in_order(writer, name, Vector<T>(vector.template cast<T>()), heads);
-    });
-  }
-
-  /// Adds a tensor with its heads in the order of the checkpoint.
+  /// The values with their heads in the order of the checkpoint.
   template <typename Values>
-  void add_in_order(SafetensorsWriter& writer, const std::string& name, const Values& values,
-                    const std::vector<Index>* heads) const {
-    if (heads == nullptr) return writer.add(name, values);
+  typename Values::PlainObject in_order(const Values& values, const std::vector<Index>* heads) const {
+    if (heads == nullptr) return values;
     const auto back = detail::first_of_each(*heads, 1 + *std::max_element(heads->begin(), heads->end()));
     typename Values::PlainObject ordered(static_cast<Index>(back.size()) * config_.head_dim, values.cols());
     detail::gather_heads(ordered, values, back, config_.head_dim);
-    writer.add(name, ordered);
+    return ordered;
   }
 
-  template <typename Tokens>
-  static Index size_of(const Tokens& tokens) {
-    return static_cast<Index>(std::size(tokens));
-  }
-
-  void check_length(Index tokens) const {
+  void check_length(Index tokens, const char* where = kName) const {
     if (tokens > config_.max_tokens()) {
-      detail::throw_invalid({"DiffLlama: a sequence of ", tokens, " tokens is longer than the ", config_.max_tokens(),
+      detail::throw_invalid({where, ": a sequence of ", tokens, " tokens is longer than the ", config_.max_tokens(),
                              " positions that the model has"});
     }
   }
 
+  /// The options with what this model adds to them; a copy of each, if there are many.
+  auto adapted(GenerateOptions options) const {
+    if (options.stop_tokens.empty()) options.stop_tokens = config_.eos_token_ids;
+    options.max_length = std::min(options.max_length.value_or(config_.max_tokens()), config_.max_tokens());
+    return options;
+  }
+  template <typename Range>
+  std::vector<GenerateOptions> adapted(const Range& each) const {
+    std::vector<GenerateOptions> result;
+    std::transform(std::data(each), std::data(each) + std::size(each), std::back_inserter(result),
+                   [&](const GenerateOptions& options) { return adapted(options); });
+    return result;
+  }
+
+  static constexpr const char* kName = "DiffLlama";
+
   DiffLlamaConfig config_;
   Model decoder_;
-  std::map<std::string, Dtype> vector_types_;  // as they were stored
 };
 
-/// The model in `directory`, as DiffLlama::save writes it: the same function as for a Decoder (diffllama_export.hpp).
+/// DiffLlama::save, under the name that it has for a Decoder.
 template <typename Scalar>
-void save_diffllama(const DiffLlama<Scalar>& model, const std::filesystem::path& directory) {
-  model.save(directory);
+void save_diffllama(const DiffLlama<Scalar>& model, const std::filesystem::path& directory,
+                    const DiffLlamaExportOptions& options = {}) {
+  model.save(directory, options);
 }
 
 }  // namespace diffattn::inline v0_1

@@ -11,7 +11,7 @@
 //   names              with "model." before them, without (a base model's), or with one too many
 //   tied head          the embedding, the head or both may be stored; if both are and differ, the head is free
 //   eos_token_id       that of generation_config.json if there is one, or else of config.json; where this library saved
-//                      the weights, first of config.json
+//                      the weights, those of its config.json, if it has some, hide a generation_config.json of others
 //   further tensors    buffers (rotary_emb.inv_freq and the like), tensors of integer types and of other modules are
 //                      left alone. A weight or bias of the decoder that config.json does not have is an error: one of
 //                      the two is wrong.
@@ -23,6 +23,7 @@
 // Cost     opening reads config.json and the headers of the files; a tied head that is stored is read too, and the
 //          embedding.
 
+#include <any>
 #include <cstring>
 #include <filesystem>
 #include <map>
@@ -30,7 +31,6 @@
 #include <set>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -38,6 +38,7 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/hugging_face/diffllama_config.hpp"
+#include "diffattn/hugging_face/diffllama_origin.hpp"
 #include "diffattn/io/checkpoint_directory.hpp"
 #include "diffattn/io/dtype.hpp"
 #include "diffattn/io/json_document.hpp"
@@ -45,7 +46,6 @@
 #include "diffattn/io/safetensors_header.hpp"
 #include "diffattn/io/safetensors_reader.hpp"
 #include "diffattn/io/sharded_safetensors.hpp"
-#include "diffattn/io/whole_file.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -69,6 +69,7 @@ class DiffLlamaCheckpoint {
 
   DiffLlamaConfig config;
   ShardedSafetensors tensors;
+  std::any origin;  ///< what the directory says beside, for DecoderConfig::origin
 
  private:
   static constexpr std::string_view kPrefix = "model.";
@@ -77,17 +78,21 @@ class DiffLlamaCheckpoint {
       : config(read_config(directory, files)), tensors(std::move(files.tensors)) {
     check_tensors();
     if (config.tie_word_embeddings) untie_if_different();
+    std::map<std::string, Dtype> dtypes;
+    for_each_tensor(config, [&](const std::string& name, const std::vector<Index>&) {
+      dtypes[name] = tensors.info(stored_name(name)).dtype;
+    });
+    origin = detail::read_origin(directory, files, tensors, std::move(dtypes));
   }
 
   static DiffLlamaConfig read_config(const std::filesystem::path& directory, const detail::CheckpointFiles& files) {
-    const std::filesystem::path generation = directory / "generation_config.json";
+    const std::string path = (directory / "generation_config.json").string();
     DiffLlamaConfig config = DiffLlamaConfig::parse(files.config, (directory / "config.json").string());
-    // Where we saved stop tokens, a generation_config.json is of a model that was there before.
-    const bool has_own = !files.save_id.empty() && !config.eos_token_ids.empty();
-    std::error_code error;
-    if (!has_own && std::filesystem::exists(generation, error)) {
-      const detail::JsonDocument json(detail::read_text(generation), generation.string());
-      const detail::ConfigFields fields(json, json.root(), generation.string());
+    // Where we saved stop tokens, a generation_config.json without our mark is of a model that was there before.
+    const bool has_own = !files.save_id.empty() && !files.is_generation_saved && !config.eos_token_ids.empty();
+    if (!has_own && !files.generation_config.empty()) {
+      const detail::JsonDocument json(files.generation_config, path);
+      const detail::ConfigFields fields(json, json.root(), path);
       config.eos_token_ids = fields.token_ids("eos_token_id");
     }
     return config;

@@ -8,13 +8,16 @@
 // equal bytes. Saving writes both unfinished files, then puts the weights into their place, then config.json: from then
 // until the latter is there, its unfinished file is. So weights with a mark belong to the config.json with the same
 // mark or, if a save was interrupted, to the unfinished one that has it. Weights without a mark are others', such as
-// transformers', and are read with whatever config.json is there.
+// transformers', and are read with whatever config.json is there. A generation_config.json is marked and read likewise.
+// What else is written with them, a tokenizer's files, comes into its place before the weights.
 //
 // Power may be lost as well: the directory is on the disk after the first step, before the second begins.
 
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <map>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -23,6 +26,7 @@
 #include <vector>
 
 #include "diffattn/core/error.hpp"
+#include "diffattn/core/file_bytes.hpp"
 #include "diffattn/io/detail/unfinished_file.hpp"
 #include "diffattn/io/json_document.hpp"
 #include "diffattn/io/safetensors.hpp"
@@ -94,34 +98,83 @@ class NewDirectories {
   std::vector<std::filesystem::path> made_;  // the innermost first
 };
 
-/// Writes weights and the text of a config.json, an object, into `directory`, which is made if it is not there.
+/// A JSON object with the mark as its first member.
+inline std::string marked(std::string object, const std::string& id) {
+  const std::size_t begin = object.find('{') + 1;
+  const bool empty = object.find_first_not_of(" \t\r\n", begin) == object.find('}');
+  return object.insert(begin, "\n  \"" + std::string(kSaveId) + "\": \"" + id + (empty ? "\"" : "\","));
+}
+
+/// What may stand beside weights and config.json.
+struct CompanionFiles {
+  std::string generation_config;                                   // the text of an object; empty for none
+  std::map<std::string, std::shared_ptr<const FileBytes>> others;  // by name: a tokenizer's
+};
+
+/// Whether a file is there, can be read and has these bytes.
+inline bool has_bytes(const std::filesystem::path& path, const FileBytes& bytes) {
+  try {
+    const FileBytes there(path);
+    return there.size() == bytes.size() &&
+           (bytes.size() == 0 || std::memcmp(there.data(), bytes.data(), bytes.size()) == 0);
+  } catch (const std::runtime_error&) {
+    return false;
+  }
+}
+
+/// Writes weights and the text of a config.json, an object, and what stands beside them into `directory`, which is made
+/// if it is not there. Files that are there with the same bytes are not touched.
 inline void save_checkpoint_directory(const std::filesystem::path& directory, SafetensorsWriter weights,
-                                      std::string config) {
+                                      std::string config, const CompanionFiles& companions = {}) {
   Fingerprint fingerprint;
   weights.write(fingerprint);
   fingerprint.write(config.data(), config.size());
+  std::string generation = companions.generation_config;
+  if (!generation.empty()) fingerprint.write(generation.data(), generation.size());
   const std::string id = fingerprint.text();
   weights.set_metadata(kSaveId, id);
-  config.insert(config.find('{') + 1, "\n  \"" + std::string(kSaveId) + "\": \"" + id + "\",");
+  config = marked(std::move(config), id);
 
   NewDirectories directories(directory);
   UnfinishedFile weights_file(directory / "model.safetensors"), config_file(directory / "config.json");
+  std::vector<std::unique_ptr<UnfinishedFile>> others;
+  const auto finish = [](UnfinishedFile& file, const void* data, std::size_t size) {
+    file.write(data, size);
+    file.finish();
+  };
+  for (const auto& [name, bytes] : companions.others) {
+    if (has_bytes(directory / name, *bytes)) continue;
+    others.push_back(std::make_unique<UnfinishedFile>(directory / name));
+    finish(*others.back(), bytes->data(), bytes->size());
+  }
+  std::optional<UnfinishedFile> generation_file;
+  if (!generation.empty()) {
+    generation = marked(std::move(generation), id);
+    finish(generation_file.emplace(directory / "generation_config.json"), generation.data(), generation.size());
+  }
   weights.write(weights_file);
   weights_file.finish();
-  config_file.write(config.data(), config.size());
-  config_file.finish();
+  finish(config_file, config.data(), config.size());
   const DirectoryLock lock(directory);
+  for (const auto& other : others) other->replace_target();
   weights_file.replace_target();
   directories.keep();
-  config_file.keep();  // should its turn fail now, the weights are read with it as it is
+  // Should their turn fail now, the weights are read with them as they are.
+  config_file.keep();
+  if (generation_file) {
+    generation_file->keep();
+    generation_file->replace_target();
+  }
   config_file.replace_target();
 }
 
 /// A model's files, opened.
 struct CheckpointFiles {
   ShardedSafetensors tensors;
-  std::string config;   // the text
-  std::string save_id;  // of both; empty if the weights are others'
+  std::string config;                // the text
+  std::string save_id;               // of both; empty if the weights are others'
+  std::string generation_config;     // the text; empty if there is none
+  bool is_generation_saved = false;  // with the weights, so that nothing in it is of another model
 };
 
 /// The mark in the text of a config.json: empty if it has none, nothing if the text is no JSON object.
@@ -149,7 +202,12 @@ inline std::optional<std::string> unfinished_config(const std::filesystem::path&
   const std::filesystem::path target = follow_links(config);
   const std::string prefix = target.filename().string() + ".", suffix = kUnfinishedSuffix;
   std::error_code error;
-  std::filesystem::directory_iterator entry(target.has_parent_path() ? target.parent_path() : ".", error);
+  std::filesystem::directory_iterator entry;
+  try {
+    entry = std::filesystem::directory_iterator(target.has_parent_path() ? target.parent_path() : ".");
+  } catch (const std::filesystem::filesystem_error&) {
+    return std::nullopt;  // the form with an error_code ends the program where there is no memory
+  }
   for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
     const std::string name = entry->path().filename().string();
     const bool unfinished = name.size() > prefix.size() + suffix.size() &&
@@ -165,6 +223,39 @@ inline std::optional<std::string> unfinished_config(const std::filesystem::path&
   return std::nullopt;
 }
 
+[[noreturn, gnu::cold, gnu::noinline]] inline void throw_other_config(const std::filesystem::path& path,
+                                                                      const std::string& its, const std::string& id) {
+  throw FormatError(path.string() + ": does not belong to the weights beside it: its " + kSaveId + " is " +
+                    in_quotes(its) + ", theirs " + in_quotes(id) +
+                    ". A save was interrupted, or one of the files was replaced. Save the model again or, if this is "
+                    "their configuration, write their " +
+                    kSaveId + " into it");
+}
+
+/// Puts the generation_config.json that belongs to the files that were opened beside them. False if the one that is
+/// there is of another save: somebody may be saving now.
+inline bool add_generation_config(CheckpointFiles& files, const std::filesystem::path& directory) {
+  const std::filesystem::path path = directory / "generation_config.json";
+  std::error_code error;
+  std::string text = std::filesystem::exists(path, error) ? read_text(path) : "";
+  if (files.save_id.empty()) {
+    files.generation_config = std::move(text);
+    return true;
+  }
+  const std::optional<std::string> id = text.empty() ? "" : save_id_of(text);
+  files.is_generation_saved = id == files.save_id;
+  if (!files.is_generation_saved) {
+    if (std::optional<std::string> unfinished = unfinished_config(path, files.save_id)) {
+      files.generation_config = std::move(*unfinished);
+      files.is_generation_saved = true;
+      return true;
+    }
+    if (id && !id->empty()) return false;
+  }
+  files.generation_config = std::move(text);
+  return true;
+}
+
 /// Opens the weights of a directory and the config.json that they were saved with; writes nothing. Throws FormatError
 /// if that one is not there, std::runtime_error if a file cannot be opened.
 inline CheckpointFiles open_checkpoint_directory(const std::filesystem::path& directory) {
@@ -175,31 +266,31 @@ inline CheckpointFiles open_checkpoint_directory(const std::filesystem::path& di
     std::error_code error;
     const bool missing = !std::filesystem::exists(path, error);
     std::string config = missing ? "" : read_text(path);
-    ShardedSafetensors tensors(directory);
-    std::string id = save_id_of(tensors);
+    CheckpointFiles files{
+        .tensors = ShardedSafetensors(directory), .config = "", .save_id = "", .generation_config = ""};
+    files.save_id = save_id_of(files.tensors);
+    const std::string& id = files.save_id;
     const std::optional<std::string> config_id = missing ? "" : save_id_of(config);
-    const bool fits = id.empty() || !config_id || *config_id == id;  // no JSON: its reader says so better
-    if (fits && !missing) return {std::move(tensors), std::move(config), std::move(id)};
-    if (!id.empty()) {
-      std::optional<std::string> other = unfinished_config(path, id);
-      if (other) return {std::move(tensors), std::move(*other), std::move(id)};
-    }
+    std::optional<std::string> fitting;
+    if (!missing && (id.empty() || !config_id || *config_id == id))
+      fitting = config;  // no JSON: its reader says so better
+    if (!fitting && !id.empty()) fitting = unfinished_config(path, id);
     // Somebody may have saved between the two reads, in which case a second look shows other files.
-    if (!first && config == last_config && id == last_id) {
+    const bool same = !first && config == last_config && id == last_id;
+    if (!fitting && same) {
       if (missing) {
         throw std::runtime_error(directory.string() + ": has no config.json, which says what model its weights are of");
       }
       // An interrupted save would have left its own: somebody has put this one there on purpose.
-      if (config_id->empty()) return {std::move(tensors), std::move(config), std::move(id)};
-      throw FormatError(
-          path.string() + ": does not belong to the weights beside it: its " + kSaveId + " is " +
-          in_quotes(*config_id) + ", theirs " + in_quotes(id) +
-          ". A save was interrupted, or one of the files was replaced. Save the model again or, if this is "
-          "their configuration, write their " +
-          kSaveId + " into it");
+      if (!config_id->empty()) throw_other_config(path, *config_id, id);
+      fitting = config;
+    }
+    if (fitting && (add_generation_config(files, directory) || same)) {
+      files.config = std::move(*fitting);
+      return files;
     }
     last_config = std::move(config);
-    last_id = std::move(id);
+    last_id = id;
   }
 }
 

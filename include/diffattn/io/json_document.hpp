@@ -62,6 +62,43 @@ class JsonDocument {
 
   bool is_empty(const Value& parent) const { return parent.end == index_of(parent) + 1; }
 
+  /// A value as JSON on one line: numbers as they were written, members in their order.
+  std::string text_of(const Value& value) const {
+    std::string text;
+    std::vector<const Value*> open;  // lists and objects that have not ended
+    const std::size_t first = index_of(value);
+    for (std::size_t i = first; i < value.end; ++i) {
+      const Value& here = values_[i];
+      if (i != first) {
+        if (i != index_of(*open.back()) + 1) text += ", ";
+        if (open.back()->type == Type::object) text += in_json(here.key) + ": ";
+      }
+      switch (here.type) {
+        case Type::text:
+          text += in_json(here.text);
+          break;
+        case Type::list:
+        case Type::object:
+          text += here.type == Type::list ? '[' : '{';
+          open.push_back(&here);
+          break;
+        case Type::integer:
+        case Type::number:
+          text += here.text;
+          break;
+        default:
+          text += shown(here);
+      }
+      for (; !open.empty() && open.back()->end == i + 1; open.pop_back()) {
+        text += open.back()->type == Type::list ? ']' : '}';
+      }
+    }
+    return text;
+  }
+
+  /// A string as JSON has it.
+  static std::string in_json(const std::string& text) { return nlohmann::json(text).dump(); }
+
   /// A value in an error message.
   static std::string shown(const Value& value) {
     switch (value.type) {

@@ -4,14 +4,20 @@
 //
 //   with_bias(CausalMask{}, AlibiBias{alibi_slopes(num_heads)})        a slope for every head
 //   with_bias(FullMask{}, MatrixBias(m))                               any numbers, -inf where a pair is masked
+//   with_bias(mask, RelativeBias(table)), with_bias(mask, IndexedBias(table, column))      learned: learned_bias.hpp
 //   with_bias(mask, [](Index head, Index query, Index key, Index n_q, Index n_k) { return …; })      one of your own
 //
 // A bias is called with (head, query, key, n_q, n_k) and returns a number that is added to scale * q·k. `head` is the
 // query head (of a differential kernel the differential head, whose two maps have the same bias). Only -inf masks: a
 // finite bias of any size makes a score like any other. A bias may also have
 //   void check(const char* where, Index num_heads, Index n_q, Index n_k) const
-// which throws if it could not be meant for that many heads, queries and keys; it is asked before any work.
+// which throws if it could not be meant for that many heads, queries and keys; it is asked before any work;
+//   void fill(T* row, const BiasRow& of) const
+// which tells it for many keys at once and makes it cheaper (bias_row.hpp);
+//   bool same_for_all_heads(Index n_q) const
+// which says that it does not look at `head` when there are n_q queries (mask.hpp).
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -19,7 +25,10 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/simd.hpp"
 #include "diffattn/core/sizes.hpp"
+#include "diffattn/kernels/bias_row.hpp"
+#include "diffattn/kernels/learned_bias.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -41,6 +50,28 @@ class AlibiBias {
     return -slope(head) * static_cast<double>(distance < 0 ? -distance : distance);
   }
 
+  /// The biases of a row of keys (bias_row.hpp).
+  template <typename T>
+  void fill(T* row, const BiasRow& of) const {
+    constexpr Index kLanes = simd::kLanes<double>;
+    const double slope_here = -slope(of.head);
+    const Index first = of.first_key - (of.query - of.n_q + of.n_k);  // ahead of the query by so much
+    Index i = 0;
+    // Where T can hold all of them. The products are those of the call operator.
+    if (std::abs(slope_here) * static_cast<double>(std::max(-first, first + of.count)) <= kLargest<T>) {
+      alignas(simd::kMostAlignment) double lanes[kLanes];
+      for (Index lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<double>(first + lane);
+      const auto slopes = simd::broadcast(slope_here), step = simd::broadcast(static_cast<double>(kLanes));
+      for (auto key = simd::load(lanes); i + kLanes <= of.count; i += kLanes, key = simd::add(key, step)) {
+        const auto distance = simd::max(key, simd::sub(simd::broadcast(0.0), key));
+        simd::store_as(row + i, simd::mul(slopes, distance));
+      }
+    }
+    for (; i < of.count; ++i) {
+      row[i] = detail::converted_bias<T>((*this)(of.head, of.query, of.first_key + i, of.n_q, of.n_k));
+    }
+  }
+
   void check(const char* where, Index num_heads, Index /*n_q*/, Index /*n_k*/) const {
     const Index count = static_cast<Index>(slopes_.size());
     if (count != 0 && count != num_heads) {
@@ -48,8 +79,12 @@ class AlibiBias {
           {where, ": the slopes of AlibiBias must be ", num_heads, ", one for every head, got ", count});
     }
   }
+  bool same_for_all_heads(Index /*n_q*/) const { return slopes_.empty(); }
 
  private:
+  template <typename T>
+  static constexpr double kLargest = static_cast<double>(std::numeric_limits<T>::max());
+
   double slope_ = 0;
   std::vector<double> slopes_;  // empty: slope_ for all
 };
@@ -79,11 +114,20 @@ struct PaddingBias {
     return key < num_valid ? 0.0 : -std::numeric_limits<double>::infinity();
   }
 
+  /// The biases of a row of keys (bias_row.hpp).
+  template <typename T>
+  void fill(T* row, const BiasRow& of) const {
+    const Index shown = std::clamp<Index>(num_valid - of.first_key, 0, of.count);
+    std::fill_n(row, shown, T(0));
+    std::fill_n(row + shown, of.count - shown, -std::numeric_limits<T>::infinity());
+  }
+
   void check(const char* where, Index /*num_heads*/, Index /*n_q*/, Index /*n_k*/) const {
     if (num_valid < 0) {
       detail::throw_invalid({where, ": num_valid of PaddingBias must be 0 or more, got ", num_valid});
     }
   }
+  bool same_for_all_heads(Index /*n_q*/) const { return true; }
 };
 
 /// Any matrix of biases, -inf where a key is masked: n_q x n_k for all heads alike, or (num_heads * n_q) x n_k, that of
@@ -103,12 +147,20 @@ class MatrixBias {
     return matrix_(matrix_.rows == n_q ? query : head * n_q + query, key);
   }
 
+  /// The biases of a row of keys (bias_row.hpp).
+  template <typename T>
+  void fill(T* row, const BiasRow& of) const {
+    const Index from = matrix_.rows == of.n_q ? of.query : of.head * of.n_q + of.query;
+    detail::convert_biases(row, matrix_.block(from, of.first_key, 1, of.count));
+  }
+
   void check(const char* where, Index num_heads, Index n_q, Index n_k) const {
     if (matrix_.cols == n_k && (matrix_.rows == n_q || matrix_.rows == num_heads * n_q)) return;
     if (num_heads == 1) detail::throw_shape(where, "the bias matrix", n_q, n_k, matrix_.rows, matrix_.cols);
     detail::throw_shape({where, ": the bias matrix must be ", n_q, " x ", n_k, " for all heads, or ", num_heads * n_q,
                          " x ", n_k, " with one head below the other, got ", matrix_.rows, " x ", matrix_.cols});
   }
+  bool same_for_all_heads(Index n_q) const { return matrix_.rows == n_q; }
 
  private:
   StridedView<const Scalar> matrix_;

@@ -15,10 +15,17 @@
 //            Multi-head: q (n_q x 2H·d), packed head 2h is Q1_h and 2h+1 is Q2_h; k (n_k x 2G·d) likewise, or
 //            (n_k x G·d) when both maps share their keys (DIFF V2); v (n_k x G·dv) → out (n_q x H·dv). That is
 //            the layout of the official multihead_flashdiff_*.py and, shared, of multihead_flashdiffv2.py.
+// Noise      with heads.num_noise_heads = N < H, r = H/N heads share Q2 and so P2 (grouped differential attention,
+//            arXiv 2510.06949): q is n_q x (H + N)·d, groups of r signal heads and their noise head (Heads,
+//            options.hpp). P2 is computed once for them, unless the mask has a bias that may differ from head to head
+//            (mask.hpp): then P2 is that of each head by itself. The result is that of pairs with Q2 repeated, bit for
+//            bit.
 // λ          any number, negative and above 1 included; or one for every query, n_q x 1 (n_q x H for several heads).
 //            The difference is not renormalised: the rows of P1 − λ·P2 sum to 1 − λ.
 // Operands, masks, errors, memory, threads: as attention.hpp says, and a panel of 2 · 48 · n_k scores a worker besides.
 // Cost       4·n_q·n_k·d + 2·n_q·n_k·dv FLOP a head over visible keys: with dv = 2d, that of two standard heads.
+//            r heads that share their noise take 2·(r + 1)·n_q·n_k·d + 2·r·n_q·n_k·dv, 13/16 of it for r = 4, and no
+//            more memory.
 
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"

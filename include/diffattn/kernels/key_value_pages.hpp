@@ -1,14 +1,19 @@
 #pragma once
 
-// Keys and values of a cache, in pages of kPageKeys tokens that hold all heads of one layer. A page is packed as the
+// Keys and values of a cache, in pages of page_size tokens that hold all heads of one layer. A page is packed as the
 // kernels read it, once and for good:
 //
-//   [head][map][strip of kPageKeys][d][kCols] keys, then [head][strip of dv][kPageKeys][kCols] values
+//   [head][map][strip of page_size][d][kCols] keys, then [head][strip of dv][page_size][kCols] values
 //
 // in a storage type that may be narrower than the scalar of the arithmetic. Pages never move, so a cache grows without
 // copying, drops what a window has left behind, and shares a prefix with its forks.
+//
+// Sizes    a power of two, at least 32: a page is then a whole number of strips, and either it holds whole chunks
+//          (kernels/detail/blocking.hpp) or a chunk whole pages. Chunks begin at the same positions whatever the size,
+//          so results are the same, bit for bit, as long as all values are finite.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <memory>
@@ -28,13 +33,15 @@ struct PageShape {
   Index key_maps = 0;  // 2 when the maps of a differential head have keys of their own
   Index d = 0;
   Index dv = 0;
-  Index strip = 0;  // kCols of the scalar that computes
+  Index strip = 0;                      // kCols of the scalar that computes
+  Index page_size = detail::kPageKeys;  // tokens
 
   bool operator==(const PageShape&) const = default;
 
-  Index keys_size() const { return detail::kPageKeys * d; }
-  Index values_size() const { return detail::kPageKeys * detail::round_up(dv, strip); }
-  Index page_size() const { return heads * (key_maps * keys_size() + values_size()); }
+  Index keys_size() const { return page_size * d; }
+  Index values_size() const { return page_size * detail::round_up(dv, strip); }
+  /// Numbers in a page.
+  Index size() const { return heads * (key_maps * keys_size() + values_size()); }
   Index keys_offset(Index head, Index map) const { return (head * key_maps + map) * keys_size(); }
   Index values_offset(Index head) const { return heads * key_maps * keys_size() + head * values_size(); }
 };
@@ -44,7 +51,7 @@ namespace detail {
 template <typename Storage>
 struct Page {
   explicit Page(const PageShape& shape)
-      : data(allocate(shape.page_size())), finite_values(static_cast<std::size_t>(shape.heads), true) {}
+      : data(allocate(shape.size())), finite_values(static_cast<std::size_t>(shape.heads), true) {}
 
   struct Free {
     void operator()(Storage* p) const { ::operator delete (p, std::align_val_t{64}); }
@@ -71,6 +78,21 @@ struct KeyValuePages {
   PageShape shape;
   Index n_k = 0;
   Index first_key = 0;
+  /// Keys that one of the calls to come sees: scratch is taken for as many at once. 0: for those of this call.
+  Index most_seen = 0;
+
+  /// Where the chunk begins that the first key is in. The kernels count keys from here.
+  Index origin() const { return first_key - lead(); }
+  /// Keys between origin() and the first one: dropped, and a whole number of pages.
+  Index lead() const { return first_key % detail::kChunk; }
+  /// Keys that scratch is taken for, where there are fewer, if they may begin `unit` keys before the first that is seen.
+  Index room(Index unit) const { return most_seen == 0 ? 0 : most_seen + unit; }
+  /// The page of a key, which is counted from origin().
+  Index page_of(Index key) const {
+    return (key - lead()) >> std::countr_zero(static_cast<std::size_t>(shape.page_size));
+  }
+  /// The place of a key in its page.
+  Index row_of(Index key) const { return (key - lead()) & (shape.page_size - 1); }
 
   const Storage* keys(Index page, Index head, Index map) const {
     return pages[page]->data.get() + shape.keys_offset(head, map);
@@ -78,6 +100,25 @@ struct KeyValuePages {
   const Storage* values(Index page, Index head) const { return pages[page]->data.get() + shape.values_offset(head); }
   bool finite_values(Index page, Index head) const {
     return pages[page]->finite_values[static_cast<std::size_t>(head)] != 0;
+  }
+
+  /// The strip of keys that begins with `key`, counted from origin().
+  const Storage* key_strip(Index key, Index head, Index map) const {
+    return keys(page_of(key), head, map) + row_of(key) * shape.d;
+  }
+  /// The row of `key`, counted from origin(), in the first strip of values; the next strip is page_size rows on.
+  const Storage* value_row(Index key, Index head) const {
+    return values(page_of(key), head) + row_of(key) * shape.strip;
+  }
+  /// Whether the values of the pages are finite which hold some of the `count` keys from `key` on, counted from
+  /// origin(); none stands for those that are not there.
+  bool finite_values_of(Index key, Index count, Index head) const {
+    const Index end = std::min(key + count, lead() + n_k);
+    key = std::max(key, lead());
+    for (Index page = page_of(key); key < end && page <= page_of(end - 1); ++page) {
+      if (!finite_values(page, head)) return false;
+    }
+    return true;
   }
 };
 
@@ -105,13 +146,14 @@ void pack_keys_into_page(Storage* to, Index first, const StridedView<const Scala
   }
 }
 
-/// Packs values into rows [first, …) of a page. Returns whether all of them are finite, as they are stored.
+/// Packs values into rows [first, …) of a page of page_size rows. Returns whether all of them are finite, as they are
+/// stored.
 template <typename Scalar, typename Storage>
-bool pack_values_into_page(Storage* to, Index first, const StridedView<const Scalar>& values) {
+bool pack_values_into_page(Storage* to, Index page_size, Index first, const StridedView<const Scalar>& values) {
   constexpr Index kCols = Tile<Scalar>::kCols;
-  if constexpr (std::is_same_v<Scalar, Storage>) return pack_columns(to + first * kCols, kPageKeys, values);
+  if constexpr (std::is_same_v<Scalar, Storage>) return pack_columns(to + first * kCols, page_size, values);
   bool finite = true;
-  for (Index col = 0; col < values.cols; col += kCols, to += kPageKeys * kCols) {
+  for (Index col = 0; col < values.cols; col += kCols, to += page_size * kCols) {
     const Index present = std::min(kCols, values.cols - col);
     for (Index row = 0; row < values.rows; ++row) {
       Storage* const strip_row = to + (first + row) * kCols;
@@ -131,7 +173,7 @@ void pack_into_page(Page<Storage>& page, const PageShape& shape, Index head, Ind
   for (Index map = 0; map < shape.key_maps; ++map) {
     pack_keys_into_page(page.data.get() + shape.keys_offset(head, map), first, k.middle_cols(map * shape.d, shape.d));
   }
-  const bool finite = pack_values_into_page(page.data.get() + shape.values_offset(head), first, v);
+  const bool finite = pack_values_into_page(page.data.get() + shape.values_offset(head), shape.page_size, first, v);
   char& flag = page.finite_values[static_cast<std::size_t>(head)];
   flag = finite && (first == 0 || flag != 0);
 }

@@ -16,7 +16,10 @@
 //                                                                       neither of them decreasing in `query`
 // and, if it likes,
 //   number bias(Index head, Index query, Index key, Index n_q, Index n_k) const      added to scale * q·k; -inf masks
+//   void fill_bias(T* row, const BiasRow& of) const                                  many of them at once (bias_row.hpp)
 //   void check(const char* where, Index num_heads, Index n_q, Index n_k) const       throws what could not be meant
+//   bool same_for_all_heads(Index n_q) const      whether its bias is: then heads share a map of noise (Heads) for the
+//                                                 price of one. Left out: no, each head's is computed by itself
 // `head` is the query head, of a differential kernel the differential head. Masks nest in both() and with_bias():
 // with_bias(both(CausalMask{}, PaddingMask{n}), AlibiBias{slopes}).
 
@@ -118,25 +121,15 @@ void check_mask(const char* where, const Mask& mask, Index num_heads, Index n_q,
   if constexpr (has_check) mask.check(where, num_heads, n_q, n_k);
 }
 
-/// Whether a bias is -inf, which no integer is.
-template <typename Number>
-bool is_minus_infinity(Number bias) {
-  using Limits = std::numeric_limits<Number>;
-  return Limits::has_infinity && bias == -Limits::infinity();
-}
-
-/// The bias of a pair as a Scalar. -inf stays -inf and only that does: a finite one that Scalar cannot hold is the
-/// lowest or the largest that it can.
-template <typename Scalar, typename Mask>
-Scalar bias_of(const Mask& mask, Index head, Index query, Index key, Index n_q, Index n_k) {
-  const auto bias = mask.bias(head, query, key, n_q, n_k);
-  using Bias = std::remove_cv_t<decltype(bias)>;
-  if constexpr (std::is_floating_point_v<Bias> && sizeof(Bias) > sizeof(Scalar)) {
-    using Limits = std::numeric_limits<Scalar>;
-    if (bias < Bias(Limits::lowest()) && bias != -std::numeric_limits<Bias>::infinity()) return Limits::lowest();
-    if (bias > Bias(Limits::max()) && bias != std::numeric_limits<Bias>::infinity()) return Limits::max();
+/// Whether every head sees the same scores under a mask, or a bias, of a call with n_q queries: those that have no bias
+/// do, and those that say so.
+template <typename Mask>
+bool same_for_all_heads(const Mask& mask, Index n_q) {
+  if constexpr (requires { mask.same_for_all_heads(n_q); }) {
+    return mask.same_for_all_heads(n_q);
+  } else {
+    return !HasBias<Mask> && !std::is_invocable_v<const Mask&, Index, Index, Index, Index, Index>;
   }
-  return static_cast<Scalar>(bias);
 }
 
 /// Whether the bias, if there is one, leaves key `key` visible. The range is not looked at.
@@ -147,17 +140,6 @@ bool bias_shows(const Mask& mask, Index head, Index query, Index key, Index n_q,
   } else {
     return true;
   }
-}
-
-/// a + b, where only -inf is -inf: two finite biases that add up to less than any number are the lowest number.
-template <typename A, typename B>
-auto sum_of_biases(A a, B b) {
-  const auto sum = a + b;
-  using Sum = std::remove_cv_t<decltype(sum)>;
-  if (is_minus_infinity<Sum>(sum) && !is_minus_infinity(a) && !is_minus_infinity(b)) {
-    return std::numeric_limits<Sum>::lowest();
-  }
-  return Sum(sum);
 }
 
 }  // namespace detail
@@ -178,9 +160,33 @@ struct BiasedMask {
     }
   }
 
+  /// The biases of a row of keys (bias_row.hpp).
+  template <typename T>
+  void fill_bias(T* row, const BiasRow& of) const {
+    if constexpr (detail::HasBias<Mask>) {
+      detail::fill_bias_sums(detail::BiasOfMask<Mask>{mask}, added, row, of);
+    } else {
+      detail::fill_biases(added, row, of);
+    }
+  }
+
+  static constexpr int kLearnedBiases = detail::count_learned_biases<Mask>() + (LearnedBias<Bias> ? 1 : 0);
+  /// The one bias that learns.
+  const auto& learned_bias() const requires(kLearnedBiases == 1) {
+    if constexpr (LearnedBias<Bias>) {
+      return added;
+    } else {
+      return mask.learned_bias();
+    }
+  }
+
   void check(const char* where, Index num_heads, Index n_q, Index n_k) const {
     detail::check_mask(where, mask, num_heads, n_q, n_k);
     detail::check_mask(where, added, num_heads, n_q, n_k);
+  }
+
+  bool same_for_all_heads(Index n_q) const {
+    return detail::same_for_all_heads(mask, n_q) && detail::same_for_all_heads(added, n_q);
   }
 };
 
@@ -217,9 +223,35 @@ struct BothMasks {
     }
   }
 
+  /// The biases of a row of keys (bias_row.hpp).
+  template <typename T>
+  void fill_bias(T* row, const BiasRow& of) const requires(detail::HasBias<First> || detail::HasBias<Second>) {
+    if constexpr (!detail::HasBias<First>) {
+      detail::fill_biases(detail::BiasOfMask<Second>{second}, row, of);
+    } else if constexpr (!detail::HasBias<Second>) {
+      detail::fill_biases(detail::BiasOfMask<First>{first}, row, of);
+    } else {
+      detail::fill_bias_sums(detail::BiasOfMask<First>{first}, detail::BiasOfMask<Second>{second}, row, of);
+    }
+  }
+
+  static constexpr int kLearnedBiases = detail::count_learned_biases<First>() + detail::count_learned_biases<Second>();
+  /// The one bias that learns.
+  const auto& learned_bias() const requires(kLearnedBiases == 1) {
+    if constexpr (detail::HasLearnedBias<First>) {
+      return first.learned_bias();
+    } else {
+      return second.learned_bias();
+    }
+  }
+
   void check(const char* where, Index num_heads, Index n_q, Index n_k) const {
     detail::check_mask(where, first, num_heads, n_q, n_k);
     detail::check_mask(where, second, num_heads, n_q, n_k);
+  }
+
+  bool same_for_all_heads(Index n_q) const {
+    return detail::same_for_all_heads(first, n_q) && detail::same_for_all_heads(second, n_q);
   }
 };
 

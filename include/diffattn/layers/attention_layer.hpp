@@ -5,8 +5,11 @@
 //
 //   y = layer.forward(x);                     causal; or forward(x, mask), or (x, mask, lengths) for stacked sequences
 //   y = layer.forward(x, cache);              the tokens that follow those in a KvCache; or forward(x, cache, mask)
+//   y = layer.forward(x, caches);             the newest token of many sequences (batched_attention.hpp)
 //   y = layer.forward(x, mask, tape);         or (x, mask, lengths, tape): keeps what backward needs
 //   dx = layer.backward(dy, tape, grad);      from dy, the gradient of y
+//   dx = layer.backward(dy, tape, grad, dbias);      the gradient of the mask's learned bias is added to dbias
+//   y = layer.forward_cross(x, memory);       keys and values from elsewhere: cross_attention.hpp
 //   layer.forward_into(y, x, …, workspace, executor), backward_into(dx, …, workspace, executor)
 //                                             into a matrix of yours, scratch and threads from you: after a first call
 //                                             of the largest shape no heap allocation
@@ -27,15 +30,13 @@
 //          of itself.
 // Threads  const functions may be called from several threads, each with a workspace of its own.
 
-#include <type_traits>
-
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/layers/attention_variant.hpp"
-#include "diffattn/layers/detail/attention_passes.hpp"
+#include "diffattn/layers/batched_attention.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/kv_cache.hpp"
@@ -44,9 +45,9 @@
 namespace diffattn::inline v0_1 {
 
 template <typename Variant>
-class AttentionLayer : public detail::AttentionPasses<Variant> {
-  using Passes = detail::AttentionPasses<Variant>;
-  using Passes::config_, Passes::shape_;
+class AttentionLayer : public BatchedAttention<Variant> {
+  using Passes = BatchedAttention<Variant>;
+  using Passes::config_;
 
  public:
   using Scalar = typename Variant::Scalar;
@@ -61,6 +62,8 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
     for (auto* projection : {&this->q_proj, &this->k_proj, &this->v_proj}) projection->initialize(random);
     Variant::initialize(random);
   }
+
+  using Passes::forward, Passes::forward_into;  // with a batch of caches: batched_attention.hpp
 
   /// The configuration, with what was left to its default filled in.
   const Config& config() const { return config_; }
@@ -116,6 +119,17 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
     return dx;
   }
 
+  /// The same, and the gradient of the mask's learned bias (learned_bias.hpp) is added to dbias, which has the shape of
+  /// its table. Throws std::invalid_argument if the mask had none.
+  template <typename DY, typename DB>
+  Matrix<Scalar> backward(const Eigen::MatrixBase<DY>& dy, const Tape& tape, AttentionLayer& grad,
+                          const Eigen::MatrixBase<DB>& dbias) const {
+    detail::ThreadWorkspace workspace;
+    Matrix<Scalar> dx(tape.x.rows(), tape.x.cols());
+    backward_into(dx, dy, tape, grad, dbias, workspace);
+    return dx;
+  }
+
   /// forward(x, mask) into y.
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
@@ -127,9 +141,10 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
                     const SequenceLengths& lengths, Workspace& workspace, E&& executor = {}) const {
-    check_sequences(y, x, mask, lengths);
+    Passes::check_sequences(y, x, mask, lengths);
     const detail::Readable<X> x_read(x.derived());
-    Passes::attend_to_sequences(output_of(y), input_of(x_read), mask, lengths, nullptr, workspace, executor);
+    Passes::attend_to_sequences(Passes::output_of(y), Passes::input_of(x_read), mask, lengths, nullptr, workspace,
+                                executor);
   }
 
   /// forward(x, cache) into y.
@@ -143,12 +158,12 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
   template <typename Y, typename X, typename Storage, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
                     const Mask& mask, Workspace& workspace, E&& executor = {}) const {
-    check_tokens(y, x);
+    Passes::check_tokens(y, x);
     if (x.rows() == 0) return;
     const Index all_tokens = cache.position() + x.rows();
     detail::check_mask(Variant::kName, mask, config_.num_heads, x.rows(), all_tokens);
     const detail::Readable<X> x_read(x.derived());
-    Passes::attend_to_cache(output_of(y), input_of(x_read), cache, mask, workspace, executor);
+    Passes::attend_to_cache(Passes::output_of(y), Passes::input_of(x_read), cache, mask, workspace, executor);
   }
 
   /// forward(x, mask, tape) into y.
@@ -163,13 +178,10 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
                     const SequenceLengths& lengths, Tape& tape, Workspace& workspace, E&& executor = {}) const {
     tape.filled = false;  // until forward has come to its end
-    check_sequences(y, x, mask, lengths);
-    detail::keep(tape.x, x);
-    tape.lengths.resize(static_cast<std::size_t>(lengths.size()));
-    for (Index s = 0; s < lengths.size(); ++s) tape.lengths[static_cast<std::size_t>(s)] = lengths[s];
-    tape.mask.remember(mask);
-    tape.shape = shape_;
-    Passes::attend_to_sequences(output_of(y), input_of(tape.x), mask, lengths, &tape, workspace, executor);
+    Passes::check_sequences(y, x, mask, lengths);
+    Passes::record(tape, x, mask, lengths);
+    Passes::attend_to_sequences(Passes::output_of(y), Passes::input_of(tape.x), mask, lengths, &tape, workspace,
+                                executor);
     tape.filled = true;
   }
 
@@ -177,51 +189,22 @@ class AttentionLayer : public detail::AttentionPasses<Variant> {
   template <typename DX, typename DY, Executor E = Serial>
   void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
                      AttentionLayer& grad, Workspace& workspace, E&& executor = {}) const {
-    check_backward(dx, dy, tape, grad);
+    Passes::check_backward(dx, dy, tape, grad, false);
     const detail::Readable<DY> dy_read(dy.derived());
-    Passes::differentiate(output_of(dx), input_of(dy_read), tape, grad, workspace, executor);
+    Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, {}, workspace,
+                          executor);
   }
 
- private:
-  template <typename Y, typename X>
-  void check_tokens(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x) const {
-    static_assert(std::is_same_v<typename X::Scalar, Scalar> && std::is_same_v<typename Y::Scalar, Scalar>,
-                  "diffattn: x and y must have the scalar type of the layer; convert with .template cast<>()");
-    detail::check_tokens(Variant::kName, config_.embed_dim, x.rows(), x.cols(), y.rows(), y.cols());
-  }
-
-  template <typename Y, typename X, typename Mask>
-  void check_sequences(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
-                       const SequenceLengths& lengths) const {
-    check_tokens(y, x);
-    detail::check_lengths(Variant::kName, lengths, x.rows());
-    for (Index s = 0; s < lengths.size(); ++s) {
-      detail::check_mask(Variant::kName, mask, config_.num_heads, lengths[s], lengths[s]);
-    }
-  }
-
-  template <typename DX, typename DY>
-  void check_backward(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
-                      const AttentionLayer& grad) const {
-    static_assert(std::is_same_v<typename DX::Scalar, Scalar> && std::is_same_v<typename DY::Scalar, Scalar>,
-                  "diffattn: dx and dy must have the scalar type of the layer; convert with .template cast<>()");
-    constexpr const char* where = Variant::kName;
-    if (!tape.filled) detail::throw_invalid({where, ": backward needs a tape that forward(x, mask, tape) has filled"});
-    if (tape.shape != shape_) {
-      detail::throw_invalid({where, ": the tape was filled by a layer of another configuration"});
-    }
-    if (grad.shape_ != shape_) detail::throw_invalid({where, ": grad must be a layer of the same configuration"});
-    detail::check_shape(where, "dy", dy, tape.x.rows(), config_.embed_dim);
-    detail::check_shape(where, "dx", dx, tape.x.rows(), config_.embed_dim);
-  }
-
-  template <typename M>
-  static auto input_of(const M& matrix) {
-    return detail::map_of(detail::view_of(matrix));
-  }
-  template <typename Y>
-  static auto output_of(const Eigen::MatrixBase<Y>& y) {
-    return detail::map_of(detail::writable_view_of(y));
+  /// backward(dy, tape, grad, dbias) into dx.
+  template <typename DX, typename DY, typename DB, Executor E = Serial>
+  void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
+                     AttentionLayer& grad, const Eigen::MatrixBase<DB>& dbias, Workspace& workspace,
+                     E&& executor = {}) const {
+    Passes::check_backward(dx, dy, tape, grad, false);
+    const auto to_bias = Passes::checked_bias_gradient(dbias, tape);
+    const detail::Readable<DY> dy_read(dy.derived());
+    Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, to_bias, workspace,
+                          executor);
   }
 };
 

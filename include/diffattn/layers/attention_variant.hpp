@@ -19,7 +19,7 @@
 //                                     embed_dim x num_heads · value_dim (declare the member before)
 //
 // Its Config has the fields embed_dim, num_heads, num_kv_heads, head_dim, rotary, bias and seed, and what else it
-// wants.
+// wants. A differential one whose heads may share their second map has num_noise_heads too (Heads, options.hpp).
 //
 // How λ comes about: kLambda
 //
@@ -54,8 +54,17 @@ enum class LambdaSource {
 
 namespace detail {
 
-/// Fills in num_kv_heads and head_dim where they are 0. Throws std::invalid_argument for a configuration that cannot
-/// be, naming the field.
+/// The heads of a layer as the kernels are told of them. Without num_noise_heads in its configuration, every head has a
+/// second map of its own.
+template <typename Config>
+Heads configured_heads(const Config& config) {
+  Heads heads{config.num_heads, config.num_kv_heads, 0};
+  if constexpr (requires { config.num_noise_heads; }) heads.num_noise_heads = config.num_noise_heads;
+  return heads;
+}
+
+/// Fills in num_kv_heads, num_noise_heads and head_dim where they are 0. Throws std::invalid_argument for a
+/// configuration that cannot be, naming the field.
 template <typename Config>
 Config checked_attention_config(const char* where, Index query_maps, Config config) {
   check_positive(where, "num_heads", config.num_heads);
@@ -74,7 +83,9 @@ Config checked_attention_config(const char* where, Index query_maps, Config conf
                   pairs ? "2·num_heads·head_dim·embed_dim, the size of a weight,"
                         : "num_heads·head_dim·embed_dim, the size of a weight,",
                   {query_maps, config.num_heads, config.head_dim, config.embed_dim});
-  config.num_kv_heads = checked_heads(where, {config.num_heads, config.num_kv_heads}).num_kv_heads;
+  const Heads heads = checked_heads(where, configured_heads(config), query_maps);
+  config.num_kv_heads = heads.num_kv_heads;
+  if constexpr (requires { config.num_noise_heads; }) config.num_noise_heads = heads.num_noise_heads;
   return config;
 }
 

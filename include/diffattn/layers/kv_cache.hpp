@@ -14,12 +14,22 @@
 // Positions  the first token stands at position 0; with a window they keep counting when tokens are dropped.
 // Forks      a copy shares what is there, and both go on independently: only a page that is not full is copied, when
 //            one of them first adds to it. Copies may be used from different threads.
-// Memory     grows in pages of some hundred tokens, which never move; `reserve` tokens at the first use. Without growth
-//            nothing is allocated. A window gives back what no later query can see, page by page.
+// Memory     grows in pages of page_size tokens, which never move; `reserve` tokens at the first use. Without growth
+//            nothing is allocated. memory_bytes() is page_size · num_kv_heads · (key maps · head_dim + value columns, in
+//            whole strips of at most 32) · sizeof(Storage) a page.
+// Window     gives back what no later query can see, page by page, so memory is bounded: with a window of w tokens,
+//            pages of p and chunks of up to n, where n <= w, it is
+//                ceil((w - 2 + max(n, p)) / p) + 1 pages
+//            from the call on that fills the window, and no later one allocates, scratch included. A chunk longer than
+//            w takes the pages that it needs, and gives them back.
+// Pages      small ones fit a window closely, large ones make fewer. Results are the same, bit for bit, whatever the
+//            size, as long as all values are finite; chunks of more than 4 tokens copy one head's keys and values where
+//            a page is below 256.
 // Errors     ShapeError and std::invalid_argument before any work, std::bad_alloc at once for a reserve that the system
 //            does not have. Whatever a call throws, its cache is as before.
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <limits>
 #include <memory>
@@ -42,7 +52,8 @@ struct KvCacheOptions {
   Index reserve = 0;     ///< tokens to make room for at the first use
   Index max_tokens = 0;  ///< the longest sequence that is taken; 0: no limit
   std::optional<Index> window =
-      std::nullopt;  ///< a query sees the last `window` tokens, its own included; left out: all
+      std::nullopt;     ///< a query sees the last `window` tokens, its own included; left out: all
+  Index page_size = 0;  ///< tokens a page, rounded up to a power of two, 32 at least; 0: 256
 };
 
 template <typename StorageType = float>
@@ -50,7 +61,7 @@ class KvCache {
  public:
   using Storage = StorageType;
 
-  KvCache() = default;
+  KvCache() : KvCache(KvCacheOptions{}) {}
   // Copies are forks and cost little, so moving is copying: what is moved from stays a cache that can go on.
   KvCache(const KvCache&) = default;
   KvCache& operator=(const KvCache&) = default;
@@ -58,8 +69,17 @@ class KvCache {
     check_not_negative("reserve", options.reserve);
     check_not_negative("max_tokens", options.max_tokens);
     if (options.window) detail::check_positive("KvCache", "window", *options.window);
+    check_not_negative("page_size", options.page_size);
+    if (options.page_size > detail::kMostPageKeys) {
+      detail::throw_invalid(
+          {"KvCache: page_size, tokens a page, must be at most ", detail::kMostPageKeys, ", got ", options.page_size});
+    }
+    if (options.page_size == 0) options_.page_size = detail::kPageKeys;
+    options_.page_size = std::max(detail::kLeastPageKeys,
+                                  static_cast<Index>(std::bit_ceil(static_cast<std::size_t>(options_.page_size))));
   }
 
+  /// As they were given, page_size as it became.
   const KvCacheOptions& options() const { return options_; }
   /// The window as a mask, of all tokens where there is none: both(mask, cache.window_mask()) is what a query sees.
   SlidingWindowMask window_mask() const { return {options_.window.value_or(std::numeric_limits<Index>::max())}; }
@@ -69,9 +89,7 @@ class KvCache {
   Index size() const { return std::min(position_, options_.window.value_or(position_)); }
   bool empty() const { return position_ == 0; }
   /// Bytes of keys and values held, room that is not yet used and pages shared with forks included.
-  std::size_t memory_bytes() const {
-    return pages_.size() * static_cast<std::size_t>(shape_.page_size()) * sizeof(Storage);
-  }
+  std::size_t memory_bytes() const { return pages_.size() * static_cast<std::size_t>(shape_.size()) * sizeof(Storage); }
 
   /// A cache that continues from here on its own and shares what is there.
   [[nodiscard]] KvCache fork() const { return *this; }
@@ -91,7 +109,7 @@ class KvCache {
   }
 
   /// As new, but for the memory.
-  void clear() noexcept { position_ = dropped_ = 0; }
+  void clear() noexcept { position_ = dropped_ = longest_chunk_ = 0; }
 
   /// Until release() is called as often, a window keeps what it passes, so that truncate() finds it: for what consists
   /// of several calls, one of which may fail.
@@ -103,37 +121,51 @@ class KvCache {
 
   // What layers do, in this order. `where` names the layer in messages.
 
-  /// Checks that `tokens` tokens of this shape fit, and makes room for them.
+  /// The shape of such tokens' pages. Throws ShapeError unless what is there has the same.
   template <typename Scalar>
-  void prepare(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) {
+  PageShape check_shape(const char* where, Index heads, Index key_maps, Index d, Index dv) const {
     static_assert(sizeof(Storage) <= sizeof(Scalar), "diffattn: a cache must not be wider than the layer's scalar");
-    const PageShape shape{heads, key_maps, d, dv, detail::Tile<Scalar>::kCols};
+    const PageShape shape{heads, key_maps, d, dv, detail::Tile<Scalar>::kCols, page_size()};
     if (position_ != 0 && shape != shape_) throw_other_shape(where, shape);
+    return shape;
+  }
+
+  /// The same, and checks that there is room for `tokens` tokens.
+  template <typename Scalar>
+  PageShape check(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) const {
+    const PageShape shape = check_shape<Scalar>(where, heads, key_maps, d, dv);
     if (options_.max_tokens != 0 && tokens > options_.max_tokens - position_) {
       detail::throw_invalid({where, ": the cache holds at most ", options_.max_tokens, " tokens and has ", position_,
                              ", cannot append ", tokens});
     }
+    return shape;
+  }
+
+  /// Checks that they fit, and makes room for them.
+  template <typename Scalar>
+  void prepare(const char* where, Index heads, Index key_maps, Index d, Index dv, Index tokens) {
+    const PageShape shape = check<Scalar>(where, heads, key_maps, d, dv, tokens);
     if (shape != shape_) {
       pages_.clear();
       shape_ = shape;
     }
     const Index held = position_ - dropped_;
-    const Index room = std::max(held + tokens, options_.reserve);
+    Index room = std::max(held + tokens, options_.reserve);
+    if (fills_window(tokens)) room = std::max(room, tokens_kept(longest_chunk(tokens)));
     check_memory(where, room);
-    while (page_count() * detail::kPageKeys < room) pages_.push_back(std::make_shared<Page>(shape_));
-    for (Index page = held / detail::kPageKeys; page * detail::kPageKeys < held + tokens; ++page) own(page, held);
+    while (page_count() * page_size() < room) pages_.push_back(std::make_shared<Page>(shape_));
+    for (Index page = held / page_size(); page * page_size() < held + tokens; ++page) own(page, held);
   }
 
   /// Packs keys (tokens x heads·key_maps·d) and values (tokens x heads·dv) behind what is there.
   template <typename Scalar, Executor E>
   void write(const StridedView<const Scalar>& k, const StridedView<const Scalar>& v, E& executor) {
-    using detail::kPageKeys;
-    const Index held = position_ - dropped_, first_page = held / kPageKeys, heads = shape_.heads;
-    const Index pages = detail::divide_up(held + k.rows, kPageKeys) - first_page;
+    const Index held = position_ - dropped_, size = page_size(), first_page = held / size, heads = shape_.heads;
+    const Index pages = detail::divide_up(held + k.rows, size) - first_page;
     executor.run(pages * heads, [&](Index task, Index /*worker*/) {
       const Index page = first_page + task / heads, head = task % heads, width = shape_.key_maps * shape_.d;
-      const Index begin = std::max(held, page * kPageKeys), end = std::min(held + k.rows, (page + 1) * kPageKeys);
-      pack_into_page(*pages_[static_cast<std::size_t>(page)], shape_, head, begin - page * kPageKeys,
+      const Index begin = std::max(held, page * size), end = std::min(held + k.rows, (page + 1) * size);
+      pack_into_page(*pages_[static_cast<std::size_t>(page)], shape_, head, begin - page * size,
                      k.block(begin - held, head * width, end - begin, width),
                      v.block(begin - held, head * shape_.dv, end - begin, shape_.dv));
     });
@@ -141,11 +173,17 @@ class KvCache {
 
   /// What is there and `written` tokens behind it, for the kernels of decode.hpp.
   KeyValuePages<Storage> packed(Index written = 0) const {
-    return {pages_.data(), shape_, position_ - dropped_ + written, dropped_};
+    KeyValuePages<Storage> pages{pages_.data(), shape_, position_ - dropped_ + written, dropped_};
+    // From half of the window on scratch is taken for all of it: it is there before the window is full.
+    if (options_.window && position_ + written >= *options_.window / 2) {
+      pages.most_seen = *options_.window - 1 + written;
+    }
+    return pages;
   }
 
   /// Makes what was written part of the cache, and drops what the window has left behind.
   void commit(Index written) noexcept {
+    if (fills_window(written)) longest_chunk_ = longest_chunk(written);
     position_ += written;
     drop_passed();
   }
@@ -155,25 +193,41 @@ class KvCache {
 
   void drop_passed() noexcept {
     if (holds_ != 0) return;
-    const Index passed = (first_visible(position_) - dropped_) / detail::kPageKeys;
+    const Index passed = (first_visible(position_) - dropped_) / page_size();
     if (passed == 0) return;
     std::rotate(pages_.begin(), pages_.begin() + passed, pages_.end());
-    dropped_ += passed * detail::kPageKeys;
-    // One page more than is needed, so that the next ones are not allocated.
-    const Index keep = detail::divide_up(std::max(position_ - dropped_, options_.reserve), detail::kPageKeys) + 1;
+    dropped_ += passed * page_size();
+    const Index keep = detail::divide_up(std::max(tokens_kept(longest_chunk_), options_.reserve), page_size());
     if (keep < page_count()) pages_.erase(pages_.begin() + keep, pages_.end());
   }
+
+  /// Whether the window is full once so many more tokens are there.
+  bool fills_window(Index tokens) const { return options_.window && position_ + tokens >= *options_.window; }
+
+  /// The longest chunk that memory is kept for if the next one has so many tokens.
+  Index longest_chunk(Index tokens) const {
+    return tokens > *options_.window ? longest_chunk_ : std::max(longest_chunk_, tokens);
+  }
+
+  /// Room that a full window keeps, for chunks of up to `chunk` tokens: there may be a page less one token in front of
+  /// what the next query sees, which are the window less one token.
+  Index tokens_kept(Index chunk) const {
+    const Index most = *options_.window - 1 + page_size() - 1 + std::max(page_size(), chunk);
+    return options_.max_tokens == 0 ? most : std::min(most, options_.max_tokens);
+  }
+
+  Index page_size() const { return options_.page_size; }
 
   /// Refuses room for more tokens than there is memory for. Taken page by page, a system that promises more than it has
   /// would go on until it ends the program; asked for all of it at once, it says no.
   void check_memory(const char* where, Index tokens) const {
     constexpr Index kManyPages = 64;
     constexpr Index kMostBytes = Index{1} << 40;
-    const Index page_bytes = shape_.page_size() * static_cast<Index>(sizeof(Storage));
-    if (tokens > kMostBytes / page_bytes * detail::kPageKeys) {
+    const Index page_bytes = shape_.size() * static_cast<Index>(sizeof(Storage));
+    if (tokens > kMostBytes / page_bytes * page_size()) {
       detail::throw_invalid({where, ": a cache for ", tokens, " tokens would take more than ", kMostBytes, " bytes"});
     }
-    const Index missing = detail::divide_up(tokens, detail::kPageKeys) - page_count();
+    const Index missing = detail::divide_up(tokens, page_size()) - page_count();
     if (missing < kManyPages) return;
     ::operator delete(::operator new(static_cast<std::size_t>(missing * page_bytes)));
   }
@@ -213,8 +267,8 @@ class KvCache {
       return;
     }
     auto copy = std::make_shared<Page>(shape_);
-    if (page * detail::kPageKeys < held) {
-      std::copy_n(shared->data.get(), shape_.page_size(), copy->data.get());
+    if (page * page_size() < held) {
+      std::copy_n(shared->data.get(), shape_.size(), copy->data.get());
       copy->finite_values = shared->finite_values;
     }
     shared = std::move(copy);
@@ -224,8 +278,9 @@ class KvCache {
   PageShape shape_;
   std::vector<std::shared_ptr<Page>> pages_;  // the first holds position dropped_
   Index position_ = 0;
-  Index dropped_ = 0;  // positions that the window has left behind, whole pages
-  Index holds_ = 0;    // calls of hold() without their release()
+  Index dropped_ = 0;        // positions that the window has left behind, whole pages
+  Index longest_chunk_ = 0;  // that came to a full window
+  Index holds_ = 0;          // calls of hold() without their release()
 };
 
 }  // namespace diffattn::inline v0_1

@@ -67,6 +67,17 @@ class LayerNorm {
     for_each_task(rows, executor, [&](Index row) { apply(y + row * width_, x + row * width_); });
   }
 
+  /// sum += x, y = norm(sum), for `rows` rows, one after another in memory: a residual connection and the norm behind
+  /// it. y may be sum.
+  template <Executor E>
+  void add_forward_rows(Scalar* y, Scalar* sum, const Scalar* x, Index rows, E& executor) const {
+    for_each_task(rows, executor, [&](Index row) {
+      const Index at = row * width_;
+      for (Index c = at; c < at + width_; ++c) sum[c] += x[c];
+      apply(y + at, sum + at);
+    });
+  }
+
   /// The same for one row of `width()` values; y may be x.
   void apply(Scalar* y, const Scalar* x) const {
     constexpr Index kLanes = simd::kLanes<Scalar>;

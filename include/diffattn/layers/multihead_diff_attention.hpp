@@ -12,6 +12,11 @@
 // implementation keeps (the official naive file differs when G < H). Rotary turns each packed head. The norm weight and
 // λ are shared by all heads.
 //
+// Grouped noise heads (arXiv 2510.06949): with num_noise_heads = N < H, r = H / N heads that follow each other share
+// their second map, that of the noise, which is computed once for them; λ, norm and all else stay the same. The queries
+// of a group are r signal heads Q1 and then its noise head Q2, (H + N)·d columns in all: layer.query_head(head, map)
+// says where. Keys stay pairs K1, K2 for each key head, of which group g reads g / (N/G). r = 1 is the paper's layer.
+//
 // Parameters (visit_parameters): q_proj, k_proj, v_proj, out_proj, lambda_q1, lambda_k1, lambda_q2, lambda_k2, subln.
 // How it is called, shapes, errors, threads: attention_layer.hpp.
 
@@ -29,6 +34,7 @@ struct MultiheadDiffAttentionConfig {
   Index num_heads = 0;                                ///< differential heads
   Index num_kv_heads = 0;                             ///< divides num_heads; 0 = num_heads
   Index head_dim = 0;                                 ///< d; 0 = embed_dim / (2·num_heads)
+  Index num_noise_heads = 0;                          ///< divides num_heads, a multiple of num_kv_heads; 0 = num_heads
   Index depth = 0;                                    ///< 0-based index of the layer, which sets λ_init
   std::optional<double> lambda_init = std::nullopt;   ///< overrides what depth gives
   std::optional<RotaryConfig> rotary = std::nullopt;  ///< no position embedding if left out

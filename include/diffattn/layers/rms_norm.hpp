@@ -61,7 +61,7 @@ class RmsNorm {
   }
 
   /// sum += x, y = norm(sum), for `rows` rows, one after another in memory: a residual connection and the norm behind
-  /// it.
+  /// it. y may be sum.
   template <Executor E>
   void add_forward_rows(Scalar* y, Scalar* sum, const Scalar* x, Index rows, E& executor) const {
     executor.run((rows + kTaskRows - 1) / kTaskRows, [&](Index task, Index /*worker*/) {
@@ -124,6 +124,13 @@ class RmsNorm {
     for (Index block = 0; weight.size() != 0 && block < blocks; ++block) {
       grad.weight += Eigen::Map<const Vector<Scalar>>(sums + block * width_, width_);
     }
+  }
+
+  /// The same for norm(x) without a factor.
+  template <Executor E>
+  void backward_rows(Scalar* dx, const Scalar* dy, const Scalar* x, Index rows, RmsNorm& grad, Store store,
+                     Workspace& workspace, E& executor) const {
+    backward_rows(dx, dy, x, rows, grad, Scalar(1), store, workspace, executor);
   }
 
   /// y (n x width) = norm(x) for x (n x width), row by row. Throws ShapeError.

@@ -62,8 +62,8 @@ class SequenceLengths {
 
 namespace detail {
 
-/// Throws std::invalid_argument unless the lengths are 0 or more and add up to `rows`.
-inline void check_lengths(const char* where, const SequenceLengths& lengths, Index rows) {
+/// Throws std::invalid_argument unless the lengths are 0 or more and add up to `rows`, those of the matrix `name`.
+inline void check_lengths(const char* where, const SequenceLengths& lengths, Index rows, const char* name = "x") {
   Index sum = 0;
   for (Index s = 0; s < lengths.size(); ++s) {
     const Index length = lengths[s];
@@ -71,7 +71,7 @@ inline void check_lengths(const char* where, const SequenceLengths& lengths, Ind
     sum += std::min(length, std::numeric_limits<Index>::max() - sum);
   }
   if (sum != rows) {
-    throw_shape({where, ": the lengths of the sequences must add up to the ", rows, " rows of x, got ", sum});
+    throw_shape({where, ": the lengths of the sequences must add up to the ", rows, " rows of ", name, ", got ", sum});
   }
 }
 

@@ -25,7 +25,7 @@
 //          heap, but for pages by which a cache grows.
 
 #include <algorithm>
-#include <initializer_list>
+#include <cstddef>
 #include <iterator>
 #include <span>
 #include <type_traits>
@@ -36,6 +36,7 @@
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/cache_batch.hpp"
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/sequences.hpp"
@@ -43,49 +44,33 @@
 #include "diffattn/models/decoder_config.hpp"
 #include "diffattn/models/decoder_stack.hpp"
 #include "diffattn/models/decoder_tape.hpp"
+#include "diffattn/models/language_model.hpp"
 
 namespace diffattn::inline v0_1 {
 
 template <typename Scalar, typename Attention>
-class Decoder : public DecoderStack<Scalar, Attention> {
+class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Decoder<Scalar, Attention>, Scalar> {
   using Stack = DecoderStack<Scalar, Attention>;
+  using Calls = LanguageModel<Decoder, Scalar>;
+  using Calls::size_of;
+  using Stack::kName;
 
  public:
   using typename Stack::Config;
   using typename Stack::Tape;
-  // The parameters, which decoder_stack.hpp describes.
+  // Parameters and checks, which decoder_stack.hpp describes.
   using Stack::blocks;
+  using Stack::check_cache;
+  using Stack::check_tokens;
   using Stack::config;
   using Stack::embedding;
   using Stack::head;
+  // What language_model.hpp describes; below are the forms with a tape, and those that take everything.
+  using Calls::logits, Calls::logits_into;
 
   /// Initial parameters: embedding N(0, 0.02²), linear layers as nn.Linear, norms 1, attention as its layer says.
   /// Throws std::invalid_argument naming a size that is below 1 or more than memory holds.
-  explicit Decoder(const Config& sizes) : Stack(kName, sizes) {}
-
-  /// (tokens x vocab_size): row i scores what follows token i, which sees the tokens that `mask` lets it see.
-  template <typename Tokens, AttentionMask Mask = CausalMask>
-  Matrix<Scalar> logits(const Tokens& tokens, const Mask& mask = {}) const {
-    Workspace workspace;
-    Matrix<Scalar> result(size_of(tokens), config().vocab_size);
-    logits_into(result, tokens, mask, workspace);
-    return result;
-  }
-  Matrix<Scalar> logits(std::initializer_list<Index> tokens) const { return logits(std::span(tokens)); }
-
-  /// The same for the tokens that follow those in `cache`, which they join; whatever is thrown, it is as before. The
-  /// mask is that of all tokens ever fed, as if they stood in one piece.
-  template <typename Tokens, typename Storage, AttentionMask Mask = CausalMask>
-  Matrix<Scalar> logits(const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask = {}) const {
-    Workspace workspace;
-    Matrix<Scalar> result(size_of(tokens), config().vocab_size);
-    logits_into(result, tokens, cache, mask, workspace);
-    return result;
-  }
-  template <typename Storage>
-  Matrix<Scalar> logits(std::initializer_list<Index> tokens, DecoderCache<Storage>& cache) const {
-    return logits(std::span(tokens), cache);
-  }
+  explicit Decoder(const Config& sizes) : Stack(sizes) {}
 
   /// A cache for this model, whose storage type is free: make_cache<Eigen::bfloat16>(). Throws std::invalid_argument
   /// for options that KvCache refuses.
@@ -118,11 +103,7 @@ class Decoder : public DecoderStack<Scalar, Attention> {
     backward(dlogits, tape, grad, workspace);
   }
 
-  /// logits(tokens) into y (tokens x vocab_size), with scratch from `workspace` and work spread over `executor`.
-  template <typename Y, typename Tokens, Executor E = Serial>
-  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, Workspace& workspace, E&& executor = {}) const {
-    logits_into(y, tokens, CausalMask{}, workspace, executor);
-  }
+  /// logits(tokens, mask) into y (tokens x vocab_size).
   template <typename Y, typename Tokens, AttentionMask Mask, Executor E = Serial>
   void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, const Mask& mask, Workspace& workspace,
                    E&& executor = {}) const {
@@ -133,12 +114,7 @@ class Decoder : public DecoderStack<Scalar, Attention> {
     head_into(y, x, workspace, executor);
   }
 
-  /// logits(tokens, cache) and logits(tokens, cache, mask) into y.
-  template <typename Y, typename Tokens, typename Storage, Executor E = Serial>
-  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache,
-                   Workspace& workspace, E&& executor = {}) const {
-    logits_into(y, tokens, cache, CausalMask{}, workspace, executor);
-  }
+  /// logits(tokens, cache, mask) into y.
   template <typename Y, typename Tokens, typename Storage, AttentionMask Mask, Executor E = Serial>
   void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask,
                    Workspace& workspace, E&& executor = {}) const {
@@ -147,6 +123,28 @@ class Decoder : public DecoderStack<Scalar, Attention> {
     auto x = Stack::rows(size_of(tokens), workspace);
     detail::CacheTransaction transaction(cache);
     hidden_into(x, tokens, cache, mask, workspace, executor);
+    head_into(y, x, workspace, executor);
+    transaction.keep();
+  }
+
+  /// logits(tokens, caches, mask) into y: every product is one for all sequences.
+  template <typename Y, typename Tokens, CacheBatch<DecoderCache> Caches, AttentionMask Mask, Executor E = Serial>
+  void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, Caches&& caches, const Mask& mask,
+                   Workspace& workspace, E&& executor = {}) const {
+    const Index n = size_of(tokens);
+    const auto batch = detail::batch_of<DecoderCache>(std::data(caches), std::size(caches));
+    detail::check_shape(kName, "logits", y, n, config().vocab_size);
+    detail::check_batch(kName, "tokens", n, batch, workspace);
+    detail::check_sequences(kName, n, [&](const char* where, Index i) {
+      check_tokens(std::span(std::data(tokens) + i, 1), where);
+      check_cache(*batch[static_cast<std::size_t>(i)], 1, where);
+    });
+    if (n == 0) return;
+    const auto frame = workspace.frame();
+    auto x = Stack::rows(n, workspace);
+    detail::BatchTransaction transaction(batch, workspace);
+    Stack::embed(x, std::data(tokens));
+    Stack::run_cached(x, batch, mask, workspace, executor);
     head_into(y, x, workspace, executor);
     transaction.keep();
   }
@@ -163,8 +161,8 @@ class Decoder : public DecoderStack<Scalar, Attention> {
     detail::check_shape(kName, "logits", y, 1, config().vocab_size);
     check_tokens(tokens);
     check_cache(cache, n);
-    using Calls = typename detail::CacheTransaction<Storage>::Calls;
-    detail::CacheTransaction<Storage> transaction(cache, n > chunk ? Calls::several : Calls::one);
+    using Feeding = typename detail::CacheTransaction<Storage>::Calls;
+    detail::CacheTransaction<Storage> transaction(cache, n > chunk ? Feeding::several : Feeding::one);
     for (Index at = 0; at < n; at += chunk) {
       const Index count = std::min(chunk, n - at);
       const auto frame = workspace.frame();
@@ -262,32 +260,6 @@ class Decoder : public DecoderStack<Scalar, Attention> {
     detail::check_shape(kName, "logits", y, x.rows(), embedding.rows());
     if (head) return head->forward_into(y, x, workspace, executor);
     linear_into<Scalar>(y, x, embedding, workspace, executor);
-  }
-
-  /// Throws std::invalid_argument unless all tokens are in the vocabulary.
-  template <typename Tokens>
-  void check_tokens(const Tokens& tokens) const {
-    const auto* const ids = std::data(tokens);
-    for (Index i = 0; i < size_of(tokens); ++i) {
-      const auto id = static_cast<Index>(ids[i]);
-      if (id < 0 || id >= config().vocab_size) {
-        detail::throw_invalid({kName, ": token ", i, " is ", id, ", outside the vocabulary of ", config().vocab_size});
-      }
-    }
-  }
-
-  /// Throws std::invalid_argument unless the cache is one for this model and has room for the tokens.
-  template <typename Storage>
-  void check_cache(const DecoderCache<Storage>& cache, Index tokens) const {
-    cache.check_room(kName, config().num_layers, tokens);
-  }
-
- private:
-  static constexpr const char* kName = "Decoder";
-
-  template <typename Tokens>
-  static Index size_of(const Tokens& tokens) {
-    return static_cast<Index>(std::size(tokens));
   }
 };
 

@@ -14,19 +14,23 @@
 
 #include <cstddef>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/sizes.hpp"
+#include "diffattn/core/workspace.hpp"
 #include "diffattn/layers/kv_cache.hpp"
 
 namespace diffattn::inline v0_1 {
 
-template <typename Storage = float>
+template <typename StorageType = float>
 class DecoderCache {
  public:
+  using Storage = StorageType;
+
   /// Throws std::invalid_argument unless there is at least one layer, and for options that KvCache refuses.
   explicit DecoderCache(Index num_layers, const KvCacheOptions& options = {}) {
     if (num_layers < 1 || num_layers > detail::kMostValues) {
@@ -117,6 +121,37 @@ class CacheTransaction {
   bool holds_;
   bool keep_ = false;
   std::optional<DecoderCache<Storage>> fork_;
+};
+
+/// The same for one call of a model on a batch of caches, all of which keep what it feeds them, or none. The workspace's
+/// frame must outlive it.
+template <typename Storage>
+class BatchTransaction {
+ public:
+  BatchTransaction(std::span<DecoderCache<Storage>* const> caches, Workspace& workspace)
+      : caches_(caches), before_(workspace.take<Index>(static_cast<Index>(caches.size()))) {
+    for (std::size_t i = 0; i < caches.size(); ++i) {
+      before_[i] = caches[i]->position();
+      for (KvCache<Storage>& layer : caches[i]->layers) layer.hold();
+    }
+  }
+  BatchTransaction(const BatchTransaction&) = delete;
+  BatchTransaction& operator=(const BatchTransaction&) = delete;
+  ~BatchTransaction() {
+    for (std::size_t i = 0; i < caches_.size(); ++i) {
+      for (KvCache<Storage>& layer : caches_[i]->layers) {
+        if (!keep_ && layer.position() > before_[i]) layer.truncate(before_[i]);
+        layer.release();
+      }
+    }
+  }
+
+  void keep() noexcept { keep_ = true; }
+
+ private:
+  std::span<DecoderCache<Storage>* const> caches_;
+  Index* before_;
+  bool keep_ = false;
 };
 
 }  // namespace detail

@@ -6,11 +6,13 @@
 //
 // Tested by tests/models/decoder_test.cpp.
 
+#include <any>
 #include <cstdint>
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/sizes.hpp"
+#include "diffattn/models/transformer_block.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -23,13 +25,12 @@ struct DecoderConfig {
   bool tied_head = false;                  ///< the logits are products with the embedding
   double norm_eps = 1e-5;                  ///< of the norms before attention, before feed-forward, before the head
   std::uint64_t seed = 0;                  ///< of the initial parameters
+  /// What a checkpoint says beside all this, kept for who writes the model back: load_diffllama puts it here.
+  std::any origin{};
 
   /// The attention of layer `layer`, from 0: its depth, which λ_init follows, and a seed of its own.
   typename Attention::Config attention_of(Index layer) const {
-    typename Attention::Config config = attention;
-    if constexpr (requires { config.depth; }) config.depth = layer;
-    config.seed = seed + 1 + static_cast<std::uint64_t>(layer);
-    return config;
+    return detail::attention_of_layer<Attention>(attention, seed, layer);
   }
 };
 

@@ -1,17 +1,20 @@
 #pragma once
 
-// DecoderStack: the parts of a Decoder, embedding, blocks, last norm and head, and the three ways through them: for text
-// at once, behind a cache, and with a tape there and back. The Decoder, which is one, has checked every argument; its
+// DecoderStack: the parts of a Decoder, embedding, blocks, last norm and head, and the ways through them: for text at
+// once, behind a cache or many, and with a tape there and back. The Decoder, which is one, has checked every argument; its
 // header says what they compute.
 //
 // Tested by tests/models/decoder_test.cpp and decoder_tape_test.cpp.
 
 #include <cstddef>
+#include <iterator>
 #include <optional>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -30,6 +33,9 @@ namespace diffattn::inline v0_1 {
 
 template <typename Scalar, typename Attention>
 class DecoderStack {
+ protected:
+  static constexpr const char* kName = "Decoder";
+
  public:
   using Config = DecoderConfig<Attention>;
   using Block = DecoderBlock<Scalar, Attention>;
@@ -38,6 +44,28 @@ class DecoderStack {
 
   const Config& config() const { return config_; }
   Index num_layers() const { return config_.num_layers; }
+
+  /// Throws std::invalid_argument, naming `where`, unless all tokens are in the vocabulary.
+  template <typename Tokens>
+  void check_tokens(const Tokens& tokens, const char* where = kName) const {
+    const auto* const ids = std::data(tokens);
+    for (Index i = 0; i < static_cast<Index>(std::size(tokens)); ++i) {
+      const auto id = static_cast<Index>(ids[i]);
+      if (id < 0 || id >= config_.vocab_size) {
+        detail::throw_invalid({where, ": token ", i, " is ", id, ", outside the vocabulary of ", config_.vocab_size});
+      }
+    }
+  }
+
+  /// Throws, naming `where`, std::invalid_argument or ShapeError unless the cache is one for this model and has room for
+  /// so many tokens.
+  template <typename Storage>
+  void check_cache(const DecoderCache<Storage>& cache, Index tokens, const char* where = kName) const {
+    cache.check_room(where, config_.num_layers, tokens);
+    for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
+      blocks[layer].attention.check_cache(where, cache.layers[layer], tokens);
+    }
+  }
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {
@@ -60,8 +88,8 @@ class DecoderStack {
   std::optional<Linear<Scalar, Weight>> head;  ///< vocab_size x embed_dim; empty if tied
 
  protected:
-  DecoderStack(const char* where, const Config& config)
-      : config_(detail::checked(where, config)),
+  explicit DecoderStack(const Config& config)
+      : config_(detail::checked(kName, config)),
         embedding(config_.vocab_size, config_.attention.embed_dim),
         norm(config_.attention.embed_dim, config_.norm_eps) {
     Initializer random(config_.seed);
@@ -108,6 +136,20 @@ class DecoderStack {
                   E& executor) const {
     for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
       blocks[layer].forward_in_place(x, cache.layers[layer], mask, workspace, executor);
+    }
+    norm.forward_rows(x.data(), x.data(), x.rows(), executor);
+  }
+
+  /// The same behind a cache for each row, in a transaction of the caller's.
+  template <typename Storage, typename Mask, Executor E>
+  void run_cached(MatrixMap<Scalar>& x, std::span<DecoderCache<Storage>* const> caches, const Mask& mask,
+                  Workspace& workspace, E& executor) const {
+    const auto frame = workspace.frame();
+    auto* const of_layer = workspace.take<KvCache<Storage>*>(x.rows());
+    std::span<KvCache<Storage>* const> batch(of_layer, caches.size());
+    for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
+      for (std::size_t i = 0; i < caches.size(); ++i) of_layer[i] = &caches[i]->layers[layer];
+      blocks[layer].forward_in_place(x, batch, mask, workspace, executor);
     }
     norm.forward_rows(x.data(), x.data(), x.rows(), executor);
   }

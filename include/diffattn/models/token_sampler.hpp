@@ -37,10 +37,20 @@ class TokenSampler {
         top_p_(options.top_p),
         penalty_(options.repetition_penalty),
         random_(options.seed) {
-    check("temperature", temperature_, temperature_ >= 0, "0 or more");
-    check("top_p", top_p_, top_p_ > 0 && top_p_ <= 1, "more than 0 and at most 1");
-    check("repetition_penalty", penalty_, penalty_ > 0, "positive");
-    if (top_k_) detail::check_positive("generate", "top_k", *top_k_);
+    check(options);
+  }
+
+  /// Throws std::invalid_argument, naming `where` and the option, for one that cannot be.
+  static void check(const GenerateOptions& options, const char* where = "generate") {
+    const auto refuse_unless = [&](bool holds, const char* option, double value, const char* rule) {
+      if (holds && std::isfinite(value)) return;
+      detail::throw_invalid({where, ": ", option, " must be ", rule, ", got ", std::to_string(value).c_str()});
+    };
+    const double temperature = options.temperature, top_p = options.top_p, penalty = options.repetition_penalty;
+    refuse_unless(temperature >= 0, "temperature", temperature, "0 or more");
+    refuse_unless(top_p > 0 && top_p <= 1, "top_p", top_p, "more than 0 and at most 1");
+    refuse_unless(penalty > 0, "repetition_penalty", penalty, "positive");
+    if (options.top_k) detail::check_positive(where, "top_k", *options.top_k);
   }
 
   /// The next token, given the logits of all and the tokens so far. Throws std::invalid_argument for no logits and for
@@ -58,11 +68,6 @@ class TokenSampler {
   }
 
  private:
-  static void check(const char* option, double value, bool holds, const char* rule) {
-    if (holds && std::isfinite(value)) return;
-    detail::throw_invalid({"generate: ", option, " must be ", rule, ", got ", std::to_string(value).c_str()});
-  }
-
   /// Refuses what cannot be ordered, or leaves nothing to be chosen.
   void check_logits(Index position) const {
     const auto vocabulary = static_cast<Index>(scores_.size());

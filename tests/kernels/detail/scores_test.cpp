@@ -5,6 +5,7 @@
 #include <array>
 #include <limits>
 
+#include "diffattn/core/simd.hpp"
 #include "support/catch.hpp"
 
 using diffattn::CausalMask;
@@ -24,10 +25,10 @@ struct HeadAndKey {
   }
 };
 
-/// Four rows of products, all 1, of queries 2 … 5 of 6 and keys 4 … 11 of 8.
+/// Four rows of products, all 1, of queries 2 … 5 of 6 and keys 4 … 35 of 8: two packets of any size.
 struct Products {
-  static constexpr Index kStride = 9;
-  std::array<float, 4 * kStride> values{};
+  static constexpr Index kStride = 32, kPacket = 16;
+  alignas(diffattn::simd::kMostAlignment) std::array<float, 4 * kStride> values{};
   Products() { values.fill(1); }
 
   template <typename Mask>
@@ -65,9 +66,10 @@ TEST_CASE("Only the columns that are asked for become scores", "[kernels]") {
 TEST_CASE("A bias is told the head, added to the scaled product, and may hide a key", "[kernels]") {
   Products x;
   const auto mask = diffattn::with_bias(FullMask{}, HeadAndKey{});
-  x.finish(mask, {0, 8}, 0.5f);
+  x.finish(mask, {0, Products::kPacket}, 0.5f);
   for (Index r = 0; r < 4; ++r) {
-    for (Index c = 0; c < 8; ++c) {
+    CHECK(x(r, Products::kPacket) == 1);
+    for (Index c = 0; c < Products::kPacket; ++c) {
       CAPTURE(r, c);
       const Index key = 4 + c;
       CHECK(x(r, c) == (key == 6 || key >= 8 ? kHiddenScore : 0.5f + static_cast<float>(3 + key)));
@@ -79,9 +81,13 @@ TEST_CASE("What is hidden is cleared, by range and by bias", "[kernels]") {
   Products x;
   const auto mask = diffattn::with_bias(CausalMask{}, HeadAndKey{});
   const detail::RowRange<decltype(mask)> rows{mask, 3, 2, 4, 6, 8};
-  detail::clear_hidden(x.values.data(), Products::kStride, rows, 4, {0, 4});
+  const KeyRange columns{0, Products::kPacket};
+  alignas(diffattn::simd::kMostAlignment) std::array<float, 4 * Products::kStride> biases{};
+  detail::fill_biases(biases.data(), Products::kStride, rows, 4, columns);
+  detail::clear_hidden(x.values.data(), Products::kStride, rows, 4, columns, biases.data());
   for (Index r = 0; r < 4; ++r) {
-    for (Index c = 0; c < 4; ++c) {
+    CHECK(x(r, Products::kPacket) == 1);
+    for (Index c = 0; c < Products::kPacket; ++c) {
       CAPTURE(r, c);
       CHECK(x(r, c) == (c + 4 <= r + 4 && c != 2 ? 1 : 0));
     }

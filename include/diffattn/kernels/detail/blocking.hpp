@@ -7,7 +7,7 @@
 //   block    the query rows of one task, some groups: while it lasts, keys and values stream past it once
 //   strip    kCols columns of a right operand, packed: kCols keys, or kCols columns of the values (product/packed.hpp)
 //   chunk    kChunk keys: scores become weights, and weights meet values, a chunk at a time
-//   page     what a cache holds of the keys and values of one chunk, all heads of a layer (key_value_pages.hpp)
+//   page     what a cache holds of the keys and values of some tokens, all heads of a layer (key_value_pages.hpp)
 //   panel    the weights of a block for all chunks, kept until the normalisers of both maps are known
 //   piece    kPieceKeys keys: what one task packs
 //   wave     key heads that are packed at a time
@@ -20,9 +20,14 @@ namespace diffattn::inline v0_1::detail {
 
 /// Keys in a chunk, and in a page of a cache. A tile of scores, kRows x kChunk, stays in the L1 cache beside a strip of
 /// keys or values; fewer keys would make more calls of a tile, each of which reads and writes its sums. A multiple of
-/// every kCols. A page is a chunk, so that a chunk never lies in two pages and few rows take a page by itself.
+/// every kCols.
 inline constexpr Index kChunk = 256;
+
+/// Keys in a page of a cache, if nothing else is said: those of a chunk, which then lies in one piece. The fewest that a
+/// page can have, whole strips of any target, and the most, beyond which a page is a mistake.
 inline constexpr Index kPageKeys = kChunk;
+inline constexpr Index kLeastPageKeys = 32;
+inline constexpr Index kMostPageKeys = Index{1} << 24;
 
 /// Query rows in a block of the forward kernels: 8 groups of 6 or 4 of 12. Keys and values are read once for each
 /// block, which wants many rows; the panel of two maps, 2 · 48 · n_k, wants to stay in the L2 cache, which wants few.

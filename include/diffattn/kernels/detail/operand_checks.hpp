@@ -25,8 +25,8 @@ Operand operand(const char* name, const Eigen::EigenBase<Derived>& matrix) {
   return {name, matrix.rows(), matrix.cols()};
 }
 
-/// The sizes of one call. A head of q is query_maps · d wide, one of k is key_maps · d wide: the maps of a head that
-/// lie side by side in one operand.
+/// The sizes of one call. q has heads.query_heads(query_maps) heads, each d wide; a head of k is key_maps · d wide: the
+/// maps of a head that lie side by side in one operand.
 struct CallSizes {
   Heads heads;
   Index n_q = 0;
@@ -89,7 +89,7 @@ enum class Turned { none, query_column, q, k, v, all };
 
 /// `sizes` are those that q and v, as they came, would give.
 inline Turned turned_operand(const CallSizes& sizes, const Operand& q, const Operand& k, const Operand& v) {
-  const Index query_parts = sizes.heads.num_heads * sizes.query_maps, kv_heads = sizes.heads.num_kv_heads;
+  const Index query_parts = sizes.heads.query_heads(sizes.query_maps), kv_heads = sizes.heads.num_kv_heads;
   // Whether q of this width goes with k of that one.
   const auto fits = [&](Index q_width, Index k_width) {
     if (q_width == 0 || q_width % query_parts != 0 || k_width % kv_heads != 0) return false;
@@ -143,10 +143,10 @@ inline Turned turned_operand(const CallSizes& sizes, const Operand& q, const Ope
 inline CallSizes checked_sizes(const char* where, Heads heads, Index query_maps, const Operand& q, const Operand& k,
                                const Operand& v) {
   CallSizes sizes;
-  sizes.heads = heads = checked_heads(where, heads);
+  sizes.heads = heads = checked_heads(where, heads, query_maps);
   sizes.n_q = q.rows;
   sizes.n_k = k.rows;
-  sizes.d = checked_width(where, q, query_maps * heads.num_heads);
+  sizes.d = checked_width(where, q, heads.query_heads(query_maps));
   sizes.dv = checked_width(where, v, heads.num_kv_heads);
   check_operand_sizes(where, q, k, v, heads.num_heads, sizes.dv);
   sizes.query_maps = query_maps;

@@ -22,10 +22,12 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// How heads lie in the columns: head h of queries and their gradients in columns [h·q_step, h·q_step + d), of keys
-/// likewise, of values and results in columns [h·dv, (h + 1)·dv).
+/// How heads lie in the columns: head h of keys and their gradients in columns [h·k_step, h·k_step + d), of values and
+/// results in columns [h·dv, (h + 1)·dv). Heads that share a second map, noise_sharers of them, are a group of q_step
+/// columns of queries.
 struct HeadLayout {
-  Heads heads{1, 1};
+  Heads heads{1, 1, 1};
+  Index noise_sharers = 1;
   Index d = 0;
   Index dv = 0;
   Index q_step = 0;
@@ -37,9 +39,12 @@ struct HeadLayout {
   Index kv_head(Index head) const { return head / heads_per_kv_head(); }
 
  protected:
-  template <typename T>
-  StridedView<T> query_head(const StridedView<T>& all, Index head) const {
-    return all.middle_cols(head * q_step, d);
+  /// all[map] begins with the queries of head 0.
+  template <typename T, Index kMaps>
+  StridedView<T> query_head(const StridedView<T> (&all)[kMaps], Index map, Index head) const {
+    if (noise_sharers == 1) return all[map].middle_cols(head * q_step, d);
+    const Index column = head / noise_sharers * q_step + (map == 0 ? head % noise_sharers * d : 0);
+    return all[map].middle_cols(column, d);
   }
   template <typename T>
   StridedView<T> key_head(const StridedView<T>& all, Index kv_head) const {
@@ -70,7 +75,7 @@ struct HeadOperands : HeadLayout {
   Index n_k() const { return k[0].rows; }
 
   /// n_q x d, of a query head.
-  StridedView<const Scalar> queries(Index map, Index head) const { return query_head(q[map], head); }
+  StridedView<const Scalar> queries(Index map, Index head) const { return query_head(q, map, head); }
   /// n_k x d, of a key head.
   StridedView<const Scalar> keys(Index map, Index kv_head) const { return key_head(k[map], kv_head); }
   /// n_k x dv, of a value head.
@@ -85,7 +90,24 @@ struct HeadOperands : HeadLayout {
   }
 };
 
-/// `maps` maps of each head that lie side by side, as the views of each map; the last one for all that are left.
+/// How many heads that follow each other a map of noise is computed for: those that share its queries, unless a bias
+/// makes other scores of them for every head.
+template <typename Mask>
+Index heads_with_one_noise_map(const HeadLayout& layout, const Mask& mask, Index n_q) {
+  return layout.noise_sharers > 1 && same_for_all_heads(mask, n_q) ? layout.noise_sharers : 1;
+}
+
+/// Queries of all maps that lie side by side, as the views of each map.
+template <typename T, Index kMaps>
+void spread_queries(StridedView<T> (&to)[kMaps], const StridedView<T>& side_by_side, const CallSizes& sizes) {
+  for (Index map = 0; map < kMaps; ++map) {
+    const Index col = sizes.heads.query_head(0, map, sizes.query_maps) * sizes.d;
+    to[map] = side_by_side.middle_cols(col, side_by_side.cols - col);
+  }
+}
+
+/// `maps` maps of each head of keys that lie side by side, as the views of each map; the last one for all that are
+/// left.
 template <typename T, Index kMaps>
 void spread_maps(StridedView<T> (&to)[kMaps], const StridedView<T>& side_by_side, Index maps, Index d) {
   for (Index map = 0; map < kMaps; ++map) {
@@ -101,7 +123,8 @@ HeadOperands<Scalar, kMaps> sized_operands(const CallSizes& sizes, const Attenti
   in.heads = sizes.heads;
   in.d = sizes.d;
   in.dv = sizes.dv;
-  in.q_step = sizes.query_maps * sizes.d;
+  in.noise_sharers = sizes.heads.noise_sharers();
+  in.q_step = (in.noise_sharers + sizes.query_maps - 1) * sizes.d;
   in.k_step = sizes.key_maps * sizes.d;
   in.scale = scale_of<Scalar>(options, sizes.d);
   return in;
@@ -117,7 +140,7 @@ class SideBySideOperands {
   SideBySideOperands(const CallSizes& call, const Q& q, const K& k, const V& v, const Lambda& lambda,
                      const AttentionOptions& options)
       : sizes(call), in(sized_operands<Scalar, kMaps>(call, options)), q_(q), k_(k), v_(v), lambda_(lambda) {
-    spread_maps(in.q, view_of(q_), sizes.query_maps, sizes.d);
+    spread_queries(in.q, view_of(q_), sizes);
     spread_maps(in.k, view_of(k_), sizes.key_maps, sizes.d);
     in.v = view_of(v_);
     in.lambda = lambda_view<Scalar>(lambda_);

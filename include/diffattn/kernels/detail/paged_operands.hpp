@@ -18,7 +18,7 @@ class PagedOperands {
  public:
   PagedOperands(const CallSizes& call, const Q& q, const Lambda& lambda, const AttentionOptions& options)
       : sizes(call), in(sized_operands<Scalar, kMaps>(call, options)), q_(q), lambda_(lambda) {
-    spread_maps(in.q, view_of(q_), sizes.query_maps, sizes.d);
+    spread_queries(in.q, view_of(q_), sizes);
     in.lambda = lambda_view<Scalar>(lambda_);
   }
   PagedOperands(const PagedOperands&) = delete;
@@ -42,18 +42,22 @@ inline Index paged_output_cols(const char* where, const Heads& heads, const Page
 inline CallSizes checked_paged_sizes(const char* where, Heads heads, Index query_maps, const Operand& q,
                                      const PageShape& shape, Index n_k, Index strip) {
   CallSizes sizes;
-  sizes.heads = heads = checked_heads(where, heads);
+  sizes.heads = heads = checked_heads(where, heads, query_maps);
   sizes.n_q = q.rows;
   sizes.n_k = n_k;
-  sizes.d = checked_width(where, q, query_maps * heads.num_heads);
+  sizes.d = checked_width(where, q, heads.query_heads(query_maps));
   sizes.dv = shape.dv;
   sizes.query_maps = query_maps;
   sizes.key_maps = shape.key_maps;
   if (shape.heads != heads.num_kv_heads || shape.d != sizes.d || shape.strip != strip) {
-    const bool column = q.cols == 1 && q.rows == query_maps * heads.num_heads * shape.d;
+    const bool column = q.cols == 1 && q.rows == heads.query_heads(query_maps) * shape.d;
     throw_shape({where, ": the cache must hold ", heads.num_kv_heads, " heads of width ", sizes.d, " in strips of ",
                  strip, ", got ", shape.heads, " of width ", shape.d, " in strips of ", shape.strip,
                  column ? "; q is a column: a single query is a row, did you mean q.transpose()?" : ""});
+  }
+  if (shape.page_size < kLeastPageKeys || (shape.page_size & (shape.page_size - 1)) != 0) {
+    throw_invalid({where, ": the pages must be of a power of two of tokens, at least ", kLeastPageKeys, ", got ",
+                   shape.page_size});
   }
   if (shape.key_maps > query_maps) throw_shape({where, ": the cache must hold one map of keys, got two"});
   check_operand_sizes(where, q, q, q, heads.num_heads, sizes.dv);

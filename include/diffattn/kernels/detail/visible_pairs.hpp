@@ -25,6 +25,12 @@ struct RowRange {
   KeyRange keys_of_any() const { return {keys_of(first).begin, keys_of(first + count - 1).end}; }
   KeyRange keys_of_all() const { return {keys_of(first + count - 1).begin, keys_of(first).end}; }
 
+  /// The same rows of another head.
+  RowRange of_head(Index other) const {
+    RowRange rows = *this;
+    rows.head = other;
+    return rows;
+  }
   RowRange rows(Index begin, Index num) const {
     return {mask, head, first + begin, std::min(num, count - begin), n_q, n_k};
   }

@@ -19,12 +19,17 @@ struct AttentionShape {
 template <typename Scalar>
 struct AttentionTape {
   Matrix<Scalar> x, q, k, v;  ///< q and k turned
+  Matrix<Scalar> memory;      ///< what keys and values were made of, if it was not x
   Matrix<Scalar> attended;    ///< the heads' results, before finish_heads
   Matrix<Scalar> lambda;      ///< one a token and head, where the variant has them
-  std::vector<Index> lengths;
+  std::vector<Index> lengths, memory_lengths;
   RememberedMask mask;
   AttentionShape shape;  ///< of the layer that filled it
   bool filled = false;
+  bool of_memory = false;  ///< filled by forward_cross
+
+  /// How many keys each sequence has.
+  const std::vector<Index>& key_lengths() const { return of_memory ? memory_lengths : lengths; }
 };
 
 }  // namespace diffattn::inline v0_1::detail

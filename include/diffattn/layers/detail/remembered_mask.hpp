@@ -17,8 +17,15 @@ class RememberedMask {
     virtual ~Holder() = default;
     virtual KeyRange visible_keys(Index query, Index n_q, Index n_k) const = 0;
     virtual double bias(Index head, Index query, Index key, Index n_q, Index n_k) const = 0;
+    virtual bool same_for_all_heads(Index n_q) const = 0;
+    virtual void fill_bias(double* row, const BiasRow& of) const = 0;
+    // Of the learned bias, if there is one.
+    virtual Index table_rows() const = 0;
+    virtual Index table_cols() const = 0;
+    virtual void add_gradient(double* dtable, const double* dscores, const BiasRow& of) const = 0;
     const void* type = nullptr;
     bool has_bias = false;
+    int learned_biases = 0;
   };
 
   template <typename Mask>
@@ -26,6 +33,7 @@ class RememberedMask {
     explicit HolderOf(const Mask& m) : mask(m) {
       type = &kType<Mask>;
       has_bias = HasBias<Mask>;
+      learned_biases = count_learned_biases<Mask>();
     }
     KeyRange visible_keys(Index query, Index n_q, Index n_k) const override {
       return mask.visible_keys(query, n_q, n_k);
@@ -36,6 +44,21 @@ class RememberedMask {
       } else {
         return 0;
       }
+    }
+    bool same_for_all_heads(Index n_q) const override { return detail::same_for_all_heads(mask, n_q); }
+    void fill_bias(double* row, const BiasRow& of) const override {
+      if constexpr (HasBias<Mask>) fill_biases(BiasOfMask<Mask>{mask}, row, of);
+    }
+    Index table_rows() const override {
+      if constexpr (HasLearnedBias<Mask>) return mask.learned_bias().table_rows();
+      return 0;
+    }
+    Index table_cols() const override {
+      if constexpr (HasLearnedBias<Mask>) return mask.learned_bias().table_cols();
+      return 0;
+    }
+    void add_gradient(double* dtable, const double* dscores, const BiasRow& of) const override {
+      if constexpr (HasLearnedBias<Mask>) mask.learned_bias().add_gradient(dtable, dscores, of);
     }
     Mask mask;
   };
@@ -51,6 +74,11 @@ class RememberedMask {
     double bias(Index head, Index query, Index key, Index n_q, Index n_k) const {
       return this->held.bias(head, query, key, n_q, n_k);
     }
+    bool same_for_all_heads(Index n_q) const { return this->held.same_for_all_heads(n_q); }
+    void fill_bias(double* row, const BiasRow& of) const { this->held.fill_bias(row, of); }
+
+    static constexpr int kLearnedBiases = 1;  // for all that the type knows: see learned_biases()
+    const Holder& learned_bias() const { return this->held; }
   };
 
  public:
@@ -74,6 +102,12 @@ class RememberedMask {
     }
     holder_ = std::make_unique<HolderOf<Mask>>(mask);
   }
+
+  /// How many learned biases the mask has.
+  int learned_biases() const { return holder_->learned_biases; }
+  /// The shape of the learned bias's table, if there is one.
+  Index table_rows() const { return holder_->table_rows(); }
+  Index table_cols() const { return holder_->table_cols(); }
 
   /// Calls f(mask).
   template <typename F>

@@ -20,11 +20,13 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// One of several sequences: which, and where its rows lie.
+/// One of several sequences: which, and where its queries and its keys lie in the rows of theirs.
 struct SequenceRows {
   Index number;
   Index first;
   Index count;
+  Index first_key;
+  Index num_keys;
 };
 
 /// An executor that is another one, or Serial: one type for both, since every type costs compile time.
@@ -40,11 +42,11 @@ struct SequenceExecutor {
   }
 };
 
-/// Whether sequences give all workers about as much to do when each stays with one; attention's work is the square.
-inline bool run_side_by_side(const SequenceLengths& lengths, Index workers) {
+/// Whether sequences give all workers about as much to do when each stays with one; attention's work is the pairs.
+inline bool run_side_by_side(const SequenceLengths& lengths, const SequenceLengths& key_lengths, Index workers) {
   double longest = 0, all = 0;
   for (Index s = 0; s < lengths.size(); ++s) {
-    const double length = static_cast<double>(lengths[s]), work = length * length;
+    const double work = static_cast<double>(lengths[s]) * static_cast<double>(key_lengths[s]);
     longest = std::max(longest, work);
     all += work;
   }
@@ -53,17 +55,19 @@ inline bool run_side_by_side(const SequenceLengths& lengths, Index workers) {
 }
 
 /// Calls f(sequence, workspace, executor) for each sequence: side by side, each on one worker, which wakes the threads
-/// once; or, if that left some idle, one after another on all of them.
+/// once; or, if that left some idle, one after another on all of them. Queries and keys have as many sequences.
 template <Executor E, typename F>
-void for_each_sequence(const SequenceLengths& lengths, Workspace& workspace, E& executor, F&& f) {
+void for_each_sequence(const SequenceLengths& lengths, const SequenceLengths& key_lengths, Workspace& workspace,
+                       E& executor, F&& f) {
   const Index count = lengths.size(), workers = executor.concurrency();
   const auto frame = workspace.frame();
   auto* const rows = workspace.take<SequenceRows>(count);
-  for (Index s = 0, first = 0; s < count; ++s) {
-    rows[s] = {s, first, lengths[s]};
+  for (Index s = 0, first = 0, first_key = 0; s < count; ++s) {
+    rows[s] = {s, first, lengths[s], first_key, key_lengths[s]};
     first += rows[s].count;
+    first_key += rows[s].num_keys;
   }
-  if (!run_side_by_side(lengths, workers)) {
+  if (!run_side_by_side(lengths, key_lengths, workers)) {
     SequenceExecutor<E> all{&executor};
     for (Index s = 0; s < count; ++s) f(rows[s], workspace, all);
     return;
@@ -75,13 +79,18 @@ void for_each_sequence(const SequenceLengths& lengths, Workspace& workspace, E& 
   });
 }
 
+/// Throws ShapeError unless x, or what `name` says, has embed_dim columns.
+inline void check_width(const char* where, const char* name, Index embed_dim, Index x_rows, Index x_cols) {
+  if (x_cols != embed_dim && x_rows == embed_dim) {
+    throw_shape({where, ": ", name, " must have embed_dim = ", embed_dim, " columns, one token a row, got ", x_rows,
+                 " x ", x_cols, ": did you mean ", name, ".transpose()?"});
+  }
+  if (x_cols != embed_dim) throw_shape(where, name, x_rows, embed_dim, x_rows, x_cols);
+}
+
 /// Throws ShapeError unless x has embed_dim columns and y its shape.
 inline void check_tokens(const char* where, Index embed_dim, Index x_rows, Index x_cols, Index y_rows, Index y_cols) {
-  if (x_cols != embed_dim && x_rows == embed_dim) {
-    throw_shape({where, ": x must have embed_dim = ", embed_dim, " columns, one token a row, got ", x_rows, " x ",
-                 x_cols, ": did you mean x.transpose()?"});
-  }
-  if (x_cols != embed_dim) throw_shape(where, "x", x_rows, embed_dim, x_rows, x_cols);
+  check_width(where, "x", embed_dim, x_rows, x_cols);
   if (y_rows != x_rows || y_cols != embed_dim) throw_shape(where, "y", x_rows, embed_dim, y_rows, y_cols);
 }
 
@@ -93,6 +102,11 @@ struct MaskReference {
   KeyRange visible_keys(Index query, Index n_q, Index n_k) const { return mask.visible_keys(query, n_q, n_k); }
   auto bias(Index head, Index query, Index key, Index n_q, Index n_k) const requires HasBias<Mask> {
     return mask.bias(head, query, key, n_q, n_k);
+  }
+  bool same_for_all_heads(Index n_q) const { return detail::same_for_all_heads(mask, n_q); }
+  template <typename T>
+  void fill_bias(T* row, const BiasRow& of) const requires HasBias<Mask> {
+    fill_biases(BiasOfMask<Mask>{mask}, row, of);
   }
 };
 
@@ -118,15 +132,27 @@ std::optional<Rotary<Scalar>> make_rotary(const std::optional<RotaryConfig>& con
   return Rotary<Scalar>(*config, head_dim);
 }
 
-/// Turns the queries and keys of `tokens` tokens from row `first` on, the first of which stands at `position`; or,
-/// transposed, their gradients back.
+/// Rows [first, first + count) of a matrix in which heads lie side by side.
+template <typename Scalar>
+struct HeadRows {
+  MatrixMap<Scalar>& matrix;
+  Index heads;
+  Index first;
+  Index count;
+};
+
+/// Turns the queries and keys of a sequence, whose first ones stand at `position`; or, transposed, their gradients back.
 template <typename Scalar, Executor E>
-void rotate_rows(const std::optional<Rotary<Scalar>>& rotary, MatrixMap<Scalar>& q, Index q_heads, MatrixMap<Scalar>& k,
-                 Index k_heads, Index first, Index tokens, Index position, E& executor, Turn turn = Turn::forward) {
+void rotate_rows(const std::optional<Rotary<Scalar>>& rotary, const HeadRows<Scalar>& q, const HeadRows<Scalar>& k,
+                 Index position, E& executor, Turn turn) {
   if (!rotary) return;
-  for_each_row_block(tokens, executor, [&](Index row, Index count) {
-    rotary->apply(writable_view_of(rows_of(q, first + row, count)), q_heads, position + row, position + tokens, turn);
-    rotary->apply(writable_view_of(rows_of(k, first + row, count)), k_heads, position + row, position + tokens, turn);
+  for_each_row_block(std::max(q.count, k.count), executor, [&](Index row, Index rows) {
+    for (const HeadRows<Scalar>* part : {&q, &k}) {
+      const Index count = std::min(rows, part->count - row);
+      if (count <= 0) continue;
+      rotary->apply(writable_view_of(rows_of(part->matrix, part->first + row, count)), part->heads, position + row,
+                    position + part->count, turn);
+    }
   });
 }
 

@@ -10,11 +10,18 @@
 // kernel; nothing is computed twice and nothing but the operands is needed from the forward pass. A second walk over
 // the panel turns a chunk of P and dA into A and dS and multiplies each with what it meets. dA and dV cost differential
 // attention no more than one map.
+//
+// Heads that share their second map (Heads::num_noise_heads) are taken one after the other in one block. The panel
+// keeps P_2 from the first of them on, and −λ·(dA − D_2) adds up beside it: dS_2 = P_2 ∘ Σ −λ·(dA − D_2) meets Q_2 and
+// K_2 once. Where a bias differs from head to head, each has a P_2 of its own, and only dQ_2 adds up.
 
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/backward/backward_operands.hpp"
+#include "diffattn/kernels/detail/backward/bias_gradient.hpp"
 #include "diffattn/kernels/detail/backward/block_columns.hpp"
 #include "diffattn/kernels/detail/backward/copied_rows.hpp"
+#include "diffattn/kernels/detail/backward/map_gradients.hpp"
+#include "diffattn/kernels/detail/backward/row_dots.hpp"
 #include "diffattn/kernels/detail/forward/row_block.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -23,7 +30,6 @@ template <typename Scalar, Index kMaps>
 class BackwardBlock {
   static constexpr Index kRows = Tile<Scalar>::kRows;
   static constexpr Index kCols = Tile<Scalar>::kCols;
-  static constexpr Index kLanes = Tile<Scalar>::kLanes;
   static constexpr Index kPaddedRows = RowSoftmax<Scalar>::kPaddedRows;
 
  public:
@@ -35,10 +41,16 @@ class BackwardBlock {
   using Sums = KeyValueSums<Scalar, kMaps>;
 
   /// Takes the scratch of one worker; no block will have more than `max_rows` rows or see more than `max_keys` keys.
-  BackwardBlock(Workspace& workspace, const Head& shape, Index max_rows, Index max_keys)
-      : panel_rows_(round_up(std::min(max_rows, kBlockRows), kRows)), copies_(workspace, shape, kBlockRows) {
+  /// heads_of_noise: how many heads one second map is computed for.
+  BackwardBlock(Workspace& workspace, const Head& shape, Index max_rows, Index max_keys, bool has_bias,
+                Index heads_of_noise)
+      : one_noise_(heads_of_noise > 1),
+        panel_rows_(round_up(std::min(max_rows, kBlockRows), kRows)),
+        copies_(workspace, shape, kBlockRows) {
     const Index chunks = divide_up(max_keys, kChunk) + 1;
+    biases_ = has_bias ? workspace.take<Scalar>(kRows * kChunk) : nullptr;
     panel_ = workspace.take<Scalar>(chunks * kPanels * panel_rows_ * kChunk);
+    shared_ = workspace.take<Scalar>(one_noise_ ? chunks * panel_rows_ * kChunk : 0);
     step_ = workspace.take<Scalar>(kPanels * panel_rows_ * kStride);
     chunk_factor_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
     chunk_dot_ = workspace.take<Scalar>(chunks * kMaps * kGroups * kPaddedRows);
@@ -48,19 +60,40 @@ class BackwardBlock {
     }
   }
 
-  /// Writes dQ and D_2 of `rows` and adds what they contribute to dK / s and dV. head: the keys and values that
-  /// rows.head reads; sums: theirs.
+  /// Writes dQ and D_2 of `rows`, of the heads from rows.head on that share their second map, and adds what they
+  /// contribute to dK / s and dV. head: the keys and values that they read; sums: theirs; dbias: those of a learned bias.
   template <typename Mask>
-  void run(const Operands& in, const Gradients& grad, const Head& head, const Sums& sums, const RowRange<Mask>& rows) {
+  void run(const Operands& in, const Gradients& grad, const Head& head, const Sums& sums, const HeadBiasSums& dbias,
+           const RowRange<Mask>& rows) {
+    finite_ = head.finite;
+    for (Index i = 0; i < in.noise_sharers; ++i) {
+      first_ = i == 0;
+      last_ = i + 1 == in.noise_sharers;
+      run_head(in, grad, head, sums, dbias, rows.of_head(rows.head + i));
+    }
+  }
+
+ private:
+  static constexpr Index kGroups = divide_up(kBlockRows, kRows);
+  static constexpr Index kPanels = kMaps + 1;       // weights of each map, then dA
+  static constexpr Index kStride = kChunk + kCols;  // of dS and A: not a power of 2, since columns are read
+
+  /// The maps that the head at hand computes: the second only if the panel does not hold it already.
+  Index maps_to_fill() const { return first_ || !one_noise_ ? kMaps : 1; }
+  /// The maps whose dS is complete with the head at hand.
+  Index maps_to_add() const { return last_ || !one_noise_ ? kMaps : 1; }
+
+  template <typename Mask>
+  void run_head(const Operands& in, const Gradients& grad, const Head& head, const Sums& sums,
+                const HeadBiasSums& dbias, const RowRange<Mask>& rows) {
     const Index groups = divide_up(rows.count, kRows);
     const ScoreScale<Scalar> scale = split_scale<Mask>(in.scale);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
-    const bool finite_rows = copies_.copy(in, grad, rows, scale.of_queries);
+    finite_ &= copies_.copy(in, grad, rows, first_ ? kMaps : 1, scale.of_queries);
     for (Index map = 0; map < kMaps; ++map) {
-      for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
-      std::fill(dq_[map], dq_[map] + groups * group_size(in.d), Scalar(0));
+      for (Index g = 0; g < groups && map < maps_to_fill(); ++g) softmax_[map][g].reset();
+      if (map == 0 || first_) std::fill(dq_[map], dq_[map] + groups * group_size(in.d), Scalar(0));
     }
-
     const KeyRange keys = rows.keys_of_any();
     Index chunks = 0;
     for_each_chunk(keys, [&](const BlockChunk& chunk) {
@@ -70,23 +103,27 @@ class BackwardBlock {
         fill_panel(head, rows.rows(g * kRows, kRows), g, groups, chunk, columns, scale, exp2);
       }
     });
-    const bool finite = set_factors(in, grad, rows, chunks, exp2) && finite_rows && head.finite;
+    finite_ &= set_factors(in, grad, rows, chunks, exp2);
     for_each_chunk(keys, [&](const BlockChunk& chunk) {
       const KeyRange columns = block_columns<Scalar>(keys, chunk.first_key);
       differentiate(rows.count, chunk.number, columns);
-      if (finite) {
+      if constexpr (HasLearnedBias<Mask>) {
+        const Scalar* ds[kMaps];
+        for (Index map = 0; map < kMaps; ++map) ds[map] = step(map);
+        if (dbias.sums != nullptr) {
+          add_bias_gradients(dbias.row(rows.head), ds, kStride, rows, chunk.first_key, columns, finite_);
+        }
+      }
+      if (finite_) {
         add_gradients(head, sums, rows, chunk, columns);
       } else {
         add_visible_gradients(head, sums, rows, chunk.first_key, columns);
       }
     });
-    write_queries(in, grad, rows);
+    for (Index map = 0; map < (last_ ? kMaps : 1); ++map) {
+      write_groups(grad.queries(map, rows.head).middle_rows(rows.first, rows.count), dq_[map], in.scale);
+    }
   }
-
- private:
-  static constexpr Index kGroups = divide_up(kBlockRows, kRows);
-  static constexpr Index kPanels = kMaps + 1;       // weights of each map, then dA
-  static constexpr Index kStride = kChunk + kCols;  // of dS and A: not a power of 2, since columns are read
 
   static Index group_size(Index width) { return kRows * round_up(width, kCols); }
   static Index slot(Index chunk, Index map) { return (chunk * kMaps + map) * kGroups * kPaddedRows; }
@@ -102,7 +139,9 @@ class BackwardBlock {
                   const KeyRange& of_block, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
     const Index at = g * kRows * kChunk, next_key = chunk.first_key + kChunk;
     const KeyRange columns = group_columns<Scalar>(rows.keys_of_any(), chunk.first_key, of_block);
+    if constexpr (HasBias<Mask>) fill_biases(biases_, kChunk, rows, chunk.first_key, columns);
     for (Index p = 0; p < kPanels; ++p) {
+      if (p < kMaps && p >= maps_to_fill()) continue;
       for (Index r = 0; r < rows.count; ++r) {
         fill_unseen(panel(chunk.number, p) + at + r * kChunk, of_block, columns, Scalar(0));
       }
@@ -112,48 +151,27 @@ class BackwardBlock {
                         : ChunkAhead<Scalar>{next, g, groups, panel(chunk.number + 1, p) + at, kRows * kChunk};
     };
     Scalar* const da = panel(chunk.number, kMaps) + at;
-    multiply_values(da, head, rows, g, chunk.first_key, columns, ahead(head.values + next_key * head.dv, kMaps));
+    multiply_values(da, copies_.dout_rows + g * kRows * head.dv, head, rows, chunk.first_key, columns, biases_,
+                    ahead(head.values + next_key * head.dv, kMaps));
     for (Index map = 0; map < kMaps; ++map) {
       Scalar* const weights = panel(chunk.number, map) + at;
+      const Index values = slot(chunk.number, map) + g * kPaddedRows;
+      if (map >= maps_to_fill()) {
+        set_dots(chunk_dot_ + values, weights, da, kChunk, rows.count, columns);
+        continue;
+      }
       const LeftOperand<Scalar> q{copies_.q_rows[map] + g * kRows * head.d, head.d, 1};
       score_chunk(weights, q, head.keys[map] + chunk.first_key * head.d, head.d, rows, chunk.first_key, columns, scale,
-                  ahead(head.keys[map] + next_key * head.d, map));
+                  ahead(head.keys[map] + next_key * head.d, map), biases_);
       Scalar growth[kRows];
       softmax_[map][g].add_chunk(weights, weights, kChunk, rows.count, columns.begin, columns.end, exp2, growth);
-      const Index values = slot(chunk.number, map) + g * kPaddedRows;
       std::copy(softmax_[map][g].base, softmax_[map][g].base + kPaddedRows, chunk_factor_ + values);
-      set_dots(chunk_dot_ + values, weights, da, rows.count, columns);
+      set_dots(chunk_dot_ + values, weights, da, kChunk, rows.count, columns);
     }
   }
 
-  /// dA = dout Vᵀ of one group and chunk, 0 for what a row does not see.
-  template <typename Mask>
-  void multiply_values(Scalar* da, const Head& head, const RowRange<Mask>& rows, Index g, Index first_key,
-                       const KeyRange& columns, const ChunkAhead<Scalar>& ahead) {
-    const LeftOperand<Scalar> dout{copies_.dout_rows + g * kRows * head.dv, head.dv, 1};
-    for (Index c = columns.begin; c < columns.end; c += kCols) {
-      add_product(da + c, kChunk, false, dout, head.values + (first_key + c) * head.dv, head.dv, rows.count,
-                  columns.end - c, ahead.of_chunk(c * head.dv, kCols * head.dv), ahead.of_panel(c, kChunk),
-                  kScoreChain);
-    }
-    const KeyRange all = rows.keys_of_all();
-    if (HasBias<Mask> || first_key + columns.begin < all.begin || first_key + columns.end > all.end) {
-      clear_hidden(da, kChunk, rows, first_key, columns);
-    }
-  }
-
-  /// dots[r] = Σ weight · dA over the columns of row r.
-  static void set_dots(Scalar* dots, const Scalar* weights, const Scalar* da, Index rows, const KeyRange& columns) {
-    for (Index r = 0; r < rows; ++r) {
-      auto dot = simd::broadcast(Scalar(0));
-      for (Index c = r * kChunk + columns.begin; c < r * kChunk + columns.end; c += kLanes) {
-        dot = simd::fma(simd::load(weights + c), simd::load(da + c), dot);
-      }
-      dots[r] = simd::reduce_add(dot);
-    }
-  }
-
-  /// 1/l_1, −λ/l_2 and D_m of every row; 0 for a row that saw no key. Returns whether all are finite.
+  /// 1/l_1, −λ/l_2 (or both, where heads share P_2) and D_m of every row; 0 for one that saw no key. Returns whether
+  /// all are finite.
   template <typename Mask>
   bool set_factors(const Operands& in, const Gradients& grad, const RowRange<Mask>& rows, Index chunks,
                    const ScaledExp2<Scalar>& exp2) {
@@ -166,14 +184,20 @@ class BackwardBlock {
         for (Index chunk = 0; chunk < chunks; ++chunk) {
           Scalar* const value = chunk_factor_ + slot(chunk, map) + g * kPaddedRows + r;
           // What turns the weights of the chunk into probabilities; 0 while the row has seen no key.
-          *value = simd::first(exp2(simd::broadcast(*value - softmax_[map][g].base[r]))) * inverse;
+          if (map < maps_to_fill()) {
+            *value = simd::first(exp2(simd::broadcast(*value - softmax_[map][g].base[r]))) * inverse;
+          }
           dot += chunk_dot_[slot(chunk, map) + g * kPaddedRows + r] * *value;
-          if (map == 1) *value *= -in.lambda(rows.first + row, rows.head);
+          if (map == 1 && !one_noise_) *value *= -in.lambda(rows.first + row, rows.head);
           not_finite += *value * Scalar(0);
         }
         dots_[map][row] = dot;
         not_finite += dot * Scalar(0);
         if (map == 1) grad.second_dots(rows.head)[rows.first + row] = dot;
+      }
+      if (one_noise_) {
+        minus_lambda_[row] = -in.lambda(rows.first + row, rows.head);
+        not_finite += minus_lambda_[row] * dots_[kMaps - 1][row] * Scalar(0);
       }
     }
     return not_finite == Scalar(0);
@@ -182,23 +206,24 @@ class BackwardBlock {
   /// Turns the weights and dA of a chunk into dS and A.
   void differentiate(Index rows, Index chunk, const KeyRange& columns) {
     for (Index row = 0; row < rows; ++row) {
-      const Index value = row / kRows * kPaddedRows + row % kRows;
-      simd::Packet<Scalar> factor[kMaps], dot[kMaps];
+      const Index value = row / kRows * kPaddedRows + row % kRows, from = row * kChunk, to = row * kStride;
+      MapRow<Scalar, kMaps> of_row;
+      Scalar* ds[kMaps];
       for (Index map = 0; map < kMaps; ++map) {
-        factor[map] = simd::broadcast(chunk_factor_[slot(chunk, map) + value]);
-        dot[map] = simd::broadcast(dots_[map][row]);
+        of_row.weights[map] = panel(chunk, map) + from;
+        of_row.factor[map] = chunk_factor_[slot(chunk, map) + value];
+        of_row.dot[map] = dots_[map][row];
+        ds[map] = step(map) + to;
       }
-      const Index from = row * kChunk, to = row * kStride;
-      for (Index c = columns.begin; c < columns.end; c += kLanes) {
-        const auto da = simd::load(panel(chunk, kMaps) + from + c);
-        auto sum = simd::broadcast(Scalar(0));
-        for (Index map = 0; map < kMaps; ++map) {
-          const auto p = simd::mul(simd::load(panel(chunk, map) + from + c), factor[map]);
-          sum = map == 0 ? p : simd::add(sum, p);
-          simd::store(step(map) + to + c, simd::mul(p, simd::sub(da, dot[map])));
+      of_row.da = panel(chunk, kMaps) + from;
+      if constexpr (kMaps == 2) {
+        if (one_noise_) {
+          differentiate_row_of_group(ds, step(kMaps) + to, shared_ + chunk * panel_rows_ * kChunk + from, of_row,
+                                     minus_lambda_[row], first_, last_, columns);
+          continue;
         }
-        simd::store(step(kMaps) + to + c, sum);
       }
+      differentiate_row(ds, step(kMaps) + to, of_row, columns);
     }
   }
 
@@ -208,9 +233,9 @@ class BackwardBlock {
   void add_gradients(const Head& head, const Sums& sums, const RowRange<Mask>& rows, const BlockChunk& chunk,
                      const KeyRange& columns) {
     add_transposed(sums.dv, kMaps, copies_.dout_columns, head.dv, sums.padded_keys, rows, chunk, columns);
-    for (Index map = 0; map < kMaps; ++map) {
+    for (Index map = 0; map < maps_to_add(); ++map) {
       add_transposed(sums.dk[map], map, copies_.q_columns[map], head.d, sums.padded_keys, rows, chunk, columns);
-      add_query_gradients(head, map, rows, chunk, columns);
+      add_query_gradients(dq_[map], step(map), kStride, head, map, rows, chunk, columns);
     }
   }
 
@@ -232,69 +257,40 @@ class BackwardBlock {
     }
   }
 
-  /// dQ / s += dS K for one map and chunk, group by group.
-  template <typename Mask>
-  void add_query_gradients(const Head& head, Index map, const RowRange<Mask>& rows, const BlockChunk& chunk,
-                           const KeyRange& columns) {
-    const Index groups = divide_up(rows.count, kRows), strip = head.n_k * kCols;
-    const Scalar* const next = chunk.last ? nullptr : head.key_columns[map] + (chunk.first_key + kChunk) * kCols;
-    for (Index g = 0; g < groups; ++g) {
-      const ChunkAhead<Scalar> ahead{next, g, groups};
-      const RowRange<Mask> group = rows.rows(g * kRows, kRows);
-      const auto [begin, end] = group_columns<Scalar>(group.keys_of_any(), chunk.first_key, columns);
-      add_products(dq_[map] + g * group_size(head.d), kRows * kCols,
-                   {step(map) + g * kRows * kStride + begin, kStride, 1},
-                   head.key_columns[map] + (chunk.first_key + begin) * kCols, strip, group.count, head.d,
-                   std::min(end, head.n_k - chunk.first_key) - begin, ahead.of_chunk(0, kChunk * kCols), strip, {});
-    }
-  }
-
   /// The same where something is not finite: a weight of 0 does not keep a NaN or Inf out, so only visible pairs meet.
   template <typename Mask>
   void add_visible_gradients(const Head& head, const Sums& sums, const RowRange<Mask>& rows, Index first_key,
                              const KeyRange& columns) {
-    const auto add_row = [](Scalar* to, Index to_strip, Scalar factor, const Scalar* from, Index from_strip,
-                            Index width) {
-      for (Index c = 0; c < width; ++c) {
-        to[c / kCols * to_strip + c % kCols] += factor * from[c / kCols * from_strip + c % kCols];
-      }
-    };
     const Index dk_strip = sums.padded_keys * kCols;
     for_each_visible(rows, first_key, columns, [&](Index r, Index k) {
       const Index key = (first_key + k) * kCols, at = r * kStride + k;
-      add_row(sums.dv + key, dk_strip, step(kMaps)[at], copies_.dout_columns + r * kCols, rows.count * kCols, head.dv);
-      for (Index map = 0; map < kMaps; ++map) {
+      add_packed_row(sums.dv + key, dk_strip, step(kMaps)[at], copies_.dout_columns + r * kCols, rows.count * kCols,
+                     head.dv);
+      for (Index map = 0; map < maps_to_add(); ++map) {
         const Scalar ds = step(map)[at];
-        add_row(sums.dk[map] + key, dk_strip, ds, copies_.q_columns[map] + r * kCols, rows.count * kCols, head.d);
-        add_row(dq_[map] + r / kRows * group_size(head.d) + r % kRows * kCols, kRows * kCols, ds,
-                head.key_columns[map] + key, head.n_k * kCols, head.d);
+        add_packed_row(sums.dk[map] + key, dk_strip, ds, copies_.q_columns[map] + r * kCols, rows.count * kCols,
+                       head.d);
+        add_packed_row(dq_[map] + r / kRows * group_size(head.d) + r % kRows * kCols, kRows * kCols, ds,
+                       head.key_columns[map] + key, head.n_k * kCols, head.d);
       }
     });
   }
 
-  /// dQ = s · what has been added up.
-  template <typename Mask>
-  void write_queries(const Operands& in, const Gradients& grad, const RowRange<Mask>& rows) {
-    Scalar scales[kRows];
-    std::fill(scales, scales + kRows, in.scale);
-    for (Index map = 0; map < kMaps; ++map) {
-      const StridedView<Scalar> to = grad.queries(map, rows.head).middle_rows(rows.first, rows.count);
-      for (Index g = 0; g < divide_up(rows.count, kRows); ++g) {
-        const Index present = std::min(kRows, rows.count - g * kRows);
-        write_rows(to.middle_rows(g * kRows, present), dq_[map] + g * group_size(in.d), scales);
-      }
-    }
-  }
-
+  bool one_noise_;                   // whether heads that share the queries of their second map share the map
+  bool first_ = true, last_ = true;  // of these heads is at hand
+  bool finite_ = false;              // all of them so far
   Index panel_rows_;
   CopiedRows<Scalar, kMaps> copies_;
+  Scalar* biases_;        // [kRows][kChunk], of a group and chunk
   Scalar* panel_;         // [chunk][panel][panel_rows_][kChunk]
+  Scalar* shared_;        // [chunk][panel_rows_][kChunk]: Σ −λ·(dA − D_2) of the heads so far
   Scalar* step_;          // [panel][panel_rows_][kStride]
   Scalar* chunk_factor_;  // [chunk][map][group][kPaddedRows]: what weights are relative to, then their factor
   Scalar* chunk_dot_;     // the same of Σ weight · dA
   Scalar* dq_[kMaps];     // [group][strip of d][kRows][kCols]: dQ / s
   RowSoftmax<Scalar>* softmax_[kMaps];   // [group]
   Scalar dots_[kMaps][kGroups * kRows];  // D_m
+  Scalar minus_lambda_[kGroups * kRows];
 };
 
 }  // namespace diffattn::inline v0_1::detail

@@ -19,10 +19,11 @@ struct HeadGradients : HeadLayout {
   StridedView<Scalar> of_q[kMaps];
   StridedView<Scalar> of_k[kMaps];
   StridedView<Scalar> of_v;
-  Scalar* d2 = nullptr;  // [head][query]: D of the second map (dλ = −D); one map has none
+  StridedView<Scalar> of_bias;  // the table of a learned bias; no data: its gradient is not wanted
+  Scalar* d2 = nullptr;         // [head][query]: D of the second map (dλ = −D); one map has none
 
   StridedView<const Scalar> result(Index head) const { return value_head(dout, head); }
-  StridedView<Scalar> queries(Index map, Index head) const { return query_head(of_q[map], head); }
+  StridedView<Scalar> queries(Index map, Index head) const { return query_head(of_q, map, head); }
   StridedView<Scalar> keys(Index map, Index kv_head) const { return key_head(of_k[map], kv_head); }
   StridedView<Scalar> values(Index kv_head) const { return value_head(of_v, kv_head); }
   Scalar* second_dots(Index head) const { return d2 + head * dout.rows; }

@@ -12,6 +12,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/backward/backward_block.hpp"
 #include "diffattn/kernels/detail/backward/backward_packing.hpp"
+#include "diffattn/kernels/detail/backward/bias_gradient.hpp"
 #include "diffattn/kernels/detail/backward/block_parts.hpp"
 #include "diffattn/kernels/detail/backward/gradient_sums.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
@@ -26,6 +27,7 @@ void write_zero_gradients(const HeadGradients<Scalar, kMaps>& grad) {
     write_constant(grad.of_k[map], Scalar(0));
   }
   write_constant(grad.of_v, Scalar(0));
+  write_constant(grad.of_bias, Scalar(0));
   if (kMaps == 2) std::fill_n(grad.d2, grad.heads.num_heads * grad.dout.rows, Scalar(0));
 }
 
@@ -43,10 +45,13 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
   const Index slots = std::min(wave * parts.count(), workers);  // tasks at a time, each with sums of its own
   BackwardPacking<Scalar, kMaps> packing(in, keys_of_any_query(mask, n_q, n_k), wave, workspace);
   const GradientSums<Scalar, kMaps> sums(in, grad, slots, workspace);
+  const BiasGradientSums<Scalar> bias_sums(grad.of_bias, in.heads_per_kv_head(), slots, workspace);
   auto* const scratch = workspace.take<Block>(workers);
   const Index most_keys = parts.most_keys();
+  // A learned bias has a gradient from each head by itself.
+  const Index heads_of_noise = bias_sums.wanted() ? 1 : heads_with_one_noise_map(in, mask, n_q);
   for (Index worker = 0; worker < workers; ++worker) {
-    new (scratch + worker) Block(workspace, packing.shape(), n_q, most_keys);
+    new (scratch + worker) Block(workspace, packing.shape(), n_q, most_keys, HasBias<Mask>, heads_of_noise);
   }
 
   for (Index first_head = 0; first_head < kv_heads; first_head += wave) {
@@ -59,9 +64,10 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
         const Index i = (first_task + slot) % present;
         const BlockPart& part = parts[(first_task + slot) / present];
         sums.clear(slot, part.keys);
+        bias_sums.clear(slot);
         for (Index b = part.begin; b < part.end; ++b) {
           const auto rows = parts.rows_of((first_head + i) * in.heads_per_kv_head(), b);
-          scratch[worker].run(in, grad, packing[i], sums[slot], rows);
+          scratch[worker].run(in, grad, packing[i], sums[slot], bias_sums[slot], rows);
         }
       });
       const Index pieces = divide_up(n_k, kPieceKeys);
@@ -72,6 +78,9 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
           sums.write(slot, first_head + task % present, row, count, parts[task / present].keys, task >= present);
         }
       });
+      for (Index task = first_task; task < first_task + tasks; ++task) {
+        bias_sums.write(task - first_task, first_head + task % present, task >= present);
+      }
     }
   }
 }

@@ -1,7 +1,7 @@
 #pragma once
 
 // The row blocks of one key head, split into parts of about equal work: each part is a task that walks its blocks in
-// order and adds to sums of its own.
+// order and adds to sums of its own. A block is that of one query head, or of all that share their second map.
 
 #include <algorithm>
 
@@ -40,9 +40,15 @@ template <typename Mask>
 class BlockParts {
  public:
   BlockParts(const HeadLayout& layout, const Mask& mask, Index n_q, Index n_k, Index block_rows, Workspace& workspace)
-      : mask_(mask), n_q_(n_q), n_k_(n_k), block_rows_(block_rows), blocks_(divide_up(n_q, block_rows)) {
-    const Index all = layout.heads_per_kv_head() * blocks_;
-    count_ = std::clamp<Index>(all / kLeastBlocks, 1, divide_up(kMostParts, layout.heads.num_kv_heads));
+      : mask_(mask),
+        n_q_(n_q),
+        n_k_(n_k),
+        heads_of_block_(layout.noise_sharers),
+        block_rows_(block_rows),
+        blocks_(divide_up(n_q, block_rows)) {
+    const Index all = layout.heads_per_kv_head() / heads_of_block_ * blocks_;
+    count_ = std::clamp<Index>(std::min(all, all * heads_of_block_ / kLeastBlocks), 1,
+                               divide_up(kMostParts, layout.heads.num_kv_heads));
     parts_ = workspace.take<BlockPart>(count_);
     split_blocks(parts_, count_, all, [&](Index b) { return rows(0, b % blocks_).keys_of_any(); });
   }
@@ -61,12 +67,15 @@ class BlockParts {
     return most;
   }
 
-  /// The rows of block `b` of a part, where first_head is the first query head that reads its key head.
-  RowRange<Mask> rows_of(Index first_head, Index b) const { return rows(first_head + b / blocks_, b % blocks_); }
+  /// The rows of block `b` of a part, where first_head is the first query head that reads its key head; of the first
+  /// head of the block, if it has several.
+  RowRange<Mask> rows_of(Index first_head, Index b) const {
+    return rows(first_head + b / blocks_ * heads_of_block_, b % blocks_);
+  }
 
  private:
   static constexpr Index kMostParts = 8;    // of a call with one key head
-  static constexpr Index kLeastBlocks = 8;  // that make a part worth its sums
+  static constexpr Index kLeastBlocks = 8;  // of one head, that make a part worth its sums
 
   RowRange<Mask> rows(Index head, Index block) const {
     const Index first = block * block_rows_;
@@ -76,6 +85,7 @@ class BlockParts {
   const Mask& mask_;
   Index n_q_;
   Index n_k_;
+  Index heads_of_block_;
   Index block_rows_;
   Index blocks_;  // of one query head
   Index count_;

@@ -27,14 +27,15 @@ struct CopiedRows {
     }
   }
 
-  /// Copies `rows`, queries multiplied by `scale` where they are to meet keys. Returns whether all are finite.
+  /// Copies `rows`, queries of the first `maps` maps multiplied by `scale` where they are to meet keys. Returns whether
+  /// all are finite.
   template <typename Mask>
   bool copy(const HeadOperands<Scalar, kMaps>& in, const HeadGradients<Scalar, kMaps>& grad, const RowRange<Mask>& rows,
-            Scalar scale) {
+            Index maps, Scalar scale) {
     const StridedView<const Scalar> dout = grad.result(rows.head).middle_rows(rows.first, rows.count);
     copy_rows(dout_rows, dout, Scalar(1));
     bool finite = pack_columns(dout_columns, rows.count, dout);
-    for (Index map = 0; map < kMaps; ++map) {
+    for (Index map = 0; map < maps; ++map) {
       const StridedView<const Scalar> q = in.queries(map, rows.head).middle_rows(rows.first, rows.count);
       copy_rows(q_rows[map], q, scale);
       finite &= pack_columns(q_columns[map], rows.count, q);

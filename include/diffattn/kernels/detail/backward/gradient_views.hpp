@@ -11,7 +11,7 @@ namespace diffattn::inline v0_1::detail {
 /// The shapes of the gradients of a call.
 struct GradientShapes {
   explicit GradientShapes(const CallSizes& sizes)
-      : q_cols(sizes.heads.num_heads * sizes.query_maps * sizes.d),
+      : q_cols(sizes.heads.query_heads(sizes.query_maps) * sizes.d),
         k_cols(sizes.heads.num_kv_heads * sizes.key_maps * sizes.d),
         v_cols(sizes.heads.num_kv_heads * sizes.dv) {}
   Index q_cols, k_cols, v_cols;
@@ -38,8 +38,8 @@ void resize_gradients(Gradients& to, const CallSizes& sizes) {
   to.dv.resize(sizes.n_k, shapes.v_cols);
 }
 
-template <typename Scalar>
-AttentionGradientViews<Scalar> gradient_views(const char* /*where*/, AttentionGradients<Scalar>& to,
+template <typename Scalar, bool kBias>
+AttentionGradientViews<Scalar> gradient_views(const char* /*where*/, AttentionGradients<Scalar, kBias>& to,
                                               const CallSizes& sizes) {
   resize_gradients(to, sizes);
   return {to.dq, to.dk, to.dv};
@@ -52,9 +52,9 @@ AttentionGradientViews<Scalar> gradient_views(const char* where, const Attention
   return to;
 }
 
-template <typename Lambda, typename Scalar>
+template <typename Lambda, typename Scalar, bool kBias>
 DiffAttentionGradientViews<Scalar> gradient_views(const char* /*where*/,
-                                                  MultiheadDiffAttentionGradients<Scalar, Lambda>& to,
+                                                  MultiheadDiffAttentionGradients<Scalar, Lambda, kBias>& to,
                                                   const CallSizes& sizes) {
   resize_gradients(to, sizes);
   if constexpr (!is_scalar_lambda<Lambda>) to.dlambda.resize(sizes.n_q, sizes.heads.num_heads);
@@ -72,8 +72,9 @@ DiffAttentionGradientViews<Scalar> gradient_views(const char* where, const DiffA
 }
 
 /// Of one differential head, each map by itself; dλ apart.
-template <typename Scalar, typename Lambda>
-void set_gradients(HeadGradients<Scalar, 2>& grad, DiffAttentionGradients<Scalar, Lambda>& to, const CallSizes& sizes) {
+template <typename Scalar, typename Lambda, bool kBias>
+void set_gradients(HeadGradients<Scalar, 2>& grad, DiffAttentionGradients<Scalar, Lambda, kBias>& to,
+                   const CallSizes& sizes) {
   Matrix<Scalar>* const dq[] = {&to.dq1, &to.dq2};
   Matrix<Scalar>* const dk[] = {&to.dk1, &to.dk2};
   for (Index map = 0; map < 2; ++map) {
@@ -87,13 +88,38 @@ void set_gradients(HeadGradients<Scalar, 2>& grad, DiffAttentionGradients<Scalar
 }
 
 /// 1 x 1 for a λ that is one number.
-template <typename Scalar, typename Lambda>
-StridedView<Scalar> resized_lambda_gradient(DiffAttentionGradients<Scalar, Lambda>& to, const CallSizes& sizes) {
+template <typename Scalar, typename Lambda, bool kBias>
+StridedView<Scalar> resized_lambda_gradient(DiffAttentionGradients<Scalar, Lambda, kBias>& to, const CallSizes& sizes) {
   if constexpr (is_scalar_lambda<Lambda>) {
     return {&to.dlambda, 1, 1, 1, 1};
   } else {
     to.dlambda.resize(sizes.n_q);
     return writable_view_of(to.dlambda);
+  }
+}
+
+/// Where the gradient of a mask's learned bias goes; no data where it is not wanted. Throws std::invalid_argument if it
+/// is and the mask has none, ShapeError if it has not the shape of the table.
+template <typename Scalar, typename Gradients, typename Mask>
+StridedView<Scalar> bias_gradient_view(const char* where, Gradients& to, const Mask& mask) {
+  constexpr bool kMatrix = requires { to.dbias.resize(1, 1); };
+  static_assert(count_learned_biases<Mask>() < 2,
+                "diffattn: the mask has two learned biases; only one of them can have a gradient");
+  if constexpr (kMatrix) {
+    static_assert(HasLearnedBias<Mask>, "diffattn: dbias is the gradient of a learned bias, and the mask has none");
+    to.dbias.resize(mask.learned_bias().table_rows(), mask.learned_bias().table_cols());
+    return writable_view_of(to.dbias);
+  } else if constexpr (requires { to.dbias; }) {
+    if (!to.dbias) return {};
+    if constexpr (HasLearnedBias<Mask>) {
+      check_operand(where, operand("dbias", *to.dbias), mask.learned_bias().table_rows(),
+                    mask.learned_bias().table_cols());
+      return *to.dbias;
+    } else {
+      throw_invalid({where, ": dbias is the gradient of a learned bias, and the mask has none"});
+    }
+  } else {
+    return {};
   }
 }
 

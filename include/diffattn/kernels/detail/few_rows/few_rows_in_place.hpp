@@ -15,6 +15,7 @@ struct InPlaceSource {
   static constexpr Index kLanes = simd::kLanes<Scalar>;
 
   static Index heads_of_task(Index heads, Index /*maps*/) { return heads; }
+  static Index room() { return 0; }
 
   /// Whether the rows of a key head are few enough, and keys and values contiguous.
   static bool suits(const HeadOperands<Scalar, kMaps>& in) {
@@ -35,7 +36,7 @@ struct InPlaceSource {
         for (Index head = heads.begin; head < heads.end; ++head) {
           for (Index map = 0; map < kMaps; ++map) {
             const Scalar* const k = &s.in.keys(map, head)(s.first_key(chunk) + c + i, 0);
-            for (Index row = 0; row < s.rows; ++row, to += kLanes) {
+            for (Index row = 0; row < s.rows_of(map); ++row, to += kLanes) {
               *to = dot(s.q(head, map) + row * s.in.d, k, s.in.d);
             }
             prefetch(k + s.in.k[map].row_stride, s.in.d);
@@ -44,7 +45,7 @@ struct InPlaceSource {
       }
       const Scalar* from = tile;
       for (Index head = heads.begin; head < heads.end; ++head) {
-        for (Index row = 0; row < kMaps * s.rows; ++row, from += kLanes) {
+        for (Index row = 0; row < s.all_rows; ++row, from += kLanes) {
           std::copy_n(from, present, s.weights(chunk, head, 0, row) + c);
         }
       }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <limits>
 #include <type_traits>
 
 #include "diffattn/kernels/detail/blocking.hpp"
@@ -15,17 +16,38 @@
 
 namespace diffattn::inline v0_1::detail {
 
+/// A strip in one piece: where row k is, and how far the rows follow each other from there.
+template <typename Storage, Index kCols>
+struct WholeStrip {
+  const Storage* data;
+
+  const Storage* row(Index k) const { return data + k * kCols; }
+  static Index end_of_piece(Index /*k*/) { return std::numeric_limits<Index>::max(); }
+};
+
+/// A strip of values that lies in several pages: its row k is that of key `first` + k, counted from the pages' origin.
+template <typename Storage, Index kCols>
+struct PagedStrip {
+  const KeyValuePages<Storage>* pages;
+  Index head;
+  Index first;
+  Index column;  // of the values, the first of the strip
+
+  const Storage* row(Index k) const { return pages->value_row(first + k, head) + column * pages->shape.page_size; }
+  Index end_of_piece(Index k) const { return k + pages->shape.page_size - pages->row_of(first + k); }
+};
+
 /// A strip of keys or values, the rows that meet it, and where the products go.
-template <typename Scalar, typename Storage>
+template <typename Scalar, typename Strip>
 struct StripProduct {
   Scalar* to;
   const Scalar* a;
-  const Storage* strip;
+  Strip strip;
 };
 
-/// to(r, c) = Σ_k a[r·a_stride + k] · strip[k·kCols + c] for kHeight rows of each product, all at once.
-template <Index kHeight, std::size_t kCount, typename Scalar, typename Storage>
-void multiply_strips(const std::array<StripProduct<Scalar, Storage>, kCount>& products, Index to_stride, Index a_stride,
+/// to(r, c) = Σ_k a[r·a_stride + k] · strip.row(k)[c] for kHeight rows of each product, all at once.
+template <Index kHeight, std::size_t kCount, typename Scalar, typename Strip>
+void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& products, Index to_stride, Index a_stride,
                      Index depth) {
   constexpr Index kLanes = Tile<Scalar>::kLanes, kCols = Tile<Scalar>::kCols;
   simd::Packet<Scalar> sums[kCount][kHeight][2];
@@ -33,16 +55,22 @@ void multiply_strips(const std::array<StripProduct<Scalar, Storage>, kCount>& pr
     for (auto& product : sums) {
       for (auto& row : product) row[0] = row[1] = simd::broadcast(Scalar(0));
     }
-    for (Index k = begin; k < std::min(begin + kScoreChain, depth); ++k) {
+    const Index end = std::min(begin + kScoreChain, depth);
+    for (Index piece = begin, piece_end = begin; piece < end; piece = piece_end) {
+      piece_end = std::min(end, products[0].strip.end_of_piece(piece));  // all strips end where the first does
+      decltype(products[0].strip.row(0)) rows[kCount];
+      for (std::size_t i = 0; i < kCount; ++i) rows[i] = products[i].strip.row(piece);
+      for (Index k = piece; k < piece_end; ++k) {
 #pragma GCC unroll 4
-      for (std::size_t i = 0; i < kCount; ++i) {
-        const Storage* const strip = products[i].strip + k * kCols;
-        const simd::Packet<Scalar> right[2] = {simd::load_as<Scalar>(strip), simd::load_as<Scalar>(strip + kLanes)};
+        for (std::size_t i = 0; i < kCount; ++i) {
+          const auto* const strip = rows[i] + (k - piece) * kCols;
+          const simd::Packet<Scalar> right[2] = {simd::load_as<Scalar>(strip), simd::load_as<Scalar>(strip + kLanes)};
 #pragma GCC unroll 4
-        for (Index r = 0; r < kHeight; ++r) {
-          const auto left = simd::broadcast(products[i].a[r * a_stride + k]);
-          sums[i][r][0] = simd::fma(left, right[0], sums[i][r][0]);
-          sums[i][r][1] = simd::fma(left, right[1], sums[i][r][1]);
+          for (Index r = 0; r < kHeight; ++r) {
+            const auto left = simd::broadcast(products[i].a[r * a_stride + k]);
+            sums[i][r][0] = simd::fma(left, right[0], sums[i][r][0]);
+            sums[i][r][1] = simd::fma(left, right[1], sums[i][r][1]);
+          }
         }
       }
     }
@@ -60,14 +88,14 @@ void multiply_strips(const std::array<StripProduct<Scalar, Storage>, kCount>& pr
 }
 
 /// The same for any number of rows, as many products together as the registers hold sums of.
-template <std::size_t kCount, typename Scalar, typename Storage>
-void multiply_strips(const std::array<StripProduct<Scalar, Storage>, kCount>& products, Index to_stride, Index a_stride,
+template <std::size_t kCount, typename Scalar, typename Strip>
+void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& products, Index to_stride, Index a_stride,
                      Index depth, Index rows) {
   Index row = 0;
   const auto take = [&]<Index kHeight>(std::integral_constant<Index, kHeight>) {
     constexpr std::size_t kTogether = std::min<std::size_t>(kCount, std::max(simd::kRegisters / 4 / kHeight, Index(1)));
     for (std::size_t first = 0; first < kCount; first += kTogether) {
-      std::array<StripProduct<Scalar, Storage>, kTogether> some;
+      std::array<StripProduct<Scalar, Strip>, kTogether> some;
       for (std::size_t i = 0; i < kTogether; ++i) {
         const auto& [to, a, strip] = products[first + i];
         some[i] = {to + row * to_stride, a + row * a_stride, strip};
@@ -95,41 +123,58 @@ void multiply_streams(Index count, Index to_stride, Index a_stride, Index depth,
   }
 }
 
-/// Keys and values in the pages of a cache, a page for each chunk.
+/// Keys and values in the pages of a cache.
 template <typename Storage>
 struct PackedSource {
   const KeyValuePages<Storage>& pages;
 
   /// As many heads as make kStreams streams, each map of each head being one.
   static Index heads_of_task(Index /*heads*/, Index maps) { return kStreams / maps; }
+  /// Keys that scratch is taken for, where there are fewer.
+  Index room() const { return pages.room(kChunk); }
 
   template <typename Scalar, Index kMaps, typename Mask>
   void score(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
+    using Strip = WholeStrip<Storage, FewRowsState<Scalar, kMaps, Mask>::kCols>;
     const KeyRange columns = s.strips_of_any(chunk);
     const Index strips = (columns.end - columns.begin) / s.kCols, maps = pages.shape.key_maps;
-    // Maps that share their keys meet each strip together.
-    const Index rows = maps == kMaps ? s.rows : kMaps * s.rows, count = (heads.end - heads.begin) * maps * strips;
-    multiply_streams(count, s.kWeightStride, s.in.d, s.in.d, rows, [&](Index i) {
-      const Index head = heads.begin + i / strips / maps, map = i / strips % maps;
-      const Index column = columns.begin + i % strips * s.kCols;
-      return StripProduct<Scalar, Storage>{s.weights(chunk, head, map, 0) + column, s.q(head, map),
-                                           pages.keys(s.first + chunk, head, map) + column * s.in.d};
-    });
+    const auto multiply = [&](Index first_map, Index count_maps, Index rows) {
+      const Index count = (heads.end - heads.begin) * count_maps * strips;
+      multiply_streams(count, s.kWeightStride, s.in.d, s.in.d, rows, [&](Index i) {
+        const Index head = heads.begin + i / strips / count_maps, map = first_map + i / strips % count_maps;
+        const Index column = columns.begin + i % strips * s.kCols;
+        return StripProduct<Scalar, Strip>{s.weights(chunk, head, map, 0) + column,
+                                           s.q(head, map),
+                                           {pages.key_strip(s.first_key(chunk) + column, head, map)}};
+      });
+    };
+    // Maps that share their keys meet each strip together; maps of another number of rows each by themselves.
+    if (maps == 1) return multiply(0, 1, s.all_rows);
+    if (s.rows_of(kMaps - 1) == s.rows) return multiply(0, kMaps, s.rows);
+    for (Index map = 0; map < kMaps; ++map) multiply(map, 1, s.rows_of(map));
   }
 
   template <typename Scalar, Index kMaps, typename Mask>
   void add_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
-    const Index strips = s.width / s.kCols, count = (heads.end - heads.begin) * strips;
+    constexpr Index kCols = FewRowsState<Scalar, kMaps, Mask>::kCols;
+    const bool in_one_page = pages.shape.page_size >= kChunk;
     const auto add = [&](Index row, Index rows, const KeyRange& seen) {
-      multiply_streams(count, s.width, s.kWeightStride, seen.end - seen.begin, rows, [&](Index i) {
-        const Index head = heads.begin + i / strips, column = i % strips * s.kCols;
-        return StripProduct<Scalar, Storage>{
-            s.sums(chunk, head, row) + column, s.weights(chunk, head, 0, row) + seen.begin,
-            pages.values(s.first + chunk, head) + column * kPageKeys + seen.begin * s.kCols};
-      });
+      if (in_one_page) {
+        using Strip = WholeStrip<Storage, kCols>;
+        multiply_values<Strip>(s, chunk, heads, row, rows, seen, [&](Index head, Index column) {
+          return Strip{pages.value_row(s.first_key(chunk), head) + column * pages.shape.page_size + seen.begin * kCols};
+        });
+      } else {
+        using Strip = PagedStrip<Storage, kCols>;
+        multiply_values<Strip>(s, chunk, heads, row, rows, seen, [&](Index head, Index column) {
+          return Strip{&pages, head, s.first_key(chunk) + seen.begin, column};
+        });
+      }
     };
     bool finite = true;
-    for (Index head = heads.begin; head < heads.end; ++head) finite &= pages.finite_values(s.first + chunk, head);
+    for (Index head = heads.begin; head < heads.end; ++head) {
+      finite &= pages.finite_values_of(s.first_key(chunk), kChunk, head);
+    }
     if (finite) return add(0, s.rows, s.columns_of_any(chunk));
     // A weight of 0 does not keep a NaN or Inf out: a row touches only what it sees.
     if constexpr (HasBias<Mask>) {
@@ -140,6 +185,18 @@ struct PackedSource {
   }
 
  private:
+  /// Adds the values that some rows of each head see, the strip of each from strip_of(head, column).
+  template <typename Strip, typename Scalar, Index kMaps, typename Mask, typename StripOf>
+  static void multiply_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads, Index row,
+                              Index rows, const KeyRange& seen, const StripOf& strip_of) {
+    const Index strips = s.width / s.kCols, count = (heads.end - heads.begin) * strips;
+    multiply_streams(count, s.width, s.kWeightStride, seen.end - seen.begin, rows, [&](Index i) {
+      const Index head = heads.begin + i / strips, column = i % strips * s.kCols;
+      return StripProduct<Scalar, Strip>{s.sums(chunk, head, row) + column, s.weights(chunk, head, 0, row) + seen.begin,
+                                         strip_of(head, column)};
+    });
+  }
+
   /// The sums of one head, pair by pair: a bias may hide any key.
   template <typename Scalar, Index kMaps, typename Mask>
   void add_visible_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, Index head) const {
@@ -148,9 +205,10 @@ struct PackedSource {
       for_each_visible(s.queries_of(s.query_head(head, first)), s.first_key(chunk), {0, kChunk}, [&](Index r, Index c) {
         const Scalar weight = s.weights(chunk, head, 0, first + r)[c];
         Scalar* const sums = s.sums(chunk, head, first + r);
-        const Storage* const values = pages.values(s.first + chunk, head) + c * s.kCols;
+        const Storage* const values = pages.value_row(s.first_key(chunk) + c, head);
         for (Index col = 0; col < s.width; ++col) {
-          sums[col] += weight * static_cast<Scalar>(values[col / s.kCols * kPageKeys * s.kCols + col % s.kCols]);
+          sums[col] +=
+              weight * static_cast<Scalar>(values[col / s.kCols * pages.shape.page_size * s.kCols + col % s.kCols]);
         }
       });
     }

@@ -17,7 +17,7 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// One query head of such a problem.
+/// One query head of such a problem, or all that share their second map.
 template <typename Scalar, Index kMaps, typename Mask>
 class SmallProblem {
   static constexpr Index kLanes = simd::kLanes<Scalar>;
@@ -43,11 +43,19 @@ class SmallProblem {
 
   template <Executor E>
   static void run(const Operands& in, const Mask& mask, E& executor) {
-    const auto run_head = [&](Index head) { SmallProblem(in, mask, head).run(); };
+    const Index together = heads_with_one_noise_map(in, mask, in.n_q());
+    const auto run_heads = [&](Index head) {
+      SmallProblem problem(in, mask, head);
+      for (Index i = 0; i < together; ++i) {
+        problem.rows_.head = head + i;
+        problem.run(i == 0 ? kMaps : 1);
+      }
+    };
     if (in.n_q() * in.n_k() > kTinyPairs) {
-      return executor.run(in.heads.num_heads, [&](Index head, Index /*worker*/) { run_head(head); });
+      return executor.run(in.heads.num_heads / together,
+                          [&](Index task, Index /*worker*/) { run_heads(task * together); });
     }
-    for (Index head = 0; head < in.heads.num_heads; ++head) run_head(head);
+    for (Index head = 0; head < in.heads.num_heads; head += together) run_heads(head);
   }
 
  private:
@@ -60,10 +68,11 @@ class SmallProblem {
 
   Scalar* weights(Index map, Index row) { return weights_[map] + row * width_; }
 
-  /// Step by step for all rows, so that none waits for what it has just stored.
-  void run() {
-    for (Index map = 0; map < kMaps; ++map) set_scores(map);
-    for (Index map = 0; map < kMaps; ++map) set_weights(map);
+  /// Step by step for all rows, so that none waits for what it has just stored. maps: 1 where the weights of the second
+  /// are there already.
+  void run(Index maps) {
+    for (Index map = 0; map < maps; ++map) set_scores(map);
+    for (Index map = 0; map < maps; ++map) set_weights(map);
     if constexpr (kMaps == 2) {
       const Index width = width_;
       for (Index row = 0; row < rows_.count; ++row) {

@@ -1,7 +1,8 @@
 #pragma once
 
-// The row blocks of one call as tasks: every block of query rows of every query head is one. No two tasks write the
-// same value and none adds to another's, so the result does not depend on who runs them.
+// The row blocks of one call as tasks: every block of query rows of every query head is one, or of all query heads that
+// share a map of noise. No two tasks write the same value and none adds to another's, so the result does not depend on
+// who runs them.
 
 #include <algorithm>
 #include <new>
@@ -25,11 +26,12 @@ class BlockTasks {
       : in_(in),
         mask_(mask),
         n_k_(n_k),
+        heads_of_task_(heads_with_one_noise_map(in, mask, in.n_q())),
         blocks_(divide_up(in.n_q(), kBlockRows)),
         scale_(split_scale<Mask>(in.scale)) {}
 
   /// Tasks of one key head: the blocks of its sharers.
-  Index of_key_head() const { return in_.heads_per_kv_head() * blocks_; }
+  Index of_key_head() const { return in_.heads_per_kv_head() / heads_of_task_ * blocks_; }
 
   /// The most keys that a block sees, counted from the start of the chunk that the first is in.
   Index most_keys() const {
@@ -55,8 +57,9 @@ class BlockTasks {
     executor.run(count * of_key_head(), [&](Index task, Index worker) {
       // Head by head, so that packed keys stay in cache; within one, the last rows, which see most under a causal mask,
       // go first, so that short tasks are left for the end.
-      const Index head = first * in_.heads_per_kv_head() + task / blocks_, block = blocks_ - 1 - task % blocks_;
-      scratch_[worker].run(in_, packed[task / of_key_head()], rows(head, block), scale_);
+      const Index head = first * in_.heads_per_kv_head() + task / blocks_ * heads_of_task_;
+      const Index block = blocks_ - 1 - task % blocks_;
+      scratch_[worker].run(in_, packed[task / of_key_head()], rows(head, block), heads_of_task_, scale_);
     });
   }
 
@@ -69,6 +72,7 @@ class BlockTasks {
   const Operands& in_;
   const Mask& mask_;
   Index n_k_;
+  Index heads_of_task_;
   Index blocks_;  // of one query head
   ScoreScale<Scalar> scale_;
   Block* scratch_ = nullptr;  // of each worker

@@ -4,6 +4,9 @@
 // them in row blocks, as head_schedule.hpp has them, but with nothing left to pack.
 
 #include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <span>
 #include <type_traits>
 
 #include "diffattn/core/parallel.hpp"
@@ -12,6 +15,7 @@
 #include "diffattn/kernels/detail/forward/block_tasks.hpp"
 #include "diffattn/kernels/detail/forward/packed_heads.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
+#include "diffattn/kernels/detail/shifted_mask.hpp"
 #include "diffattn/kernels/key_value_pages.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -22,84 +26,138 @@ void widen(Scalar* to, const Storage* from, Index count) {
   for (Index i = 0; i < count; i += simd::kLanes<Scalar>) simd::store(to + i, simd::load_as<Scalar>(from + i));
 }
 
-/// The pages of one key head at a time, as row blocks read them: where they are, or widened when they are stored in a
-/// narrower type.
+/// The pages of one key head at a time, as row blocks read them, a chunk in one piece: where they are, or copied, when
+/// they are stored in a narrower type or a page is less than a chunk.
 template <typename Scalar, typename Storage, Index kMaps>
 class HeadOfPages {
   static constexpr bool kNarrow = !std::is_same_v<Scalar, Storage>;
+  static constexpr Index kCols = Tile<Scalar>::kCols;
 
  public:
   HeadOfPages(const KeyValuePages<Storage>& cache, Workspace& workspace)
       : cache_(cache),
-        count_(divide_up(cache.n_k, kPageKeys)),
+        end_(cache.lead() + cache.n_k),
+        count_(divide_up(end_, kChunk)),
         key_maps_(cache.shape.key_maps),
-        widened_size_(key_maps_ * cache.shape.keys_size() + cache.shape.values_size()),
-        pages_(workspace.take<PackedPart<Scalar>>(count_)) {
-    head_.pages = pages_;
-    head_.value_stride = kPageKeys;
-    head_.n_k = cache.n_k;
+        values_width_(round_up(cache.shape.dv, kCols)) {
+    const Index most = std::max(count_, divide_up(cache.room(std::max(cache.shape.page_size, kChunk)), kChunk));
+    chunks_ = workspace.take<PackedPart<Scalar>>(most);
+    if (copied()) copies_ = workspace.take<Scalar>(most * copy_size());
+    head_.pages = chunks_;
+    head_.value_stride = copied() ? kChunk : cache.shape.page_size;
+    head_.n_k = end_;
     head_.d = cache.shape.d;
     head_.dv = cache.shape.dv;
-    if constexpr (kNarrow) widened_ = workspace.take<Scalar>(count_ * widened_size_);
   }
 
   /// Turns to another key head.
   template <typename E>
   void select(Index head, E& executor) {
-    executor.run(count_, [&](Index page, Index /*worker*/) {
-      if constexpr (kNarrow) {
-        widen_page(page, head);
-      } else {
+    executor.run(count_, [&](Index chunk, Index /*worker*/) {
+      if (copied()) return copy_chunk(chunk, head);
+      if constexpr (!kNarrow) {
         for (Index map = 0; map < kMaps; ++map) {
-          pages_[page].keys[map] = cache_.keys(page, head, std::min(map, key_maps_ - 1));
+          chunks_[chunk].keys[map] = cache_.key_strip(chunk * kChunk, head, std::min(map, key_maps_ - 1));
         }
-        pages_[page].values = cache_.values(page, head);
+        chunks_[chunk].values = cache_.value_row(chunk * kChunk, head);
       }
     });
-    head_.finite_values = true;
-    for (Index page = 0; page < count_; ++page) head_.finite_values &= cache_.finite_values(page, head);
+    head_.finite_values = cache_.finite_values_of(0, end_, head);
   }
 
   const PackedHead<Scalar>& operator[](Index /*i*/) const { return head_; }
 
  private:
-  void widen_page(Index page, Index head) {
-    const Index keys_size = cache_.shape.keys_size();
-    Scalar* const keys = widened_ + page * widened_size_;
-    for (Index map = 0; map < kMaps; ++map) pages_[page].keys[map] = keys + std::min(map, key_maps_ - 1) * keys_size;
-    for (Index map = 0; map < key_maps_; ++map) widen(keys + map * keys_size, cache_.keys(page, head, map), keys_size);
-    Scalar* const values = keys + key_maps_ * keys_size;
-    widen(values, cache_.values(page, head), cache_.shape.values_size());
-    pages_[page].values = values;
+  bool copied() const { return kNarrow || cache_.shape.page_size < kChunk; }
+  /// Numbers in the copy of a chunk.
+  Index copy_size() const { return kChunk * (key_maps_ * cache_.shape.d + values_width_); }
+
+  void copy_chunk(Index chunk, Index head) {
+    const Index d = cache_.shape.d, page_size = cache_.shape.page_size, first = chunk * kChunk;
+    Scalar* const keys = copies_ + chunk * copy_size();
+    Scalar* const values = keys + key_maps_ * kChunk * d;
+    for (Index map = 0; map < kMaps; ++map) {
+      chunks_[chunk].keys[map] = keys + std::min(map, key_maps_ - 1) * kChunk * d;
+    }
+    chunks_[chunk].values = values;
+    const Index count = std::min(page_size, kChunk);  // of keys that are copied together
+    for (Index key = std::max(first, cache_.lead()); key < std::min(first + kChunk, end_); key += count) {
+      const Index row = key - first;
+      for (Index map = 0; map < key_maps_; ++map) {
+        widen(keys + (map * kChunk + row) * d, cache_.key_strip(key, head, map), count * d);
+      }
+      const Storage* const from = cache_.value_row(key, head);
+      for (Index column = 0; column < values_width_; column += kCols) {
+        widen(values + column * kChunk + row * kCols, from + column * page_size, count * kCols);
+      }
+    }
   }
 
   const KeyValuePages<Storage>& cache_;
-  Index count_;         // of pages
+  Index end_;           // of the keys, counted from the origin of the pages
+  Index count_;         // of chunks
   Index key_maps_;      // in the cache
-  Index widened_size_;  // of one page
-  PackedPart<Scalar>* pages_;
-  Scalar* widened_ = nullptr;
+  Index values_width_;  // whole strips
+  PackedPart<Scalar>* chunks_;
+  Scalar* copies_ = nullptr;
   PackedHead<Scalar> head_;
 };
+
+/// The operands of one query row.
+template <typename Scalar, Index kMaps>
+HeadOperands<Scalar, kMaps> row_of(HeadOperands<Scalar, kMaps> in, Index row) {
+  for (Index map = 0; map < kMaps; ++map) {
+    in.q[map] = in.q[map].middle_rows(row, 1);
+    if (in.lse[map].data != nullptr) in.lse[map] = in.lse[map].middle_rows(row, 1);
+  }
+  in.out = in.out.middle_rows(row, 1);
+  if (in.lambda.values.data != nullptr) in.lambda.values = in.lambda.values.middle_rows(row, 1);
+  return in;
+}
 
 /// Attention of all heads against a cache; `in` has no keys and values. Block: StandardBlock or DifferentialBlock.
 template <typename Block, typename Scalar, typename Storage, typename Mask, Executor E>
 void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyValuePages<Storage>& cache,
                       const Mask& mask, Workspace& workspace, E& executor) {
   if (in.n_q() == 0) return;
+  const Index n_k = cache.lead() + cache.n_k;
   if (in.n_q() <= kFewRows || cache.n_k == 0) {
     const PackedSource<Storage> source{cache};
-    return FewRows<Scalar, Block::kMaps, Mask, PackedSource<Storage>>::run(in, source, cache.n_k, mask, workspace,
-                                                                           executor);
+    return FewRows<Scalar, Block::kMaps, Mask, PackedSource<Storage>>::run(in, source, n_k, mask, workspace, executor);
   }
   const auto frame = workspace.frame();
-  BlockTasks<Block, Scalar, Mask> tasks(in, mask, cache.n_k);
+  BlockTasks<Block, Scalar, Mask> tasks(in, mask, n_k);
   HeadOfPages<Scalar, Storage, Block::kMaps> pages(cache, workspace);
-  tasks.take_scratch(pages[0], cache.n_k, workspace, executor.concurrency());
+  tasks.take_scratch(pages[0], std::max(tasks.most_keys(), cache.room(kChunk)), workspace, executor.concurrency());
   for (Index head = 0; head < in.heads.num_kv_heads; ++head) {
     pages.select(head, executor);
     tasks.run(head, 1, pages, executor);
   }
+}
+
+/// One query against each of several caches: row i of `in`, which has no keys and values, against caches[i] under
+/// masks[i]. What run_cached_heads computes of each row alone, bit for bit, shared out together.
+template <typename Scalar, Index kMaps, typename Storage, typename Mask, Executor E>
+void run_cached_rows(const HeadOperands<Scalar, kMaps>& in, std::span<const KeyValuePages<Storage>> caches,
+                     std::span<const Mask> masks, Workspace& workspace, E& executor) {
+  using Shifted = ShiftedMask<Mask>;
+  using Call = FewRows<Scalar, kMaps, Shifted, PackedSource<Storage>>;
+  struct Row {
+    HeadOperands<Scalar, kMaps> in;
+    PackedSource<Storage> source;
+    Shifted mask;
+  };
+  const auto frame = workspace.frame();
+  const auto n = static_cast<Index>(caches.size());
+  auto* const rows = workspace.take<Row>(n);
+  auto* const calls = workspace.take<Call>(n);
+  for (Index i = 0; i < n; ++i) {
+    const KeyValuePages<Storage>& cache = caches[static_cast<std::size_t>(i)];
+    const Row& row = *std::construct_at(
+        rows + i, Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.first_key}});
+    std::construct_at(calls + i, row.in, row.source, cache.n_k, row.mask, workspace);
+  }
+  Call::run(std::span<Call>(calls, static_cast<std::size_t>(n)), executor);
 }
 
 }  // namespace diffattn::inline v0_1::detail

@@ -6,6 +6,9 @@
 // the product with V. So the weights of the whole block, for all keys and both maps, are kept in a panel; once l1 and
 // l2 are known they are combined, chunk by chunk, into A = P1/l1 − λ·P2/l2, and a single product A·V follows. The
 // multiply-adds are those of two standard heads, and the panel (2 · rows · n_k) is all the memory it takes.
+//
+// Heads that share their second map (Heads::num_noise_heads) are computed one after the other: the first leaves the
+// weights of that map in the panel, the others write theirs over those of the map that each has to itself.
 
 #include <array>
 
@@ -42,25 +45,34 @@ class DifferentialBlock {
     factors_ = workspace.take<Scalar>(2 * groups_ * kPaddedRows);
   }
 
-  /// Computes `rows` of the result. head: the keys and values that rows.head reads.
+  /// Computes `rows` of the result, of `heads` heads that share their second map. head: the keys and values that they
+  /// read.
   template <typename Mask>
-  void run(const HeadOperands<Scalar, 2>& in, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
+  void run(const HeadOperands<Scalar, 2>& in, const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index heads,
            const ScoreScale<Scalar>& scale) {
+    for (Index i = 0; i < heads; ++i) run_head(in, head, rows.of_head(rows.head + i), i == 0 ? 2 : 1, scale);
+  }
+
+ private:
+  /// One head. maps: 1 where the panel holds the second map already.
+  template <typename Mask>
+  void run_head(const HeadOperands<Scalar, 2>& in, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
+                Index maps, const ScoreScale<Scalar>& scale) {
     const Index groups = divide_up(rows.count, kRows);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
-    for (Index map = 0; map < 2; ++map) {
+    for (Index map = 0; map < maps; ++map) {
       copy_rows(q_[map], in.queries(map, rows.head).middle_rows(rows.first, rows.count), scale.of_queries);
       for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
     }
     std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
 
     const auto group = [&](Index g) { return rows.rows(g * kRows, kRows); };
-    RowsAhead<2> rows_ahead(in, rows, 3 * groups);
+    RowsAhead<2> rows_ahead(in, rows, (maps + 1) * groups);
     for_each_chunk(rows.keys_of_any(), [&](const BlockChunk& chunk) {
-      for (Index map = 0; map < 2; ++map) {
+      for (Index map = 0; map < maps; ++map) {
         for (Index g = 0; g < groups; ++g) {
           rows_ahead.fetch_some();
-          score(head, group(g), map, g, chunk, scale, exp2);
+          score(head, group(g), map, map + 1 == maps, g, chunk, scale, exp2);
         }
       }
     });
@@ -74,23 +86,22 @@ class DifferentialBlock {
     for (Index g = 0; g < groups; ++g) write(in, group(g), g, scale);
   }
 
- private:
   Index slot(Index chunk, Index map, Index g) const { return (chunk * groups_ + g) * 2 + map; }
   Scalar* panel(Index chunk, Index map, Index g) const { return panel_ + slot(chunk, map, g) * kTile; }
 
   /// Scores of one group, map and chunk, turned into weights relative to the base so far. The scores stay in the
   /// nearest cache, while the place of the weights is fetched.
   template <typename Mask>
-  void score(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index map, Index g, const BlockChunk& chunk,
-             const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
+  void score(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index map, bool last_map, Index g,
+             const BlockChunk& chunk, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel(chunk.number, map, g);
-    // The second map's keys come next, then the first's of the next chunk.
+    // The keys of the map after this one come next, then the first's of the next chunk.
     ChunkAhead<Scalar> ahead{nullptr, g, groups_, weights, kTile};
     if (head.fetch_ahead()) {
-      if (map == 0) ahead.chunk = head.chunk_keys(1, chunk.first_key);
-      if (map == 1 && !chunk.last) ahead.chunk = head.chunk_keys(0, chunk.first_key + kChunk);
+      if (!last_map) ahead.chunk = head.chunk_keys(map + 1, chunk.first_key);
+      if (last_map && !chunk.last) ahead.chunk = head.chunk_keys(0, chunk.first_key + kChunk);
     }
     const LeftOperand<Scalar> q{q_[map] + g * kRows * head.d, head.d, 1};
     score_chunk(scores_, q, head.chunk_keys(map, chunk.first_key), head.d, rows, chunk.first_key, columns, scale,

@@ -15,18 +15,18 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// Where keys and values of one head, or of one page of it, are packed.
+/// Where keys and values of one head, or of one chunk of it, are packed.
 template <typename Scalar>
 struct PackedPart {
   const Scalar* keys[2] = {nullptr, nullptr};  // one for each map; the same twice when the maps share their keys
   const Scalar* values = nullptr;
 };
 
-/// Keys and values of one head: in one piece, or in the pages of a cache, a page for each chunk.
+/// Keys and values of one head: in one piece, or in the pages of a cache, each chunk in a place of its own.
 template <typename Scalar>
 struct PackedHead : PackedPart<Scalar> {
-  const PackedPart<Scalar>* pages = nullptr;
-  Index value_stride = 0;  // rows from a strip of values to the next: n_k, or those of a page
+  const PackedPart<Scalar>* pages = nullptr;  // of every chunk
+  Index value_stride = 0;                     // rows from a strip of values to the next: n_k, or those of a page
   Index n_k = 0;
   Index d = 0;
   Index dv = 0;
@@ -41,11 +41,11 @@ struct PackedHead : PackedPart<Scalar> {
   /// Keys and values of the chunk that begins at `first_key`.
   const Scalar* chunk_keys(Index map, Index first_key) const {
     if (pages == nullptr) return this->keys[map] + first_key * d;
-    return pages[first_key / kPageKeys].keys[map];
+    return pages[first_key / kChunk].keys[map];
   }
   const Scalar* chunk_values(Index first_key) const {
     if (pages == nullptr) return this->values + first_key * Tile<Scalar>::kCols;
-    return pages[first_key / kPageKeys].values;
+    return pages[first_key / kChunk].values;
   }
 };
 

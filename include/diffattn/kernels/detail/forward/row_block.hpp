@@ -2,7 +2,8 @@
 
 // What StandardBlock and DifferentialBlock share: a block of query rows of one head, taken group by group against chunk
 // by chunk of the packed keys. Scores of a group and a chunk are a kRows x kChunk tile that stays in the L1 cache. Both
-// are called alike: block.run(operands, packed head, rows, scale) computes `rows` of the result.
+// are called alike: block.run(operands, packed head, rows, heads, scale) computes `rows` of the result, of `heads`
+// query heads from rows.head on, which share their second map.
 
 #include <algorithm>
 
@@ -96,17 +97,17 @@ class RowsAhead {
 };
 
 /// scores(r, c) = q_r · k_(first_key + c) for the given columns, masked. q: one group, multiplied by scale.of_queries.
-/// keys: those of the chunk.
+/// keys: those of the chunk. biases: as finish_scores has them.
 template <typename Scalar, typename Mask>
 void score_chunk(Scalar* scores, const LeftOperand<Scalar>& q, const Scalar* keys, Index d, const RowRange<Mask>& rows,
                  Index first_key, const KeyRange& columns, const ScoreScale<Scalar>& scale,
-                 const ChunkAhead<Scalar>& ahead = {}) {
+                 const ChunkAhead<Scalar>& ahead = {}, const Scalar* biases = nullptr) {
   constexpr Index kCols = Tile<Scalar>::kCols;
   for (Index c = columns.begin; c < columns.end; c += kCols) {
     add_product(scores + c, kChunk, false, q, keys + c * d, d, rows.count, columns.end - c,
                 ahead.of_chunk(c * d, kCols * d), ahead.of_panel(c, kChunk), kScoreChain);
   }
-  finish_scores(scores, kChunk, rows, first_key, columns, scale);
+  finish_scores(scores, kChunk, rows, first_key, columns, scale, biases);
 }
 
 /// The same as add_weighted_values for values that are not all finite. A weight of 0 does not keep a NaN or Inf out, so

@@ -26,10 +26,10 @@ class StandardBlock {
         sums_(workspace.take<Scalar>(divide_up(max_rows, kRows) * group_sums_)),
         softmax_(workspace.take<RowSoftmax<Scalar>>(divide_up(max_rows, kRows))) {}
 
-  /// Computes `rows` of the result. head: the keys and values that rows.head reads.
+  /// Computes `rows` of the result, of one head. head: the keys and values that rows.head reads.
   template <typename Mask>
   void run(const HeadOperands<Scalar, 1>& in, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
-           const ScoreScale<Scalar>& scale) {
+           Index /*heads*/, const ScoreScale<Scalar>& scale) {
     const Index groups = divide_up(rows.count, kRows);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
     copy_rows(q_, in.queries(0, rows.head).middle_rows(rows.first, rows.count), scale.of_queries);

@@ -1,0 +1,106 @@
+#pragma once
+
+// What an attention layer does with a KvCache, whichever variant it is: x behind the tokens that it holds, a memory
+// written to it, x with the memory that it keeps. AttentionLayer and CrossAttention have checked what comes here.
+
+#include <type_traits>
+
+#include "diffattn/core/matrix.hpp"
+#include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/decode.hpp"
+#include "diffattn/kernels/mask.hpp"
+#include "diffattn/kernels/options.hpp"
+#include "diffattn/layers/attention_variant.hpp"
+#include "diffattn/layers/detail/attention_passes.hpp"
+#include "diffattn/layers/detail/sequences.hpp"
+#include "diffattn/layers/kv_cache.hpp"
+
+namespace diffattn::inline v0_1::detail {
+
+template <typename Variant>
+class CachedAttention : public AttentionPasses<Variant> {
+  using Passes = AttentionPasses<Variant>;
+
+ public:
+  using typename Passes::Scalar;
+
+ protected:
+  using Passes::Passes;
+  using typename Passes::Input, typename Passes::Output, typename Passes::Parts;
+
+  /// y = layer(x) behind what the cache holds, in the cache's three steps: prepare, write, commit. What throws before
+  /// the last leaves it as it was. The mask is that of all tokens ever fed and of x's, in one piece.
+  template <typename Storage, typename Mask, typename E>
+  void attend_to_cache(const Output& y, const Input& x, KvCache<Storage>& cache, const Mask& mask, Workspace& workspace,
+                       E& executor) const {
+    const Index n = x.rows();
+    prepare(cache, n);
+    const auto frame = workspace.frame();
+    Parts parts = this->room_for(n, n, nullptr, workspace);
+    this->project(x, parts, workspace, executor);
+    this->turn(parts, {0, 0, n, 0, n}, cache.position(), executor);
+    cache.write(view_of(parts.k), view_of(parts.v), executor);
+    if constexpr (std::is_same_v<Mask, CausalMask>) {
+      decode(parts, cache, n, cache.window_mask(), workspace, executor);  // the same, and compiled once
+    } else if (cache.options().window) {
+      decode(parts, cache, n, both(MaskReference<Mask>{mask}, cache.window_mask()), workspace, executor);
+    } else {
+      decode(parts, cache, n, mask, workspace, executor);
+    }
+    this->finish(y, parts.attended, false, workspace, executor);
+    cache.commit(n);
+  }
+
+  /// y = layer(x, memory) with the keys and values of a memory that the cache holds.
+  template <typename Storage, typename Mask, typename E>
+  void attend_to_kept(const Output& y, const Input& x, const KvCache<Storage>& cache, const Mask& mask,
+                      Workspace& workspace, E& executor) const {
+    const auto frame = workspace.frame();
+    Parts parts = this->room_for(x.rows(), 0, nullptr, workspace);
+    this->project_queries(x, parts, workspace, executor);
+    this->turn(parts, {0, 0, x.rows(), 0, 0}, 0, executor);
+    if (cache.empty()) {
+      parts.attended.setZero();  // its pages may have any shape
+    } else {
+      decode(parts, cache, 0, mask, workspace, executor);
+    }
+    this->finish(y, parts.attended, false, workspace, executor);
+  }
+
+  /// The keys and values of a memory, behind those that the cache holds.
+  template <typename Storage, typename E>
+  void append_memory(const Input& memory, KvCache<Storage>& cache, Workspace& workspace, E& executor) const {
+    const Index n = memory.rows();
+    prepare(cache, n);
+    const auto frame = workspace.frame();
+    Parts parts = this->room_for(0, n, nullptr, workspace);
+    this->project_memory(memory, parts, workspace, executor);
+    this->turn(parts, {0, 0, 0, 0, n}, cache.position(), executor);
+    cache.write(view_of(parts.k), view_of(parts.v), executor);
+    cache.commit(n);
+  }
+
+  /// Room in the cache for as many tokens of this layer.
+  template <typename Storage>
+  void prepare(KvCache<Storage>& cache, Index tokens) const {
+    const auto& config = this->config_;
+    cache.template prepare<Scalar>(Variant::kName, config.num_kv_heads, Variant::kKeyMaps, config.head_dim,
+                                   Variant::value_dim(config), tokens);
+  }
+
+  /// Fills parts.attended from what the cache holds and the tokens that have been written behind it.
+  template <typename Storage, typename Mask, typename E>
+  void decode(Parts& parts, const KvCache<Storage>& cache, Index written, const Mask& mask, Workspace& workspace,
+              E& executor) const {
+    const auto pages = cache.packed(written);
+    if constexpr (Variant::kLambda == LambdaSource::none) {
+      decode_attention_into(parts.attended, parts.q, pages, this->heads(), mask, AttentionOptions{}, workspace,
+                            executor);
+    } else {
+      decode_diff_attention_into(parts.attended, parts.q, pages, this->lambda_of_rows(parts.lambda, 0, parts.q.rows()),
+                                 this->heads(), mask, AttentionOptions{}, workspace, executor);
+    }
+  }
+};
+
+}  // namespace diffattn::inline v0_1::detail
