@@ -5,6 +5,7 @@
 #include <benchmark/benchmark.h>
 
 #include <string>
+#include <vector>
 
 #include "diffattn/layers/multihead_attention.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
@@ -60,7 +61,35 @@ void plain_eigen_layer(benchmark::State& state) {
   count(state, n);
 }
 
+// A batch of short sequences: 32 images of 197 tokens, embed_dim 384, each token of which sees its image.
+
+constexpr Index kImages = 32, kImageTokens = 197, kImageDim = 384;
+
+template <typename Layer>
+void images(benchmark::State& state, const Layer& layer) {
+  std::srand(1);
+  const Matrix<float> x = Matrix<float>::Random(kImages * kImageTokens, kImageDim);
+  Matrix<float> y(x.rows(), kImageDim);
+  const std::vector<Index> lengths(kImages, kImageTokens);
+  Workspace workspace;
+  layer.forward_into(y, x, FullMask{}, lengths, workspace);
+  for (auto _ : state) layer.forward_into(y, x, FullMask{}, lengths, workspace);
+  const auto tokens = static_cast<double>(x.rows()), width = static_cast<double>(kImageDim);
+  const double flop = 8 * tokens * width * width + 4 * width * tokens * static_cast<double>(kImageTokens);
+  state.counters["FLOP/s"] = benchmark::Counter(flop, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void differential_images(benchmark::State& state) {
+  images(state, MultiheadDiffAttention<float>({.embed_dim = kImageDim, .num_heads = 3}));
+}
+
+void standard_images(benchmark::State& state) {
+  images(state, MultiheadAttention<float>({.embed_dim = kImageDim, .num_heads = 6}));
+}
+
 const bool registered = [] {
+  benchmark::RegisterBenchmark("layer/images/differential", differential_images)->Unit(benchmark::kMillisecond);
+  benchmark::RegisterBenchmark("layer/images/standard", standard_images)->Unit(benchmark::kMillisecond);
   for (const Index n : {512, 2048}) {
     const auto add = [n](const char* name, void (*run)(benchmark::State&)) {
       benchmark::RegisterBenchmark((std::string("layer/") + name + "/float/causal/d64").c_str(), run)

@@ -209,6 +209,25 @@ def model_table(runs):
                   f"| {run['real_time'] / other['real_time']:.2f} |")
 
 
+def thin_table(runs):
+    """Products of few rows against the lesser of what multiplying and what reading the weights allow."""
+    rows = []
+    for name, run in runs.items():
+        match = re.fullmatch(r"thin/(\w+)/(\d+)x(\d+)x(\d+)", name)
+        if match and "peak/read_product" in runs:
+            fma = run["FLOP/s"] / runs["peak/fma/float"]["FLOP/s"]
+            read = run["bytes/s"] / runs["peak/read_product"]["bytes/s"]
+            bound = "reading" if read > fma else "FMA"
+            rows.append(((match[1], int(match[4]), int(match[2])),
+                         f"| {match[1]}, {match[3]} x {match[4]} | {match[2]} | {run['cpu_time'] / 1e3:.0f} µs "
+                         f"| {100 * fma:.0f} % | {100 * read:.0f} % | {100 * max(fma, read):.0f} %, {bound} |"))
+    if rows:
+        print("\n| product by weights from memory, in x out | rows | time | of FMA peak | of read bandwidth "
+              "| of the lesser |\n|---|---|---|---|---|---|")
+    for row in sorted(rows):
+        print(row[-1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results")
@@ -236,6 +255,7 @@ def main():
     decode_table(runs)
     training_table(runs)
     model_table(runs)
+    thin_table(runs)
     for name, run in runs.items():
         if name.startswith("memory/"):
             print(f"\nOne causal head, d = 64, 131,072 tokens: {run['scratch_MB']:.0f} MB of scratch, "

@@ -112,35 +112,6 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> load_as(const T* p) {
   }
 }
 
-/// Stores a packet of doubles as as many Scalars, rounded to nearest. Any alignment.
-template <typename Scalar>
-EIGEN_ALWAYS_INLINE void store_as(Scalar* to, const Packet<double>& x) {
-  if constexpr (std::is_same_v<Scalar, double>) {
-    storeu(to, x);
-  } else if constexpr (sizeof(x) == sizeof(double)) {
-    *to = static_cast<Scalar>(first(x));
-  } else {
-    using Narrow = typename CompilerVector<Scalar, sizeof(x) / sizeof(double) * sizeof(Scalar)>::Type;
-    const auto narrow =
-        __builtin_convertvector(__builtin_bit_cast(typename CompilerVector<double, sizeof(x)>::Type, x), Narrow);
-    std::memcpy(to, &narrow, sizeof(narrow));
-  }
-}
-
-/// `then` in the lanes where x is y, `otherwise` in the others.
-template <typename Scalar>
-EIGEN_ALWAYS_INLINE Packet<Scalar> select_equal(const Packet<Scalar>& x, const Packet<Scalar>& y,
-                                                const Packet<Scalar>& then, const Packet<Scalar>& otherwise) {
-  if constexpr (sizeof(x) == sizeof(Scalar)) {
-    return x == y ? then : otherwise;
-  } else {
-    using Vector = typename CompilerVector<Scalar, sizeof(x)>::Type;
-    const auto equal = __builtin_bit_cast(Vector, x) == __builtin_bit_cast(Vector, y);
-    const Vector selected = equal ? __builtin_bit_cast(Vector, then) : __builtin_bit_cast(Vector, otherwise);
-    return __builtin_bit_cast(Packet<Scalar>, selected);
-  }
-}
-
 /// The kCount values at p, again and again: lane i is p[i % kCount]. Any alignment.
 template <Index kCount, typename Scalar>
 EIGEN_ALWAYS_INLINE Packet<Scalar> repeat(const Scalar* p) {
@@ -177,6 +148,35 @@ EIGEN_ALWAYS_INLINE void interleave(Packet<Scalar>& a, Packet<Scalar>& b) {
   const Lanes x = __builtin_bit_cast(Lanes, a), y = __builtin_bit_cast(Lanes, b);
   a = __builtin_bit_cast(Packet<Scalar>, interleaved_half<0>(x, y, std::make_index_sequence<kSize>{}));
   b = __builtin_bit_cast(Packet<Scalar>, interleaved_half<kSize / 2>(x, y, std::make_index_sequence<kSize>{}));
+}
+
+/// Stores a packet of doubles as as many Scalars, rounded to nearest. Any alignment.
+template <typename Scalar>
+EIGEN_ALWAYS_INLINE void store_as(Scalar* to, const Packet<double>& x) {
+  if constexpr (std::is_same_v<Scalar, double>) {
+    storeu(to, x);
+  } else if constexpr (sizeof(x) == sizeof(double)) {
+    *to = static_cast<Scalar>(first(x));
+  } else {
+    using Narrow = typename CompilerVector<Scalar, sizeof(x) / sizeof(double) * sizeof(Scalar)>::Type;
+    const auto narrow =
+        __builtin_convertvector(__builtin_bit_cast(typename CompilerVector<double, sizeof(x)>::Type, x), Narrow);
+    std::memcpy(to, &narrow, sizeof(narrow));
+  }
+}
+
+/// `then` in the lanes where x is y, `otherwise` in the others.
+template <typename Scalar>
+EIGEN_ALWAYS_INLINE Packet<Scalar> select_equal(const Packet<Scalar>& x, const Packet<Scalar>& y,
+                                                const Packet<Scalar>& then, const Packet<Scalar>& otherwise) {
+  if constexpr (sizeof(x) == sizeof(Scalar)) {
+    return x == y ? then : otherwise;
+  } else {
+    using Vector = typename CompilerVector<Scalar, sizeof(x)>::Type;
+    const auto equal = __builtin_bit_cast(Vector, x) == __builtin_bit_cast(Vector, y);
+    const Vector selected = equal ? __builtin_bit_cast(Vector, then) : __builtin_bit_cast(Vector, otherwise);
+    return __builtin_bit_cast(Packet<Scalar>, selected);
+  }
 }
 
 /// Shifts the bits of every lane left by N. So an integer in the low bits becomes the exponent of a float.

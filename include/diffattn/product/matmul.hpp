@@ -50,7 +50,7 @@ class RowByRowProduct {
       case 1:
         return run_rows<1>(y, x, w, bias, first, count);
       case 2:
-        return run_rows<2>(y, x, w, bias, first, count);
+        return run_rows < kNarrow ? 1 : 2 > (y, x, w, bias, first, count);
       case 3:
         return run_rows<3>(y, x, w, bias, first, count);
       default:
@@ -59,6 +59,7 @@ class RowByRowProduct {
   }
 
  private:
+  /// kRows of them at a time: two rows of a narrower type are faster one after the other.
   template <Index kRows>
   static void run_rows(const StridedView<Scalar>& y, const StridedView<const Scalar>& x,
                        const StridedView<const Stored>& w, const Scalar* bias, Index first, Index count) {
@@ -68,11 +69,13 @@ class RowByRowProduct {
       const Index present = std::min(kOuts, first + count - out);
       const Stored* rows[kOuts];
       for (Index o = 0; o < kOuts; ++o) rows[o] = &w(out + std::min(o, present - 1), 0);
-      Scalar dots[kRows][kOuts];
-      dot<kRows, kOuts>(dots, rows, x, ahead);
-      for (Index i = 0; i < kRows; ++i) {
-        for (Index o = 0; o < present; ++o) {
-          y(i, out + o) = dots[i][o] + (bias == nullptr ? Scalar(0) : bias[out + o]);
+      for (Index row = 0; row < x.rows; row += kRows) {
+        Scalar dots[kRows][kOuts];
+        dot<kRows, kOuts>(dots, rows, x.middle_rows(row, kRows), ahead);
+        for (Index i = 0; i < kRows; ++i) {
+          for (Index o = 0; o < present; ++o) {
+            y(row + i, out + o) = dots[i][o] + (bias == nullptr ? Scalar(0) : bias[out + o]);
+          }
         }
       }
     }

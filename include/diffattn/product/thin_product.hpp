@@ -44,7 +44,7 @@ struct ThinOutput {
 };
 
 /// Rows that will be read later: `row_stride` and, from one step of depth to the next, `step` bytes apart.
-struct RowsAhead {
+struct WeightsAhead {
   const char* data;
   Index row_stride;
   Index step;
@@ -111,7 +111,7 @@ struct ThinTile {
   /// add_product is.
   template <Index kWidth>
   EIGEN_DONT_INLINE static void add_product(Scalar* sums, bool add, const Scalar* w, const Scalar* x, Index steps,
-                                            RowsAhead ahead) {
+                                            WeightsAhead ahead) {
     TileSums<Scalar, kPackets, kWidth> tile;
     tile.set_zero();
     for (; steps > 0; --steps) {
@@ -219,7 +219,7 @@ class ThinProducts {
   }
 
   /// The part of the next block of the same rows, or of the first of the next rows, that is asked for with this one.
-  RowsAhead ahead_of(const Place& place) const {
+  WeightsAhead ahead_of(const Place& place) const {
     const StridedView<const Stored>& w = place.output->w;
     const Index block = place.part / block_parts_ + 1, in_block = place.part % block_parts_;
     const bool same_rows = block * block_parts_ * kChain < x_.cols;
@@ -232,7 +232,7 @@ class ThinProducts {
 
   void add_products(const Place& place, const Scalar* packed, const Scalar* piece, Scalar* sums) const {
     const Index rows = rows_at(place), steps = steps_at(place), k = place.part * kChain;
-    RowsAhead ahead = ahead_of(place);
+    WeightsAhead ahead = ahead_of(place);
     for (Index c = 0; c < width_; c += kPanel) {
       const Index width = std::min(kPanel, width_ - c);
       const Scalar* const x = packed + c * x_.cols + k * width;
