@@ -367,7 +367,8 @@ TEST_CASE("DiffLlama writes many texts at once, and gives logits of many sequenc
   const std::vector<Index> next = {97, 98, 99};
   auto fork = b.fork();
   const Matrix<float> logits = model.logits(next, caches);
-  CHECK(support::identical(Matrix<float>(logits.row(1)), model.logits({98}, fork)));
+  // Not bit for bit: the activation of a row that is no whole number of packets is rounded by where it lies.
+  CHECK(logits.row(1).isApprox(model.logits({98}, fork), 1e-4f));
   CHECK(refusal([&] {
           model.logits({97, 98, 256}, caches);
         }) == "Decoder: sequence 2: token 0 is 256, outside the vocabulary of 256");

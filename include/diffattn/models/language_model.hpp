@@ -13,7 +13,8 @@
 //
 // Tokens   any contiguous integers: a std::vector, std::span, Eigen vector or {1, 2, 3}.
 // Caches   of make_cache(), or forks of such; a batch is any contiguous range of pointers (layers/cache_batch.hpp).
-//          Whatever is thrown, all caches are as before.
+//          Whatever is thrown, all caches are as before. Of a batch, row i is what its token gives alone; bit for bit
+//          with up to 4 of them and hidden_dim whole packets, otherwise but for the order in which sums are rounded.
 // Errors   std::invalid_argument for a token id outside the vocabulary, for more tokens than a cache or the model has
 //          room for, and for a cache of another model; of a batch, in the name of the sequence: "sequence 3: token …".
 //          ShapeError for a y that does not fit. Before any work.
