@@ -48,10 +48,10 @@ namespace diffattn::inline v0_1 {
 /// The gradients of attention(): q (n_q x d), k (n_k x d), v (n_k x dv), dout (n_q x dv) → {dq, dk, dv}. Throws
 /// ShapeError.
 template <typename Q, typename K, typename V, typename G, AttentionMask Mask = FullMask>
-AttentionGradients<typename Q::Scalar, detail::HasLearnedBias<Mask>> attention_backward(
+AttentionGradients<typename Q::Scalar, has_learned_bias<Mask>> attention_backward(
     const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
     const Eigen::MatrixBase<G>& dout, const Mask& mask = {}, const AttentionOptions& options = {}) {
-  AttentionGradients<typename Q::Scalar, detail::HasLearnedBias<Mask>> gradients;
+  AttentionGradients<typename Q::Scalar, has_learned_bias<Mask>> gradients;
   attention_backward_into(gradients, q, k, v, dout, mask, options);
   return gradients;
 }
@@ -60,11 +60,11 @@ AttentionGradients<typename Q::Scalar, detail::HasLearnedBias<Mask>> attention_b
 /// lambda a number or n_q x 1 → {dq1, dk1, dq2, dk2, dv, dlambda}. Throws ShapeError.
 template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename G,
           AttentionMask Mask = FullMask>
-DiffAttentionGradients<typename Q1::Scalar, Lambda, detail::HasLearnedBias<Mask>> diff_attention_backward(
+DiffAttentionGradients<typename Q1::Scalar, Lambda, has_learned_bias<Mask>> diff_attention_backward(
     const Eigen::MatrixBase<Q1>& q1, const Eigen::MatrixBase<K1>& k1, const Eigen::MatrixBase<Q2>& q2,
     const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
     const Eigen::MatrixBase<G>& dout, const Mask& mask = {}, const AttentionOptions& options = {}) {
-  DiffAttentionGradients<typename Q1::Scalar, Lambda, detail::HasLearnedBias<Mask>> gradients;
+  DiffAttentionGradients<typename Q1::Scalar, Lambda, has_learned_bias<Mask>> gradients;
   diff_attention_backward_into(gradients, q1, k1, q2, k2, v, lambda, dout, mask, options);
   return gradients;
 }
@@ -72,10 +72,10 @@ DiffAttentionGradients<typename Q1::Scalar, Lambda, detail::HasLearnedBias<Mask>
 /// The gradients of multihead_attention(), operands as there, dout (n_q x H·dv) → {dq, dk, dv}. Throws ShapeError, and
 /// std::invalid_argument for heads that cannot be grouped.
 template <typename Q, typename K, typename V, typename G, AttentionMask Mask = FullMask>
-AttentionGradients<typename Q::Scalar, detail::HasLearnedBias<Mask>> multihead_attention_backward(
+AttentionGradients<typename Q::Scalar, has_learned_bias<Mask>> multihead_attention_backward(
     const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
     const Eigen::MatrixBase<G>& dout, Heads heads, const Mask& mask = {}, const AttentionOptions& options = {}) {
-  AttentionGradients<typename Q::Scalar, detail::HasLearnedBias<Mask>> gradients;
+  AttentionGradients<typename Q::Scalar, has_learned_bias<Mask>> gradients;
   multihead_attention_backward_into(gradients, q, k, v, dout, heads, mask, options);
   return gradients;
 }
@@ -83,11 +83,10 @@ AttentionGradients<typename Q::Scalar, detail::HasLearnedBias<Mask>> multihead_a
 /// The gradients of multihead_diff_attention(), operands as there, dout (n_q x H·dv) → {dq, dk, dv, dlambda}. Throws
 /// ShapeError, and std::invalid_argument for heads that cannot be grouped.
 template <typename Q, typename K, typename V, typename Lambda, typename G, AttentionMask Mask = FullMask>
-MultiheadDiffAttentionGradients<typename Q::Scalar, Lambda, detail::HasLearnedBias<Mask>>
-multihead_diff_attention_backward(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
-                                  const Eigen::MatrixBase<V>& v, const Lambda& lambda, const Eigen::MatrixBase<G>& dout,
-                                  Heads heads, const Mask& mask = {}, const AttentionOptions& options = {}) {
-  MultiheadDiffAttentionGradients<typename Q::Scalar, Lambda, detail::HasLearnedBias<Mask>> gradients;
+MultiheadDiffAttentionGradients<typename Q::Scalar, Lambda, has_learned_bias<Mask>> multihead_diff_attention_backward(
+    const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
+    const Eigen::MatrixBase<G>& dout, Heads heads, const Mask& mask = {}, const AttentionOptions& options = {}) {
+  MultiheadDiffAttentionGradients<typename Q::Scalar, Lambda, has_learned_bias<Mask>> gradients;
   multihead_diff_attention_backward_into(gradients, q, k, v, lambda, dout, heads, mask, options);
   return gradients;
 }

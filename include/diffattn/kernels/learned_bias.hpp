@@ -55,6 +55,14 @@ template <typename Mask>
 concept HasLearnedBias = count_learned_biases<Mask>()
 == 1;
 
+}  // namespace detail
+
+/// Whether a mask has a learned bias, of which backward then gives the gradient.
+template <typename Mask>
+inline constexpr bool has_learned_bias = detail::HasLearnedBias<Mask>;
+
+namespace detail {
+
 /// Throws ShapeError unless a table has a row for every head.
 inline void check_bias_table(const char* where, const char* bias, Index num_heads, Index rows, Index cols) {
   if (rows == num_heads) return;

@@ -7,7 +7,6 @@
 //   auto call = operands_of(where, q, k, v, operand("out", out), heads, mask, options);
 //   call.in.out = writable_view_of(out);
 //   run_heads<StandardBlock<Scalar>>(call.in, mask, workspace, executor);
-//
 // A block of rows takes the call's operands and the rows (RowRange, which knows its head), and asks for what it needs:
 //   in.queries(map, rows.head).middle_rows(rows.first, rows.count)
 
@@ -65,8 +64,8 @@ struct HeadOperands : HeadLayout {
   StridedView<const Scalar> v;         // n_k rows
   LambdaView<Scalar> lambda;           // lambda(row, head), n_q x num_heads
   /// Where to write the log-sum-exp of every row, n_q x num_heads for each map: log2 Σ 2^(score·log2(e)), which is what
-  /// exp2(score·log2(e) − lse) turns back into probabilities; -inf for a row that sees no key. No data: not wanted,
-  /// which is so for every public function; attention over parts of the keys will merge their results by it.
+  /// exp2(score·log2(e) − lse) turns back into probabilities; -inf for a row that sees no key. No data: not wanted, as
+  /// for every public function; attention over parts of the keys will merge their results by it.
   StridedView<Scalar> lse[kMaps];
   Scalar scale = 1;
 
