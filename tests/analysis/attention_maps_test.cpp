@@ -237,7 +237,7 @@ TEST_CASE("maps recorded of attention to another sequence", "[analysis][golden]"
   CHECK(direct[1].combined.rows() == 3);
   CHECK((direct[1].combined.rightCols(3).array() == 0).all());
   CHECK(support::thrown_by<std::invalid_argument>([&] {
-          attention_maps_cross(layer, x, memory, FullMask{}, {7, 1});
+          attention_maps_cross(layer, x, memory, FullMask{}, {x.rows(), 1});
         }) == "attention_maps_cross: rows.first = " + std::to_string(x.rows()) +
                   " and rows.count = 1 are out of range: there are " + std::to_string(x.rows()) + " queries");
 }
