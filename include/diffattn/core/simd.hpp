@@ -115,17 +115,17 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> load_as(const T* p) {
 /// The kCount values at p, again and again: lane i is p[i % kCount]. Any alignment.
 template <Index kCount, typename Scalar>
 EIGEN_ALWAYS_INLINE Packet<Scalar> repeat(const Scalar* p) {
-  constexpr std::size_t kBytes = kCount * sizeof(Scalar);
+  constexpr std::size_t kRepeatedBytes = kCount * sizeof(Scalar);
   using P = Packet<Scalar>;
   if constexpr (kCount == 1) {
     return broadcast(*p);
-  } else if constexpr (kBytes == 8) {
+  } else if constexpr (kRepeatedBytes == 8) {
     std::uint64_t bits;
-    std::memcpy(&bits, p, kBytes);
+    std::memcpy(&bits, p, kRepeatedBytes);
     return __builtin_bit_cast(P, bits - typename CompilerVector<std::uint64_t, sizeof(P)>::Type{});
   } else {
 #ifdef EIGEN_VECTORIZE_AVX512
-    if constexpr (sizeof(P) == 64 && kBytes == 16) {
+    if constexpr (sizeof(P) == 64 && kRepeatedBytes == 16) {
       return __builtin_bit_cast(P, _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p))));
     }
 #endif
