@@ -59,7 +59,8 @@
 //   Safetensors, SafetensorsWriter; ShardedSafetensors      PyTorch's tensors       io/safetensors, sharded_safetensors
 //   load_parameters, save_parameters                        of a layer or model     io/parameters
 //   save_checkpoint, load_checkpoint                        a training run          io/checkpoint
-//   DiffLlama, load_diffllama, save_diffllama               Hugging Face's models   hugging_face/diffllama, …
+//   DiffLlama                                               Hugging Face's models   hugging_face/diffllama
+//   load_diffllama · save_diffllama                         one to train            hugging_face/diffllama_import · …_export
 
 #include "diffattn/analysis/attention_maps.hpp"
 #include "diffattn/analysis/model_maps.hpp"
