@@ -60,7 +60,7 @@
 //   load_parameters, save_parameters                        of a layer or model     io/parameters
 //   save_checkpoint, load_checkpoint                        a training run          io/checkpoint
 //   DiffLlama                                               Hugging Face's models   hugging_face/diffllama
-//   load_diffllama · save_diffllama                         one to train            hugging_face/diffllama_import · …_export
+//   load_diffllama · save_diffllama                         one to train            hugging_face/diffllama_import, _export
 
 #include "diffattn/analysis/attention_maps.hpp"
 #include "diffattn/analysis/model_maps.hpp"
