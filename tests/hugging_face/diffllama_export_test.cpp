@@ -152,7 +152,7 @@ void write_rich_checkpoint(const std::filesystem::path& directory) {
        {"huge", 1e300}});
   files::write(directory / "generation_config.json",
                R"({"bos_token_id": 1, "eos_token_id": [2, 6], "temperature": 0.6, "unknown": {"x": [1]}})");
-  files::write(directory / "tokenizer.json", std::string("{\"model\": {}}\0\xff", 17));
+  files::write(directory / "tokenizer.json", std::string("{\"model\": {}}\0\xff", 15));
   files::write(directory / "tokenizer_config.json", "{}");
   files::write(directory / "merges.txt", "");
   files::write(directory / "README.md", "not the model's");
