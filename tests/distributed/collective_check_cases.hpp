@@ -7,7 +7,7 @@
 #include <new>
 #include <string>
 
-#include "distributed/ranks.hpp"
+#include "distributed/expect.hpp"
 
 namespace collective_check_cases {
 

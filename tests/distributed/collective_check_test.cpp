@@ -1,4 +1,5 @@
 #include "distributed/collective_check_cases.hpp"
+#include "distributed/ranks.hpp"
 
 #include <diffattn/distributed/collective_check.hpp>
 

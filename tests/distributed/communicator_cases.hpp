@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "distributed/ranks.hpp"
+#include "distributed/expect.hpp"
 
 namespace communicator_cases {
 

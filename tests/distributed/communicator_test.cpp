@@ -1,6 +1,7 @@
 #include <diffattn/distributed/communicator.hpp>
 
 #include "distributed/communicator_cases.hpp"
+#include "distributed/ranks.hpp"
 
 static_assert(diffattn::Communicator<diffattn::SelfCommunicator>);
 static_assert(!diffattn::Communicator<int>);

@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "distributed/ranks.hpp"
+#include "distributed/expect.hpp"
 #include "support/parameters_of.hpp"
 
 namespace data_parallel_cases {
@@ -113,12 +113,12 @@ template <Communicator C>
 void sums_every_parameter(C& communicator) {
   Large gradient;
   const auto rank = static_cast<double>(communicator.rank()), size = static_cast<double>(communicator.size());
-  visit_parameters(gradient, [&](std::string_view, auto& p) {
+  diffattn::visit_parameters(gradient, [&](std::string_view, auto& p) {
     using Scalar = typename std::decay_t<decltype(p)>::Scalar;
     for (Index i = 0; i < p.size(); ++i) p.data()[i] = static_cast<Scalar>((rank + 1) * static_cast<double>(i % 1001));
   });
   const auto expect_times = [&](double factor, const char* what) {
-    visit_parameters(gradient, [&](std::string_view name, const auto& p) {
+    diffattn::visit_parameters(gradient, [&](std::string_view name, const auto& p) {
       Index wrong = 0;
       for (Index i = 0; i < p.size(); ++i) {
         const double expected = factor * static_cast<double>(i % 1001), got = static_cast<double>(p.data()[i]);

@@ -1,6 +1,7 @@
 #include <diffattn/distributed/data_parallel.hpp>
 
 #include "distributed/data_parallel_cases.hpp"
+#include "distributed/ranks.hpp"
 
 TEST_CASE("Several ranks learn what one learns", "[distributed][data_parallel]") {
   support::on_thread_ranks([](auto& communicator) { data_parallel_cases::all_of_them(communicator); });

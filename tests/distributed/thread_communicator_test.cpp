@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "distributed/communicator_cases.hpp"
+#include "distributed/ranks.hpp"
 #include "support/allocations.hpp"
 #include "support/throws.hpp"
 
