@@ -87,10 +87,11 @@ void multihead_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Ma
                               const Mask& mask, const AttentionOptions& options, Workspace& workspace,
                               E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  detail::check_result_scalar<Scalar, Out>();
-  auto operands = detail::operands_of("attention", q, k, v, detail::operand("out", out), heads, mask, options);
+  using Result = typename Out::Scalar;
+  detail::check_output_scalar<Scalar, Out>();
+  auto operands = detail::operands_of<Result>("attention", q, k, v, detail::operand("out", out), heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
-  detail::run_heads<detail::StandardBlock<Scalar>>(operands.in, mask, workspace, executor);
+  detail::run_heads<detail::StandardBlock<Scalar, Result>>(operands.in, mask, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1

@@ -84,11 +84,12 @@ void diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixB
                          const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
                          const Mask& mask, const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   using Scalar = typename Q1::Scalar;
-  detail::check_result_scalar<Scalar, Out>();
+  using Result = typename Out::Scalar;
+  detail::check_output_scalar<Scalar, Out>();
   auto operands =
-      detail::operands_of("diff_attention", q1, k1, q2, k2, v, lambda, detail::operand("out", out), mask, options);
+      detail::operands_of<Result>("diff_attention", q1, k1, q2, k2, v, lambda, detail::operand("out", out), mask, options);
   operands.in.out = detail::writable_view_of(out);
-  detail::run_heads<detail::DifferentialBlock<Scalar>>(operands.in, mask, workspace, executor);
+  detail::run_heads<detail::DifferentialBlock<Scalar, Result>>(operands.in, mask, workspace, executor);
 }
 
 /// multihead_diff_attention(), written to `out`, which must be n_q x H·dv.
@@ -107,11 +108,12 @@ void multihead_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eige
                                    Heads heads, const Mask& mask, const AttentionOptions& options, Workspace& workspace,
                                    E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  detail::check_result_scalar<Scalar, Out>();
-  auto operands = detail::operands_of("multihead_diff_attention", q, k, v, lambda, detail::operand("out", out), heads,
+  using Result = typename Out::Scalar;
+  detail::check_output_scalar<Scalar, Out>();
+  auto operands = detail::operands_of<Result>("multihead_diff_attention", q, k, v, lambda, detail::operand("out", out), heads,
                                       mask, options);
   operands.in.out = detail::writable_view_of(out);
-  detail::run_heads<detail::DifferentialBlock<Scalar>>(operands.in, mask, workspace, executor);
+  detail::run_heads<detail::DifferentialBlock<Scalar, Result>>(operands.in, mask, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1
