@@ -203,7 +203,8 @@ inline void scale_pairs(simd::Pair* pairs, Index count, float factor) {
   Index p = 0;
   for (; p + kLanes <= count; p += kLanes) {
     const simd::PairPacket x = simd::loadu_pairs(pairs + p);
-    const auto first = simd::mul(simd::first_of_pairs(x), factors), second = simd::mul(simd::second_of_pairs(x), factors);
+    const auto first = simd::mul(simd::first_of_pairs(x), factors),
+               second = simd::mul(simd::second_of_pairs(x), factors);
     simd::storeu_pairs(pairs + p, simd::pairs_of(first, second));
   }
   for (; p < count; ++p) {
