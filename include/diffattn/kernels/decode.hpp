@@ -22,6 +22,7 @@
 //            both maps share: DIFF V2) and values (dv wide). n_q may exceed what the cache holds: a query that sees no
 //            key gives exactly 0.
 // Storage    the cache's may be narrower than the scalar of q (bfloat16, half): values are widened as they are read.
+//            Queries of bfloat16 take a cache of bfloat16, as it lies where the CPU multiplies it; attention.hpp.
 // λ          a number, or one for every query and head, n_q x H.
 // Errors     ShapeError, std::invalid_argument; before any work, and nothing has been written.
 // Memory     a few queries: the weights of all visible keys, from `workspace`. More: the scratch of attention.hpp and,

@@ -23,6 +23,8 @@
 // λ          any number, negative and above 1 included; or one for every query, n_q x 1 (n_q x H for several heads).
 //            The difference is not renormalised: the rows of P1 − λ·P2 sum to 1 − λ.
 // Operands, masks, errors, memory, threads: as attention.hpp says, and a panel of 2 · 48 · n_k scores a worker besides.
+// bfloat16   as there; λ is a number or a matrix of float, and P1 − λ·P2 is what is rounded. So nothing is lost to the
+//            subtraction, as it is where each of two attentions returns bfloat16.
 // Cost       4·n_q·n_k·d + 2·n_q·n_k·dv FLOP a head over visible keys: with dv = 2d, that of two standard heads.
 //            r heads that share their noise take 2·(r + 1)·n_q·n_k·d + 2·r·n_q·n_k·dv, 13/16 of it for r = 4, and no
 //            more memory.

@@ -16,7 +16,7 @@
 //            one of them first adds to it. Copies may be used from different threads.
 // Memory     grows in pages of page_size tokens, which never move; `reserve` tokens at the first use. Without growth
 //            nothing is allocated. memory_bytes() is page_size · num_kv_heads · (key maps · head_dim + value columns, in
-//            whole strips of at most 32) · sizeof(Storage) a page.
+//            whole strips of at most 32) · sizeof(Storage) a page; an odd head_dim may be rounded up for bfloat16.
 // Window     gives back what no later query can see, page by page, so memory is bounded: with a window of w tokens,
 //            pages of p and chunks of up to n, where n <= w, it is
 //                ceil((w - 2 + max(n, p)) / p) + 1 pages
