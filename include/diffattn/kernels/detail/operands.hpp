@@ -16,6 +16,7 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/kernels/detail/lambda_view.hpp"
 #include "diffattn/kernels/detail/operand_checks.hpp"
+#include "diffattn/kernels/detail/row_statistics.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 
@@ -63,10 +64,7 @@ struct HeadOperands : HeadLayout {
   StridedView<const Scalar> k[kMaps];  // n_k rows
   StridedView<const Scalar> v;         // n_k rows
   LambdaView<Scalar> lambda;           // lambda(row, head), n_q x num_heads
-  /// Where to write the log-sum-exp of every row, n_q x num_heads for each map: log2 Σ 2^(score·log2(e)), which is what
-  /// exp2(score·log2(e) − lse) turns back into probabilities; -inf for a row that sees no key. No data: not wanted, as
-  /// for every public function; attention over parts of the keys will merge their results by it.
-  StridedView<Scalar> lse[kMaps];
+  RowStatistics<Scalar> statistics[kMaps];  // n_q x num_heads
   Scalar scale = 1;
 
   Index n_q() const { return q[0].rows; }

@@ -38,7 +38,7 @@ template <typename Block, typename Scalar, typename Mask, Executor E>
 void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, Workspace& workspace, E& executor) {
   if (in.n_q() == 0) return;
   if (in.n_k() == 0) {
-    for (const auto& lse : in.lse) write_constant(lse, kMinusInfinity<Scalar>);
+    for (const auto& statistics : in.statistics) statistics.clear();
     return write_constant(in.out, Scalar(0));
   }
   using Small = SmallProblem<Scalar, Block::kMaps, Mask>;
