@@ -122,6 +122,7 @@ template <typename Block, typename Scalar, typename Storage, typename Mask, Exec
           typename Exchange = std::nullptr_t>
 void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyValuePages<Storage>& cache,
                       const Mask& mask, Workspace& workspace, E& executor, const Exchange& exchange = nullptr) {
+  check_keys_are_here<E>();
   if (in.n_q() == 0) return;
   const Index n_k = cache.lead() + cache.n_k;
   if (in.n_q() <= kFewRows || cache.n_k == 0) {
@@ -144,6 +145,7 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyVal
 template <typename Scalar, Index kMaps, typename Storage, typename Mask, Executor E>
 void run_cached_rows(const HeadOperands<Scalar, kMaps>& in, std::span<const KeyValuePages<Storage>> caches,
                      std::span<const Mask> masks, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
   using Shifted = ShiftedMask<Mask>;
   using Call = FewRows<Scalar, kMaps, Shifted, PackedSource<Storage>>;
   struct Row {
