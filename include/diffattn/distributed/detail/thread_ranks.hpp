@@ -95,21 +95,12 @@ class ThreadRanks {
     }
   }
 
-  // The same answer on every rank.
+  // Empty if all calls fit each other. The same answer on every rank.
   std::string what_does_not_fit() const {
-    const auto differ = [](std::span<const Index> a, std::span<const Index> b) {
-      return !std::equal(a.begin(), a.end(), b.begin(), b.end());
-    };
     const RankCall& first = calls_.front();
     for (std::size_t r = 1; r < calls_.size(); ++r) {
-      const RankCall& call = calls_[r];
-      const std::string ranks = "rank 0 calls " + std::string(first.name) + ", rank " + std::to_string(r);
-      if (std::string_view(call.name) != first.name) return ranks + " calls " + call.name;
-      if (call.root != first.root) return ranks + " with another root";
-      const bool exchange = !call.send_sizes.empty();
-      if (call.size != first.size || (!exchange && differ(call.receive_sizes, first.receive_sizes))) {
-        return ranks + " with other sizes";
-      }
+      const std::string how = differs(calls_[r], first);
+      if (!how.empty()) return join({"rank 0 calls ", first.name, ", rank ", static_cast<Index>(r), " ", how.c_str()});
     }
     for (std::size_t from = 0; from < calls_.size(); ++from) {
       for (std::size_t to = 0; to < calls_.size() && !first.send_sizes.empty(); ++to) {
@@ -119,6 +110,16 @@ class ThreadRanks {
                      static_cast<Index>(to), ", which expects ", expected});
       }
     }
+    return {};
+  }
+
+  static std::string differs(const RankCall& call, const RankCall& first) {
+    if (std::string_view(call.name) != first.name) return std::string("calls ") + call.name;
+    if (call.root != first.root) return "with another root";
+    const bool gathers = call.send_sizes.empty();
+    const bool same_sizes = std::equal(call.receive_sizes.begin(), call.receive_sizes.end(),
+                                       first.receive_sizes.begin(), first.receive_sizes.end());
+    if (call.size != first.size || (gathers && !same_sizes)) return "with other sizes";
     return {};
   }
 
