@@ -37,10 +37,11 @@ void run_blocks(const typename Block::Operands& in, const Mask& mask, Workspace&
 /// Attention of all heads, by whichever way is the fastest for its sizes. Block: StandardBlock or DifferentialBlock.
 template <typename Block, typename Mask, Executor E>
 void run_heads(const typename Block::Operands& in, const Mask& mask, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
   using Operands = typename Block::Operands;
   if (in.n_q() == 0) return;
   if (in.n_k() == 0) {
-    for (const auto& lse : in.lse) write_constant(lse, kMinusInfinity<typename Operands::Scalar>);
+    for (const auto& statistics : in.statistics) statistics.clear();
     return write_constant(in.out, typename Operands::Result(0));
   }
   const ViewedMask<typename Operands::Scalar, Mask> seen(mask);
