@@ -22,6 +22,8 @@
 #include <vector>
 #endif
 
+#include "diffattn/core/version.hpp"
+
 namespace diffattn::inline v0_1::detail {
 
 /// Throws std::runtime_error naming the file and why it cannot be opened.

@@ -36,6 +36,8 @@
 #include <random>
 #endif
 
+#include "diffattn/core/version.hpp"
+
 namespace diffattn::inline v0_1::detail {
 
 [[noreturn, gnu::cold, gnu::noinline]] inline void throw_unwritable(const std::filesystem::path& path,
