@@ -38,11 +38,15 @@ struct PageShape {
 
   bool operator==(const PageShape&) const = default;
 
+  /// Scalars of the keys of one map of a head in a page.
   Index keys_size() const { return page_size * d; }
+  /// Scalars of the values of a head in a page.
   Index values_size() const { return page_size * detail::round_up(dv, strip); }
   /// Numbers in a page.
   Index size() const { return heads * (key_maps * keys_size() + values_size()); }
+  /// Where in a page the keys of a head and map begin.
   Index keys_offset(Index head, Index map) const { return (head * key_maps + map) * keys_size(); }
+  /// Where in a page the values of a head begin.
   Index values_offset(Index head) const { return heads * key_maps * keys_size() + head * values_size(); }
 };
 
@@ -94,10 +98,13 @@ struct KeyValuePages {
   /// The place of a key in its page.
   Index row_of(Index key) const { return (key - lead()) & (shape.page_size - 1); }
 
+  /// The keys of a head and map in a page.
   const Storage* keys(Index page, Index head, Index map) const {
     return pages[page]->data.get() + shape.keys_offset(head, map);
   }
+  /// The values of a head in a page.
   const Storage* values(Index page, Index head) const { return pages[page]->data.get() + shape.values_offset(head); }
+  /// Whether all values of a head in a page are finite.
   bool finite_values(Index page, Index head) const {
     return pages[page]->finite_values[static_cast<std::size_t>(head)] != 0;
   }

@@ -83,6 +83,7 @@ Matrix<Scalar> apply_map(const Matrix<Scalar>& a, const Eigen::MatrixBase<V>& v,
   return out;
 }
 
+/// P V: q (n_q x d), k (n_k x d), v (n_k x dv) → n_q x dv. Throws ShapeError.
 template <typename Q, typename K, typename V, typename Mask = FullMask>
 Matrix<typename Q::Scalar> attention(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
                                      const Eigen::MatrixBase<V>& v, const Mask& mask = {},
@@ -92,6 +93,7 @@ Matrix<typename Q::Scalar> attention(const Eigen::MatrixBase<Q>& q, const Eigen:
   return apply_map(attention_map(q, k, mask, options), v, mask);
 }
 
+/// (P1 − λ·P2) V, eq. (1): shapes as diff_attention() in kernels/diff_attention.hpp. Throws ShapeError.
 template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename Mask = FullMask>
 Matrix<typename Q1::Scalar> diff_attention(const Eigen::MatrixBase<Q1>& q1, const Eigen::MatrixBase<K1>& k1,
                                            const Eigen::MatrixBase<Q2>& q2, const Eigen::MatrixBase<K2>& k2,
