@@ -163,7 +163,7 @@ class Site:
             return f"{found.group(1)} {found.group(2)} {{#{identifier}-{slug}}}"
 
         done = []
-        for i, part in enumerate(re.split(r"(^```.*?^```$|^(?:    [^\n]*\n)+)", text, flags=re.DOTALL | re.MULTILINE)):
+        for i, part in enumerate(re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)):
             if i % 2 == 0:
                 part = re.sub(r"!\[([^\]]*)\]\(([^)\s]+)\)", picture, part)
                 part = re.sub(r"(?<!!)\[((?:`[^`]*`|[^\]`])*)\]\(([^)\s]+)\)", link, part)

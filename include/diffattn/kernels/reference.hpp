@@ -165,6 +165,7 @@ Vector<Scalar> softmax_backward(Matrix<Scalar>& dq, Matrix<Scalar>& dk, const Ei
   return sum;
 }
 
+/// dQ, dK and dV of attention() from dout (n_q x dv). Throws ShapeError.
 template <typename Q, typename K, typename V, typename G, typename Mask = FullMask>
 AttentionGradients<typename Q::Scalar> attention_backward(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
                                                           const Eigen::MatrixBase<V>& v,
@@ -182,6 +183,7 @@ AttentionGradients<typename Q::Scalar> attention_backward(const Eigen::MatrixBas
   return grad;
 }
 
+/// dQ1, dK1, dQ2, dK2, dV and dλ of diff_attention() from dout (n_q x dv). Throws ShapeError.
 template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename G,
           typename Mask = FullMask>
 DiffAttentionGradients<typename Q1::Scalar, Lambda> diff_attention_backward(
