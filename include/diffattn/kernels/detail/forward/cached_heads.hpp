@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <new>
 #include <span>
 #include <type_traits>
 
@@ -14,6 +15,7 @@
 #include "diffattn/kernels/detail/few_rows/few_rows_packed.hpp"
 #include "diffattn/kernels/detail/forward/block_tasks.hpp"
 #include "diffattn/kernels/detail/forward/packed_heads.hpp"
+#include "diffattn/kernels/detail/mask_view.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 #include "diffattn/kernels/detail/shifted_mask.hpp"
 #include "diffattn/kernels/key_value_pages.hpp"
@@ -121,12 +123,14 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyVal
                       const Mask& mask, Workspace& workspace, E& executor) {
   if (in.n_q() == 0) return;
   const Index n_k = cache.lead() + cache.n_k;
+  const ViewedMask<Scalar, Mask> seen(mask);
+  using Seen = std::remove_cvref_t<decltype(seen)>;
   if (in.n_q() <= kFewRows || cache.n_k == 0) {
     const PackedSource<Storage> source{cache};
-    return FewRows<Scalar, Block::kMaps, Mask, PackedSource<Storage>>::run(in, source, n_k, mask, workspace, executor);
+    return FewRows<Scalar, Block::kMaps, Seen, PackedSource<Storage>>::run(in, source, n_k, seen, workspace, executor);
   }
   const auto frame = workspace.frame();
-  BlockTasks<Block, Scalar, Mask> tasks(in, mask, n_k);
+  BlockTasks<Block, Scalar, Seen> tasks(in, seen, n_k);
   HeadOfPages<Scalar, Storage, Block::kMaps> pages(cache, workspace);
   tasks.take_scratch(pages[0], std::max(tasks.most_keys(), cache.room(kChunk)), workspace, executor.concurrency());
   for (Index head = 0; head < in.heads.num_kv_heads; ++head) {
@@ -140,12 +144,13 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyVal
 template <typename Scalar, Index kMaps, typename Storage, typename Mask, Executor E>
 void run_cached_rows(const HeadOperands<Scalar, kMaps>& in, std::span<const KeyValuePages<Storage>> caches,
                      std::span<const Mask> masks, Workspace& workspace, E& executor) {
-  using Shifted = ShiftedMask<Mask>;
-  using Call = FewRows<Scalar, kMaps, Shifted, PackedSource<Storage>>;
+  using Seen = MaskView<Scalar, HasBias<Mask>>;
+  using Call = FewRows<Scalar, kMaps, Seen, PackedSource<Storage>>;
   struct Row {
     HeadOperands<Scalar, kMaps> in;
     PackedSource<Storage> source;
-    Shifted mask;
+    ShiftedMask<Mask> mask;
+    Seen seen{mask};
   };
   const auto frame = workspace.frame();
   const auto n = static_cast<Index>(caches.size());
@@ -153,9 +158,10 @@ void run_cached_rows(const HeadOperands<Scalar, kMaps>& in, std::span<const KeyV
   auto* const calls = workspace.take<Call>(n);
   for (Index i = 0; i < n; ++i) {
     const KeyValuePages<Storage>& cache = caches[static_cast<std::size_t>(i)];
-    const Row& row = *std::construct_at(
-        rows + i, Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.origin(), cache.lead()}});
-    std::construct_at(calls + i, row.in, row.source, cache.lead() + cache.n_k, row.mask, workspace);
+    // Made in its place: its view points at its mask.
+    const Row& row =
+        *new (rows + i) Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.origin(), cache.lead()}};
+    std::construct_at(calls + i, row.in, row.source, cache.lead() + cache.n_k, row.seen, workspace);
   }
   Call::run(std::span<Call>(calls, static_cast<std::size_t>(n)), executor);
 }

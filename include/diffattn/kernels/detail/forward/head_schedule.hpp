@@ -13,6 +13,7 @@
 #include "diffattn/kernels/detail/forward/block_tasks.hpp"
 #include "diffattn/kernels/detail/forward/packed_heads.hpp"
 #include "diffattn/kernels/detail/forward/row_block.hpp"
+#include "diffattn/kernels/detail/mask_view.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -41,13 +42,15 @@ void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, W
     for (const auto& lse : in.lse) write_constant(lse, kMinusInfinity<Scalar>);
     return write_constant(in.out, Scalar(0));
   }
-  using Small = SmallProblem<Scalar, Block::kMaps, Mask>;
-  if (Small::suits(in)) return Small::run(in, mask, executor);
+  const ViewedMask<Scalar, Mask> seen(mask);
+  using Seen = std::remove_cvref_t<decltype(seen)>;
+  using Small = SmallProblem<Scalar, Block::kMaps, Seen>;
+  if (Small::suits(in)) return Small::run(in, seen, executor);
   using InPlace = InPlaceSource<Scalar, Block::kMaps>;
   if (InPlace::suits(in)) {
-    return FewRows<Scalar, Block::kMaps, Mask, InPlace>::run(in, {}, in.n_k(), mask, workspace, executor);
+    return FewRows<Scalar, Block::kMaps, Seen, InPlace>::run(in, {}, in.n_k(), seen, workspace, executor);
   }
-  run_blocks<Block>(in, mask, workspace, executor);
+  run_blocks<Block>(in, seen, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1::detail
