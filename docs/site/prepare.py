@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "bench/JOURNAL.md", "tests/mutations/README.md"]
+PAGES = ["README.md", "examples/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "bench/JOURNAL.md", "tests/mutations/README.md"]
 LABEL = re.compile(r"^([^\s.,:;()]+(?: [^\s.,:;()]+)?)\s{2,}(\S.*)$")
 
 
@@ -103,7 +103,7 @@ def prepare_header(source, room, path):
 def page_identifier(path):
     """docs/choose.md → choose; README.md → index; bench/README.md → bench"""
     name = path.removesuffix(".md")
-    return {"README": "readme", "bench/README": "bench", "tests/mutations/README": "mutations"}.get(
+    return {"README": "readme", "examples/README": "path", "bench/README": "bench", "tests/mutations/README": "mutations"}.get(
         name, name.split("/")[-1].lower())
 
 
@@ -132,7 +132,7 @@ class Site:
         if path in self.examples:
             return pathlib.Path(path).stem + "_8cpp-example.html"
         if path == "examples":
-            return "examples.html"
+            return self.html("examples/README.md")
         header = path.removeprefix("include/diffattn/")
         if header != path and "/detail" not in header and header.count("/") <= 1 and header != "diffattn.hpp":
             return html_name(header_identifier(header))
@@ -202,6 +202,8 @@ class Site:
             to.parent.mkdir(exist_ok=True)
             to.write_text(self.prepare_page(page))
         (self.out / "examples.dox").write_text(self.example_list())
+        pictures = " ".join(f'"{file.resolve()}"' for file in sorted((self.out / "pictures").iterdir()))
+        (self.out / "pictures.doxy").write_text(f"HTML_EXTRA_FILES = {pictures}\n")
 
 
 if __name__ == "__main__":
