@@ -35,6 +35,7 @@ void write_zero_gradients(const HeadGradients<Scalar, kMaps>& grad) {
 template <typename Scalar, Index kMaps, typename Mask, Executor E>
 void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradients<Scalar, kMaps>& grad,
                         const Mask& mask, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
   using Block = BackwardBlock<Scalar, kMaps>;
   const Index n_q = in.n_q(), n_k = in.n_k(), kv_heads = in.heads.num_kv_heads, workers = executor.concurrency();
   if (n_q == 0 || n_k == 0) return write_zero_gradients(grad);

@@ -34,7 +34,8 @@ class HeadOfPages {
   static constexpr Index kCols = Tile<Scalar>::kCols;
 
  public:
-  HeadOfPages(const KeyValuePages<Storage>& cache, Workspace& workspace)
+  /// dv: columns of the values that are wanted, all of them or none.
+  HeadOfPages(const KeyValuePages<Storage>& cache, Index dv, Workspace& workspace)
       : cache_(cache),
         end_(cache.lead() + cache.n_k),
         count_(divide_up(end_, kChunk)),
@@ -47,7 +48,7 @@ class HeadOfPages {
     head_.value_stride = copied() ? kChunk : cache.shape.page_size;
     head_.n_k = end_;
     head_.d = cache.shape.d;
-    head_.dv = cache.shape.dv;
+    head_.dv = dv;
   }
 
   /// Turns to another key head.
@@ -108,7 +109,7 @@ template <typename Scalar, Index kMaps>
 HeadOperands<Scalar, kMaps> row_of(HeadOperands<Scalar, kMaps> in, Index row) {
   for (Index map = 0; map < kMaps; ++map) {
     in.q[map] = in.q[map].middle_rows(row, 1);
-    if (in.lse[map].data != nullptr) in.lse[map] = in.lse[map].middle_rows(row, 1);
+    in.statistics[map] = in.statistics[map].of_row(row);
   }
   in.out = in.out.middle_rows(row, 1);
   if (in.lambda.values.data != nullptr) in.lambda.values = in.lambda.values.middle_rows(row, 1);
@@ -116,18 +117,22 @@ HeadOperands<Scalar, kMaps> row_of(HeadOperands<Scalar, kMaps> in, Index row) {
 }
 
 /// Attention of all heads against a cache; `in` has no keys and values. Block: StandardBlock or DifferentialBlock.
-template <typename Block, typename Scalar, typename Storage, typename Mask, Executor E>
+/// exchange: as FewRows has it, for calls that it takes.
+template <typename Block, typename Scalar, typename Storage, typename Mask, Executor E,
+          typename Exchange = std::nullptr_t>
 void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyValuePages<Storage>& cache,
-                      const Mask& mask, Workspace& workspace, E& executor) {
+                      const Mask& mask, Workspace& workspace, E& executor, const Exchange& exchange = nullptr) {
+  check_keys_are_here<E>();
   if (in.n_q() == 0) return;
   const Index n_k = cache.lead() + cache.n_k;
   if (in.n_q() <= kFewRows || cache.n_k == 0) {
     const PackedSource<Storage> source{cache};
-    return FewRows<Scalar, Block::kMaps, Mask, PackedSource<Storage>>::run(in, source, n_k, mask, workspace, executor);
+    return FewRows<Scalar, Block::kMaps, Mask, PackedSource<Storage>>::run(in, source, n_k, mask, workspace, executor,
+                                                                           exchange);
   }
   const auto frame = workspace.frame();
   BlockTasks<Block, Scalar, Mask> tasks(in, mask, n_k);
-  HeadOfPages<Scalar, Storage, Block::kMaps> pages(cache, workspace);
+  HeadOfPages<Scalar, Storage, Block::kMaps> pages(cache, in.dv, workspace);
   tasks.take_scratch(pages[0], std::max(tasks.most_keys(), cache.room(kChunk)), workspace, executor.concurrency());
   for (Index head = 0; head < in.heads.num_kv_heads; ++head) {
     pages.select(head, executor);
@@ -140,6 +145,7 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyVal
 template <typename Scalar, Index kMaps, typename Storage, typename Mask, Executor E>
 void run_cached_rows(const HeadOperands<Scalar, kMaps>& in, std::span<const KeyValuePages<Storage>> caches,
                      std::span<const Mask> masks, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
   using Shifted = ShiftedMask<Mask>;
   using Call = FewRows<Scalar, kMaps, Shifted, PackedSource<Storage>>;
   struct Row {

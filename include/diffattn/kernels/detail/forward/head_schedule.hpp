@@ -36,9 +36,10 @@ void run_blocks(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, 
 /// Attention of all heads, by whichever way is the fastest for its sizes. Block: StandardBlock or DifferentialBlock.
 template <typename Block, typename Scalar, typename Mask, Executor E>
 void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
   if (in.n_q() == 0) return;
   if (in.n_k() == 0) {
-    for (const auto& lse : in.lse) write_constant(lse, kMinusInfinity<Scalar>);
+    for (const auto& statistics : in.statistics) statistics.clear();
     return write_constant(in.out, Scalar(0));
   }
   using Small = SmallProblem<Scalar, Block::kMaps, Mask>;
