@@ -55,6 +55,12 @@
 //   cross_entropy                                           the loss                training/cross_entropy
 //   BatchSampler; TokenFile                                 data                    training/batch_sampler, token_file
 //
+// Use several machines *
+//   Communicator, SelfCommunicator, check_on_all            ranks                   distributed/communicator, …
+//   run_ranks, ThreadCommunicator                           ranks that are threads  distributed/thread_communicator
+//   MpiCommunicator (CMake: diffattn::mpi)                  ranks by MPI            distributed/mpi
+//   average_gradients, broadcast_parameters, on_rank_0      data parallel           distributed/data_parallel
+//
 // Read and write files **
 //   Safetensors, SafetensorsWriter; ShardedSafetensors      PyTorch's tensors       io/safetensors, sharded_safetensors
 //   load_parameters, save_parameters                        of a layer or model     io/parameters

@@ -14,9 +14,11 @@
 #include <type_traits>
 
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
 #include "diffattn/kernels/detail/arithmetic.hpp"
 #include "diffattn/kernels/detail/lambda_view.hpp"
 #include "diffattn/kernels/detail/operand_checks.hpp"
+#include "diffattn/kernels/detail/row_statistics.hpp"
 #include "diffattn/kernels/detail/scalar_checks.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
@@ -66,15 +68,12 @@ struct HeadOperands : HeadLayout {
   using Scalar = ArithmeticOf<Element>;
   static constexpr Index kMaps = kNumMaps;
 
-  StridedView<Result> out;              // n_q rows
-  StridedView<const Element> q[kMaps];  // n_q rows
-  StridedView<const Element> k[kMaps];  // n_k rows
-  StridedView<const Element> v;         // n_k rows
-  LambdaView<Scalar> lambda;            // lambda(row, head), n_q x num_heads
-  /// Where to write the log-sum-exp of every row, n_q x num_heads for each map: log2 Σ 2^(score·log2(e)), which is what
-  /// exp2(score·log2(e) − lse) turns back into probabilities; -inf for a row that sees no key. No data: not wanted, as
-  /// for every public function; attention over parts of the keys will merge their results by it.
-  StridedView<Scalar> lse[kMaps];
+  StridedView<Result> out;                  // n_q rows
+  StridedView<const Element> q[kMaps];      // n_q rows
+  StridedView<const Element> k[kMaps];      // n_k rows
+  StridedView<const Element> v;             // n_k rows
+  LambdaView<Scalar> lambda;                // lambda(row, head), n_q x num_heads
+  RowStatistics<Scalar> statistics[kMaps];  // n_q x num_heads
   Scalar scale = 1;
 
   Index n_q() const { return q[0].rows; }
@@ -202,6 +201,14 @@ class MapByMapOperands {
   Readable<V> v_;
   ReadableLambda<Lambda> lambda_;
 };
+
+/// Keys of other ranks would be left out without a word.
+template <typename E>
+consteval void check_keys_are_here() {
+  static_assert(!spreads_sequences<E>,
+                "diffattn: this call cannot spread a sequence over ranks; distributed/sequence_parallel.hpp says which "
+                "can, and has to be included");
+}
 
 /// The checks of what every call has besides q, k and v. `result`: the output, or its gradient.
 template <typename Mask>

@@ -69,12 +69,6 @@ Scalar normaliser(Scalar sum, Scalar numerator = 1) {
   return sum == Scalar(0) ? Scalar(0) : numerator / sum;
 }
 
-/// log2 Σ 2^(c·score) of a row; -inf for one that has seen no key.
-template <typename Scalar>
-Scalar log_sum_exp(const BaseAndSum<Scalar>& row, Scalar c) {
-  return c * row.base + std::log2(row.sum);
-}
-
 /// row = row · factor in columns [begin, end), whole packets.
 template <typename Scalar>
 EIGEN_ALWAYS_INLINE void scale_row(Scalar* row, Index begin, Index end, Scalar factor) {

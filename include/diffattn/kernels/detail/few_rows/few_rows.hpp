@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <iterator>
 #include <span>
+#include <type_traits>
 
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -140,18 +141,19 @@ class FewRows {
         weight_sum_(workspace.take<Scalar>(state_.size())),
         factor_(workspace.take<Scalar>(state_.slots * kMaps * state_.rows)) {}
 
-  /// Attention of all heads; n_k is told apart from `in`, which has no keys when they are in pages.
-  template <Executor E>
+  /// Attention of all heads; n_k is told apart from `in`, which has no keys when they are in pages. exchange, if it is
+  /// no nullptr, is called once all statistics of `in` have been handed out, and gives it others.
+  template <Executor E, typename Exchange = std::nullptr_t>
   static void run(const Operands& in, const Source& source, Index n_k, const Mask& mask, Workspace& workspace,
-                  E& executor) {
+                  E& executor, const Exchange& exchange = nullptr) {
     const auto frame = workspace.frame();
     FewRows call(in, source, n_k, mask, workspace);
-    run(std::span<FewRows>(&call, 1), executor);
+    run(std::span<FewRows>(&call, 1), executor, exchange);
   }
 
   /// Several calls, whose parts are shared out together.
-  template <Executor E>
-  static void run(std::span<FewRows> calls, E& executor) {
+  template <Executor E, typename Exchange = std::nullptr_t>
+  static void run(std::span<FewRows> calls, E& executor, const Exchange& exchange = nullptr) {
     Index parts = 0, rows = 0;
     for (FewRows& call : calls) {
       call.first_part_ = parts;
@@ -180,10 +182,17 @@ class FewRows {
       for (Index head = 0; head < call.heads(); ++head) call.pack_queries(head);
     });
     for_each_part([](FewRows& call, Index chunk, const KeyRange& heads) { call.score(chunk, heads); });
-    executor.run(rows, [&](Index task, Index /*worker*/) {
-      FewRows& call = call_of(task, &FewRows::first_row_);
-      call.set_factors((task - call.first_row_) / call.state_.rows, (task - call.first_row_) % call.state_.rows);
-    });
+    const auto set_all_factors = [&] {
+      executor.run(rows, [&](Index task, Index /*worker*/) {
+        FewRows& call = call_of(task, &FewRows::first_row_);
+        call.set_factors((task - call.first_row_) / call.state_.rows, (task - call.first_row_) % call.state_.rows);
+      });
+    };
+    set_all_factors();
+    if constexpr (!std::is_null_pointer_v<Exchange>) {
+      exchange();
+      set_all_factors();
+    }
     for_each_part([](FewRows& call, Index chunk, const KeyRange& heads) { call.add_values(chunk, heads); });
     for_each_call([](FewRows& call) {
       for (Index head = 0; head < call.heads(); ++head) call.write(head);
@@ -243,8 +252,8 @@ class FewRows {
         factor(chunk, head, map, row) = relative;
         all.sum += relative * weight_sum_[at];
       }
-      if (s.in.lse[map].data != nullptr) s.in.lse[map](query, query_head) = log_sum_exp(all, scale_.of_exponent);
-      const Scalar of_row = normaliser(all.sum, map == 0 ? Scalar(1) : -s.in.lambda(query, query_head));
+      const Scalar total = s.in.statistics[map].total(query, query_head, all, scale_);
+      const Scalar of_row = normaliser(total, map == 0 ? Scalar(1) : -s.in.lambda(query, query_head));
       for (Index chunk = 0; chunk < s.chunks; ++chunk) factor(chunk, head, map, row) *= of_row;
     }
   }

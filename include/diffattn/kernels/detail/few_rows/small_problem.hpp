@@ -51,6 +51,7 @@ class SmallProblem {
       for (Index i = 0; i < together; ++i) {
         problem.rows_.head = head + i;
         problem.run(i == 0 ? kMaps : 1);
+        if (i > 0) in.statistics[kMaps - 1].copy_head(head, head + i);
       }
     };
     if (in.n_q() * in.n_k() > kTinyPairs) {
@@ -167,8 +168,8 @@ class SmallProblem {
     const ScaledExp2<Scalar> exp2 = exp2_;  // a copy, for which stores to weights need no reload
     for (Index row = 0; row < rows_.count; ++row) {
       const auto base_and_sum = exponentiate_row(weights(map, row), 0, width, exp2);
-      if (in_.lse[map].data != nullptr) in_.lse[map](row, rows_.head) = log_sum_exp(base_and_sum, scale_.of_exponent);
-      scale_row(weights(map, row), 0, width, normaliser(base_and_sum.sum));
+      const Scalar total = in_.statistics[map].total(row, rows_.head, base_and_sum, scale_);
+      scale_row(weights(map, row), 0, width, normaliser(total));
     }
   }
 

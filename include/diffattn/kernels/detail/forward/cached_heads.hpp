@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <new>
 #include <span>
 #include <type_traits>
 
@@ -14,6 +15,7 @@
 #include "diffattn/kernels/detail/few_rows/few_rows_packed.hpp"
 #include "diffattn/kernels/detail/forward/block_tasks.hpp"
 #include "diffattn/kernels/detail/forward/packed_heads.hpp"
+#include "diffattn/kernels/detail/mask_view.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 #include "diffattn/kernels/detail/shifted_mask.hpp"
 #include "diffattn/kernels/key_value_pages.hpp"
@@ -48,7 +50,8 @@ class HeadOfPages {
   static constexpr Index kCols = Tile<SumOf<Packed>>::kCols;
 
  public:
-  HeadOfPages(const KeyValuePages<Storage>& cache, Workspace& workspace)
+  /// dv: columns of the values that are wanted, all of them or none.
+  HeadOfPages(const KeyValuePages<Storage>& cache, Index dv, Workspace& workspace)
       : cache_(cache),
         end_(cache.lead() + cache.n_k),
         count_(divide_up(end_, kChunk)),
@@ -61,7 +64,7 @@ class HeadOfPages {
     head_.value_stride = steps_of<Packed>(copied() ? kChunk : cache.shape.page_size);
     head_.n_k = end_;
     head_.d = cache.shape.d;
-    head_.dv = cache.shape.dv;
+    head_.dv = dv;
   }
 
   /// Turns to another key head.
@@ -127,7 +130,7 @@ template <typename Operands>
 Operands row_of(Operands in, Index row) {
   for (Index map = 0; map < Operands::kMaps; ++map) {
     in.q[map] = in.q[map].middle_rows(row, 1);
-    if (in.lse[map].data != nullptr) in.lse[map] = in.lse[map].middle_rows(row, 1);
+    in.statistics[map] = in.statistics[map].of_row(row);
   }
   in.out = in.out.middle_rows(row, 1);
   if (in.lambda.values.data != nullptr) in.lambda.values = in.lambda.values.middle_rows(row, 1);
@@ -135,19 +138,23 @@ Operands row_of(Operands in, Index row) {
 }
 
 /// Attention of all heads against a cache; `in` has no keys and values. Block: StandardBlock or DifferentialBlock.
-template <typename Block, typename Storage, typename Mask, Executor E>
-void run_cached_heads(const typename Block::Operands& in, const KeyValuePages<Storage>& cache,
-                      const Mask& mask, Workspace& workspace, E& executor) {
+/// exchange: as FewRows has it, for calls that it takes.
+template <typename Block, typename Storage, typename Mask, Executor E, typename Exchange = std::nullptr_t>
+void run_cached_heads(const typename Block::Operands& in, const KeyValuePages<Storage>& cache, const Mask& mask,
+                      Workspace& workspace, E& executor, const Exchange& exchange = nullptr) {
+  check_keys_are_here<E>();
   using Operands = typename Block::Operands;
   if (in.n_q() == 0) return;
   const Index n_k = cache.lead() + cache.n_k;
+  const ViewedMask<typename Operands::Scalar, Mask> seen(mask);
+  using Seen = std::remove_cvref_t<decltype(seen)>;
   if (in.n_q() <= kFewRows || cache.n_k == 0) {
     const PackedSource<Storage> source{cache};
-    return FewRows<Operands, Mask, PackedSource<Storage>>::run(in, source, n_k, mask, workspace, executor);
+    return FewRows<Operands, Seen, PackedSource<Storage>>::run(in, source, n_k, seen, workspace, executor, exchange);
   }
   const auto frame = workspace.frame();
-  BlockTasks<Block, Mask> tasks(in, mask, n_k);
-  HeadOfPages<PackedOf<typename Operands::Element>, Storage, Operands::kMaps> pages(cache, workspace);
+  BlockTasks<Block, Seen> tasks(in, seen, n_k);
+  HeadOfPages<PackedOf<typename Operands::Element>, Storage, Operands::kMaps> pages(cache, in.dv, workspace);
   tasks.take_scratch(pages[0], std::max(tasks.most_keys(), cache.room(kChunk)), workspace, executor.concurrency());
   for (Index head = 0; head < in.heads.num_kv_heads; ++head) {
     pages.select(head, executor);
@@ -158,14 +165,16 @@ void run_cached_heads(const typename Block::Operands& in, const KeyValuePages<St
 /// One query against each of several caches: row i of `in`, which has no keys and values, against caches[i] under
 /// masks[i]. What run_cached_heads computes of each row alone, bit for bit, shared out together.
 template <typename Operands, typename Storage, typename Mask, Executor E>
-void run_cached_rows(const Operands& in, std::span<const KeyValuePages<Storage>> caches,
-                     std::span<const Mask> masks, Workspace& workspace, E& executor) {
-  using Shifted = ShiftedMask<Mask>;
-  using Call = FewRows<Operands, Shifted, PackedSource<Storage>>;
+void run_cached_rows(const Operands& in, std::span<const KeyValuePages<Storage>> caches, std::span<const Mask> masks,
+                     Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
+  using Seen = MaskView<typename Operands::Scalar, HasBias<Mask>>;
+  using Call = FewRows<Operands, Seen, PackedSource<Storage>>;
   struct Row {
     Operands in;
     PackedSource<Storage> source;
-    Shifted mask;
+    ShiftedMask<Mask> mask;
+    Seen seen{mask};
   };
   const auto frame = workspace.frame();
   const auto n = static_cast<Index>(caches.size());
@@ -173,9 +182,10 @@ void run_cached_rows(const Operands& in, std::span<const KeyValuePages<Storage>>
   auto* const calls = workspace.take<Call>(n);
   for (Index i = 0; i < n; ++i) {
     const KeyValuePages<Storage>& cache = caches[static_cast<std::size_t>(i)];
-    const Row& row = *std::construct_at(
-        rows + i, Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.origin(), cache.lead()}});
-    std::construct_at(calls + i, row.in, row.source, cache.lead() + cache.n_k, row.mask, workspace);
+    // Made in its place: its view points at its mask.
+    const Row& row =
+        *new (rows + i) Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.origin(), cache.lead()}};
+    std::construct_at(calls + i, row.in, row.source, cache.lead() + cache.n_k, row.seen, workspace);
   }
   Call::run(std::span<Call>(calls, static_cast<std::size_t>(n)), executor);
 }

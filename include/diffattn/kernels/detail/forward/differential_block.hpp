@@ -32,7 +32,6 @@ class DifferentialBlock {
   static constexpr Index kTile = kRows * kChunk;
 
  public:
-
   /// Takes the scratch of one worker, for blocks of up to max_rows. No block will see more than max_keys keys, counted
   /// from the start of the chunk that the first is in.
   DifferentialBlock(Workspace& workspace, const PackedHead<Packed>& shape, Index max_keys, Index max_rows = kBlockRows)
@@ -62,8 +61,8 @@ class DifferentialBlock {
  private:
   /// One head. maps: 1 where the panel holds the second map already.
   template <typename Mask>
-  void run_head(const Operands& in, const PackedHead<Packed>& head, const RowRange<Mask>& rows,
-                Index maps, const ScoreScale<Scalar>& scale) {
+  void run_head(const Operands& in, const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index maps,
+                const ScoreScale<Scalar>& scale) {
     const Index groups = divide_up(rows.count, kRows);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
     for (Index map = 0; map < maps; ++map) {
@@ -82,14 +81,14 @@ class DifferentialBlock {
         }
       }
     });
-    for (Index g = 0; g < groups; ++g) set_factors(in, group(g), g);
+    for (Index g = 0; g < groups; ++g) set_factors(in, group(g), g, scale);
     for_each_chunk(rows.keys_of_any(), [&](const BlockChunk& chunk) {
       for (Index g = 0; g < groups; ++g) {
         rows_ahead.fetch_some();
         add_values(head, group(g), g, chunk, exp2);
       }
     });
-    for (Index g = 0; g < groups; ++g) write(in, group(g), g, scale);
+    for (Index g = 0; g < groups; ++g) write(in, group(g), g);
   }
 
   Index slot(Index chunk, Index map, Index g) const { return (chunk * groups_ + g) * 2 + map; }
@@ -120,10 +119,12 @@ class DifferentialBlock {
 
   /// 1/l1 and −λ/l2 for the rows of a group.
   template <typename Mask>
-  void set_factors(const Operands& in, const RowRange<Mask>& rows, Index g) {
+  void set_factors(const Operands& in, const RowRange<Mask>& rows, Index g, const ScoreScale<Scalar>& scale) {
+    set_normalisers(factors(0, g), in.statistics[0], rows, softmax_[0][g], scale);
     for (Index r = 0; r < rows.count; ++r) {
-      factors(0, g)[r] = normaliser(softmax_[0][g].sum(r));
-      factors(1, g)[r] = normaliser(softmax_[1][g].sum(r), -in.lambda(rows.first + r, rows.head));
+      const BaseAndSum<Scalar> second = softmax_[1][g].base_and_sum(r);
+      const Scalar total = in.statistics[1].total(rows.first + r, rows.head, second, scale);
+      factors(1, g)[r] = normaliser(total, -in.lambda(rows.first + r, rows.head));
     }
     for (Index map = 0; map < 2; ++map)
       std::fill(factors(map, g) + rows.count, factors(map, g) + kPaddedRows, Scalar(0));
@@ -171,14 +172,13 @@ class DifferentialBlock {
   }
 
   template <typename Mask>
-  void write(const Operands& in, const RowRange<Mask>& rows, Index g, const ScoreScale<Scalar>& scale) {
+  void write(const Operands& in, const RowRange<Mask>& rows, Index g) {
     constexpr auto ones = [] {
       std::array<Scalar, kRows> values{};
       values.fill(Scalar(1));
       return values;
     }();
     write_rows(in.result(rows.head).middle_rows(rows.first, rows.count), sums_ + g * group_sums_, ones.data());
-    for (Index map = 0; map < 2; ++map) write_log_sum_exp(in.lse[map], rows, softmax_[map][g], scale);
   }
 
   Index groups_;                    // in a block

@@ -13,6 +13,7 @@
 #include "diffattn/kernels/detail/forward/block_tasks.hpp"
 #include "diffattn/kernels/detail/forward/packed_heads.hpp"
 #include "diffattn/kernels/detail/forward/row_block.hpp"
+#include "diffattn/kernels/detail/mask_view.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -36,19 +37,22 @@ void run_blocks(const typename Block::Operands& in, const Mask& mask, Workspace&
 /// Attention of all heads, by whichever way is the fastest for its sizes. Block: StandardBlock or DifferentialBlock.
 template <typename Block, typename Mask, Executor E>
 void run_heads(const typename Block::Operands& in, const Mask& mask, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
   using Operands = typename Block::Operands;
   if (in.n_q() == 0) return;
   if (in.n_k() == 0) {
-    for (const auto& lse : in.lse) write_constant(lse, kMinusInfinity<typename Operands::Scalar>);
+    for (const auto& statistics : in.statistics) statistics.clear();
     return write_constant(in.out, typename Operands::Result(0));
   }
-  using Small = SmallProblem<Operands, Mask>;
-  if (Small::suits(in)) return Small::run(in, mask, executor);
+  const ViewedMask<typename Operands::Scalar, Mask> seen(mask);
+  using Seen = std::remove_cvref_t<decltype(seen)>;
+  using Small = SmallProblem<Operands, Seen>;
+  if (Small::suits(in)) return Small::run(in, seen, executor);
   using InPlace = InPlaceSource<Operands>;
   if (InPlace::suits(in)) {
-    return FewRows<Operands, Mask, InPlace>::run(in, {}, in.n_k(), mask, workspace, executor);
+    return FewRows<Operands, Seen, InPlace>::run(in, {}, in.n_k(), seen, workspace, executor);
   }
-  run_blocks<Block>(in, mask, workspace, executor);
+  run_blocks<Block>(in, seen, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1::detail

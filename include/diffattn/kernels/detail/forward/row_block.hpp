@@ -200,13 +200,12 @@ void write_rows(const StridedView<Result>& out, const Scalar* sums, const Scalar
   }
 }
 
-/// The log-sum-exp of a group, in the log2 domain, if it is wanted.
+/// factors[r] = 1 / l, for the rows of a group.
 template <typename Scalar, typename Mask>
-void write_log_sum_exp(const StridedView<Scalar>& lse, const RowRange<Mask>& rows, const RowSoftmax<Scalar>& softmax,
-                       const ScoreScale<Scalar>& scale) {
-  if (lse.data == nullptr) return;
+void set_normalisers(Scalar* factors, const RowStatistics<Scalar>& statistics, const RowRange<Mask>& rows,
+                     const RowSoftmax<Scalar>& softmax, const ScoreScale<Scalar>& scale) {
   for (Index r = 0; r < rows.count; ++r) {
-    lse(rows.first + r, rows.head) = log_sum_exp(softmax.base_and_sum(r), scale.of_exponent);
+    factors[r] = normaliser(statistics.total(rows.first + r, rows.head, softmax.base_and_sum(r), scale));
   }
 }
 

@@ -77,9 +77,8 @@ class StandardBlock {
   template <typename Mask>
   void write(const Operands& in, const RowRange<Mask>& rows, Index g, const ScoreScale<Scalar>& scale) {
     Scalar factors[kRows];
-    for (Index r = 0; r < kRows; ++r) factors[r] = normaliser(softmax_[g].sum(r));
+    set_normalisers(factors, in.statistics[0], rows, softmax_[g], scale);
     write_rows(in.result(rows.head).middle_rows(rows.first, rows.count), sums_ + g * group_sums_, factors);
-    write_log_sum_exp(in.lse[0], rows, softmax_[g], scale);
   }
 
   void rescale(Scalar* sums, const Scalar* growth) const {
