@@ -228,7 +228,7 @@ bool complete_pairs(simd::Pair* to, Index page_size, Index row, const StridedVie
   for (Index col = 0; col < values.cols; ++col) {
     simd::Pair& pair = to[col / kCols * page_size / 2 * kCols + row / 2 * kCols + col % kCols];
     pair.second = static_cast<Eigen::bfloat16>(values(0, col));
-    finite &= std::isfinite(static_cast<float>(pair.second));
+    if (!std::isfinite(static_cast<float>(pair.second))) finite = false;
   }
   return finite;
 }
