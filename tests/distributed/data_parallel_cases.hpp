@@ -127,7 +127,14 @@ void sums_every_parameter(C& communicator) {
       expect(wrong == 0, std::string(what) + " in " + std::string(name));
     });
   };
+  double bytes = 0;
+  diffattn::visit_parameters(gradient, [&](std::string_view, const auto& p) {
+    bytes += static_cast<double>(p.size()) * sizeof(typename std::decay_t<decltype(p)>::Scalar);
+  });
+  const std::uint64_t before = communicator.bytes_sent();
   diffattn::sum_gradients(communicator, gradient);
+  const auto sent = static_cast<double>(communicator.bytes_sent() - before), least = 2 * bytes * (size - 1) / size;
+  expect(sent >= 0.999 * least && sent <= 1.001 * least, "2·(size − 1) / size of the gradient's bytes sent");
   expect_times(size * (size + 1) / 2, "the sum");
   // Weight r of rank r, except that a single rank has 1.
   diffattn::average_gradients(communicator, gradient, size == 1 ? 1 : communicator.rank());

@@ -123,3 +123,47 @@ TEST_CASE("The least number of tokens is a window and its last target", "[traini
   CHECK(support::thrown_by<std::invalid_argument>([&] { Sampler(tokens, {.length = 1, .batch_size = -2}); }) ==
         "BatchSampler: length and batch_size must be at least 1, got 1 and -2");
 }
+
+TEST_CASE("Ranks share a batch, which is the same for any number of them", "[training][batch_sampler]") {
+  const auto tokens = counting_tokens(200);
+  const diffattn::BatchSamplerConfig config{.length = 7, .batch_size = 5, .seed = 3};
+  BatchSampler<std::uint16_t> alone(tokens, config);
+  Batch whole, part;
+  for (const Index num_ranks : {1, 2, 3, 5}) {
+    std::vector<BatchSampler<std::uint16_t>> ranks;
+    for (Index rank = 0; rank < num_ranks; ++rank) {
+      auto of_rank = config;
+      of_rank.rank = rank;
+      of_rank.num_ranks = num_ranks;
+      ranks.emplace_back(tokens, of_rank);
+      ranks.back().drawn = alone.drawn;  // goes on from any other number of ranks
+    }
+    for (int step = 0; step < 20; ++step) {  // across epochs, which have 27 windows
+      alone.next(whole);
+      Batch together;
+      for (auto& rank : ranks) {
+        rank.next(part);
+        const auto mine = static_cast<Index>(part.lengths.size());
+        CHECK(mine >= 5 / num_ranks);
+        CHECK(mine <= (5 + num_ranks - 1) / num_ranks);
+        together.inputs.insert(together.inputs.end(), part.inputs.begin(), part.inputs.end());
+        together.targets.insert(together.targets.end(), part.targets.begin(), part.targets.end());
+        together.lengths.insert(together.lengths.end(), part.lengths.begin(), part.lengths.end());
+        CHECK(rank.drawn == alone.drawn);
+      }
+      REQUIRE(together.inputs == whole.inputs);
+      REQUIRE(together.targets == whole.targets);
+      REQUIRE(together.lengths == whole.lengths);
+    }
+  }
+
+  using Sampler = BatchSampler<std::uint16_t>;
+  const auto refused = [&](Index batch_size, Index rank, Index num_ranks) {
+    return support::thrown_by<std::invalid_argument>(
+        [&] { Sampler(tokens, {.length = 7, .batch_size = batch_size, .rank = rank, .num_ranks = num_ranks}); });
+  };
+  CHECK(refused(4, 3, 3) == "BatchSampler: rank must be from 0 to num_ranks - 1, got 3 of 3");
+  CHECK(refused(4, -1, 3) == "BatchSampler: rank must be from 0 to num_ranks - 1, got -1 of 3");
+  CHECK(refused(4, 0, 0) == "BatchSampler: rank must be from 0 to num_ranks - 1, got 0 of 0");
+  CHECK(refused(2, 0, 3) == "BatchSampler: a batch must have a sequence for each of 3 ranks, got batch_size 2");
+}
