@@ -95,11 +95,11 @@ class DecoderStack {
     if constexpr (!kFrozen) random.normal(embedding, 0.02);
     blocks.reserve(static_cast<std::size_t>(config_.num_layers));
     for (Index layer = 0; layer < config_.num_layers; ++layer) {
-      blocks.emplace_back(config_.attention_of(layer), config_.hidden_dim, config_.norm_eps);
+      blocks.emplace_back(config_.attention_of(layer), config_.hidden_dim, config_.norm_eps, config_.arithmetic);
       blocks.back().feed_forward.initialize(random);
     }
     if (!config_.tied_head) {
-      head.emplace(config_.attention.embed_dim, config_.vocab_size);
+      head.emplace(config_.attention.embed_dim, config_.vocab_size, false, config_.arithmetic);
       head->initialize(random);
     }
   }

@@ -48,7 +48,7 @@ TEMPLATE_TEST_CASE("A row of scores becomes weights relative to its largest", ""
   }
   CHECK(row.values[R::kBegin] == 0);
   CHECK(sum == Approx(expected_sum).epsilon(1e-6));
-  CHECK(detail::log_sum_exp<TestType>({base, sum}, c) == Approx(c * largest + std::log2(expected_sum)).epsilon(1e-6));
+  CHECK(base == largest);
 }
 
 TEMPLATE_TEST_CASE("A row that sees no key has weights of 0, a sum of 0 and no probability", "",
@@ -64,7 +64,7 @@ TEMPLATE_TEST_CASE("A row that sees no key has weights of 0, a sum of 0 and no p
   CHECK(detail::normaliser(sum) == 0);
   CHECK(detail::normaliser(sum, TestType(-0.5)) == 0);
   CHECK(detail::normaliser(TestType(4), TestType(-2)) == TestType(-0.5));
-  CHECK(detail::log_sum_exp<TestType>({base, sum}, TestType(1.5)) == hidden);
+  CHECK(base == detail::kNoBase<TestType>);
 }
 
 TEMPLATE_TEST_CASE("Maps are combined, in place and into another row", "", DIFFATTN_TEST_SCALARS) {

@@ -36,6 +36,7 @@ void write_zero_gradients(const HeadGradients<Scalar, kMaps>& grad) {
 template <typename Scalar, Index kMaps, typename Mask, Executor E>
 void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradients<Scalar, kMaps>& grad,
                         const Mask& mask_of_call, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
   using Block = BackwardBlock<Scalar, kMaps>;
   const ViewedMaskOfBackward<Scalar, Mask> mask(mask_of_call);
   const Index n_q = in.n_q(), n_k = in.n_k(), kv_heads = in.heads.num_kv_heads, workers = executor.concurrency();
