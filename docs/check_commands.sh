@@ -46,4 +46,10 @@ for block in "$work"/*; do
   sh -eu "$block" > "$work.log" 2>&1 || { cat "$work.log"; fault "$where: failed"; }
   rm -f "$work.log"
 done
+
+# CONTRIBUTING.md has a table of all presets.
+workflows=$(sed -n '/"workflowPresets"/,$s/^      "name": "\(.*\)",$/\1/p' CMakePresets.json | sort)
+told=$(sed -n '/^| preset /,/^$/p' CONTRIBUTING.md | cut -d'|' -f2 | grep -o '`[^`]*`' | tr -d '`' | sort)
+[ "$workflows" = "$told" ] || fault "CONTRIBUTING.md tells of the presets" $told", and there are" $workflows
+
 [ "$faults" = 0 ]

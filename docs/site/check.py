@@ -88,7 +88,7 @@ def main():
         for file in sorted((site / "input" / prepared).rglob("*" + suffix)):
             path = file.relative_to(site / "input" / prepared)
             name = path.with_suffix("").as_posix().removeprefix("diffattn/").replace("/", "_")
-            page = name if suffix == ".md" else "group__" + name.replace("_", "__")
+            page = name[3:] if suffix == ".md" else "group__" + name.replace("_", "__")
             if not (site / "html" / (page + ".html")).exists():
                 faults.append(f"{path} has no page {page}.html")
     if not (site / "html/search/search.js").exists():

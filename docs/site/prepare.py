@@ -14,7 +14,10 @@ import re
 import shutil
 import sys
 
-PAGES = ["README.md", "examples/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "bench/JOURNAL.md", "tests/mutations/README.md"]
+# The order of the pages on the site; those of docs/ that are not named here stand before the last ones.
+FIRST_PAGES = ["README.md"] + [f"docs/{guide}.md" for guide in ("use-it", "in-your-model", "from-pytorch", "choose", "fast", "rules")]
+LAST_PAGES = ["examples/README.md", "docs/architecture.md", "bench/README.md", "bench/JOURNAL.md", "CONTRIBUTING.md",
+              "tests/mutations/README.md", "CHANGELOG.md"]
 LABEL = re.compile(r"^([^\s.,:;()]+(?: [^\s.,:;()]+)?)\s{2,}(\S.*)$")
 
 
@@ -84,7 +87,7 @@ def prepare_header(source, room, path):
         contract.append(lines[end][2:].removeprefix(" "))
         end += 1
     group = header_identifier(path)
-    doc = [f"/** @defgroup {group} {path}", f"@ingroup {room}", contract_of(contract),
+    doc = [f"/** @defgroup {group} {path.split('/')[-1]}", f"@ingroup {room}", contract_of(contract),
            f"\n<span class=\"include\">\\#include \\<diffattn/{path}\\></span>", "*/",
            f"/** @file\n@ingroup {group}\n*/"]
     body = []
@@ -110,8 +113,8 @@ def page_identifier(path):
 class Site:
     def __init__(self, root, out):
         self.root, self.out = root, out
-        self.pages = [p for p in PAGES if (root / p).exists()]
-        self.pages += sorted(str(p.relative_to(root)) for p in (root / "docs").rglob("*.md"))
+        others = {str(p.relative_to(root)) for p in (root / "docs").rglob("*.md")} - {*FIRST_PAGES, *LAST_PAGES}
+        self.pages = FIRST_PAGES + sorted(others) + LAST_PAGES
         self.examples = sorted(str(p.relative_to(root)) for p in (root / "examples").rglob("*.cpp")
                                if p.parent.name != "support" and p.name != "all.cpp")
 
@@ -197,8 +200,8 @@ class Site:
             to = self.out / "include/diffattn" / path
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_text(prepare_header(header.read_text(), path.split("/")[0], path))
-        for page in self.pages:
-            to = self.out / "pages" / (self.html(page).removesuffix(".html") + ".md")
+        for number, page in enumerate(self.pages):  # Doxygen sorts them by the names of their files
+            to = self.out / "pages" / f"{number:02}-{self.html(page).removesuffix('.html')}.md"
             to.parent.mkdir(exist_ok=True)
             to.write_text(self.prepare_page(page))
         (self.out / "examples.dox").write_text(self.example_list())
