@@ -1,4 +1,4 @@
-// error: diffattn: gradients are computed of float or double, not of bfloat16; convert with .template cast<>()
+// error: diffattn: gradients and parts of attention take float or double, not bfloat16; convert with .template cast<>()
 
 #include <diffattn/kernels/backward.hpp>
 

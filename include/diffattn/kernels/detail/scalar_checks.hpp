@@ -65,11 +65,12 @@ consteval void check_output_scalar() {
                 "diffattn: the output and all gradients must have the scalar type of the queries");
 }
 
-/// The gradient of a result.
+/// A gradient, or the result of a part of the keys.
 template <typename Scalar, typename Result>
 consteval void check_result_scalar() {
-  static_assert(!is_narrow<Scalar>,
-                "diffattn: gradients are computed of float or double, not of bfloat16; convert with .template cast<>()");
+  static_assert(
+      !is_narrow<Scalar>,
+      "diffattn: gradients and parts of attention take float or double, not bfloat16; convert with .template cast<>()");
   static_assert(std::is_same_v<Scalar, typename Result::Scalar>,
                 "diffattn: the output and all gradients must have the scalar type of the queries");
 }
@@ -84,8 +85,9 @@ consteval void check_gradient_scalar() {
 template <typename Scalar, typename Lambda>
 consteval void check_lambda_scalar() {
   if constexpr (!is_scalar_lambda<Lambda>) {
-    static_assert(!is_narrow<Scalar> || std::is_same_v<typename Lambda::Scalar, float>,
-                  "diffattn: lambda of bfloat16 queries must be a number or a matrix of float, in which it is computed");
+    static_assert(
+        !is_narrow<Scalar> || std::is_same_v<typename Lambda::Scalar, float>,
+        "diffattn: lambda of bfloat16 queries must be a number or a matrix of float, in which it is computed");
     static_assert(is_narrow<Scalar> || std::is_same_v<typename Lambda::Scalar, Scalar>,
                   "diffattn: lambda must be a number or a matrix of the scalar type of the queries");
   }
