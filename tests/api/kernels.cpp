@@ -68,6 +68,11 @@ void kernels(const M& x, const Matrix<double>& biases, const KeyValuePages<float
   static_assert(grouped.query_heads() == 6 && grouped.query_head(3, 0) == 4 && grouped.query_head(3, 1) == 5);
   static_assert(grouped.noise_sharers() == 2);
   static_assert(std::is_same_v<decltype(decode_attention(x, pages, Heads{2, 1})), M>);
+  using Narrow = Matrix<Eigen::bfloat16>;
+  const Narrow narrow = x.cast<Eigen::bfloat16>();
+  static_assert(std::is_same_v<decltype(diff_attention(narrow, narrow, narrow, narrow, narrow, 0.5f)), Narrow>);
+  M wide = x;
+  attention_into(wide, narrow, narrow, narrow);
   const std::vector<double> slopes = alibi_slopes(8);
   const auto own = [](Index head, Index query, Index key, Index n_q, Index n_k) {
     return static_cast<double>(head + query - key + n_q - n_k);

@@ -6,8 +6,10 @@
 
 #include "product/plain.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
-TEMPLATE_TEST_CASE("dot is the sum of the products, of any length and from any address", "[product]", float, double) {
+TEMPLATE_TEST_CASE("dot is the sum of the products, of any length and from any address", "[product]",
+                   DIFFATTN_TEST_SCALARS) {
   using support::Index;
   support::Rng rng = support::make_rng();
   for (Index depth = 0; depth <= 150; ++depth) {
@@ -25,7 +27,7 @@ TEMPLATE_TEST_CASE("dot is the sum of the products, of any length and from any a
   }
 }
 
-TEMPLATE_TEST_CASE("dot with a NaN anywhere is NaN", "[product]", float, double) {
+TEMPLATE_TEST_CASE("dot with a NaN anywhere is NaN", "[product]", DIFFATTN_TEST_SCALARS) {
   for (const support::Index depth : {1, 7, 16, 37, 70}) {
     std::vector<TestType> a(static_cast<std::size_t>(depth), TestType(0));
     const std::vector<TestType> b = a;

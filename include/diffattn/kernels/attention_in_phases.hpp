@@ -21,6 +21,8 @@
 // Cost       up to 4 queries: that of the calls without phases, plus two passes over rows. More: the scores are computed
 //            twice, 2·n_q·n_k·(4d + dv) FLOP a head.
 
+#include <type_traits>
+
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -28,6 +30,7 @@
 #include "diffattn/kernels/detail/forward/cached_heads.hpp"
 #include "diffattn/kernels/detail/forward/differential_block.hpp"
 #include "diffattn/kernels/detail/forward/head_schedule.hpp"
+#include "diffattn/kernels/detail/mask_view.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 #include "diffattn/kernels/detail/paged_operands.hpp"
 #include "diffattn/kernels/detail/shifted_mask.hpp"
@@ -84,17 +87,19 @@ void multihead_diff_attention_in_phases_into(const Eigen::MatrixBase<Out>& out,
                                              const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   constexpr const char* kName = "multihead_diff_attention_in_phases";
   using Block = detail::DifferentialBlock<Scalar>;
-  using InPlace = detail::InPlaceSource<Scalar, 2>;
+  using InPlace = detail::InPlaceSource<typename Block::Operands>;
   detail::check_result_scalar<typename Q::Scalar, Out>();
   detail::check_result_scalar<typename Q::Scalar, Matrix<Scalar>>();
-  auto operands = detail::operands_of(kName, q, k, v, lambda, detail::operand("out", out), heads, mask, options);
+  auto operands =
+      detail::operands_of<Scalar>(kName, q, k, v, lambda, detail::operand("out", out), heads, mask, options);
   auto& in = operands.in;
   in.out = detail::writable_view_of(out);
   detail::hand_out(in, statistics);
   const auto between = [&] { detail::exchange_statistics(kName, in, statistics, exchange); };
   if (in.n_q() > 0 && in.n_k() > 0 && InPlace::suits(in)) {  // weights are kept from one phase to the next
-    using Call = detail::FewRows<Scalar, 2, Mask, InPlace>;
-    return Call::run(in, {}, in.n_k(), mask, workspace, executor, between);
+    const detail::ViewedMask<Scalar, Mask> seen(mask);
+    using Call = detail::FewRows<typename Block::Operands, std::remove_cvref_t<decltype(seen)>, InPlace>;
+    return Call::run(in, {}, in.n_k(), seen, workspace, executor, between);
   }
   detail::run_heads<Block>(detail::without_values(in), mask, workspace, executor);
   between();
@@ -113,7 +118,8 @@ void decode_diff_attention_in_phases_into(const Eigen::MatrixBase<Out>& out, Dif
   using Block = detail::DifferentialBlock<Scalar>;
   detail::check_result_scalar<typename Q::Scalar, Out>();
   detail::check_result_scalar<typename Q::Scalar, Matrix<Scalar>>();
-  auto operands = detail::operands_of(kName, q, pages, lambda, detail::operand("out", out), heads, mask, options);
+  auto operands =
+      detail::operands_of<Scalar>(kName, q, pages, lambda, detail::operand("out", out), heads, mask, options);
   auto& in = operands.in;
   in.out = detail::writable_view_of(out);
   detail::hand_out(in, statistics);
@@ -137,7 +143,7 @@ void decode_partial_attention_into(PartialAttention<Scalar>& part, const Eigen::
   constexpr const char* kName = "decode_partial_attention";
   detail::check_result_scalar<typename Q::Scalar, Matrix<Scalar>>();
   const Index cols = detail::paged_output_cols(kName, heads, pages.shape);
-  auto operands = detail::operands_of(kName, q, pages, {"out", q.rows(), cols}, heads, mask, options);
+  auto operands = detail::operands_of<Scalar>(kName, q, pages, {"out", q.rows(), cols}, heads, mask, options);
   part.out.resize(q.rows(), cols);
   part.statistics.resize(q.rows(), operands.sizes.heads.num_heads);
   operands.in.out = detail::writable_view_of(part.out);

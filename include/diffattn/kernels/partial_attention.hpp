@@ -150,7 +150,7 @@ void multihead_partial_attention_into(PartialAttention<Scalar>& part, const Eige
   detail::check_result_scalar<typename Q::Scalar, Matrix<Scalar>>();
   constexpr const char* kName = "multihead_partial_attention";
   const Index cols = detail::output_cols(kName, heads, detail::operand("v", v));
-  auto operands = detail::operands_of(kName, q, k, v, {"out", q.rows(), cols}, heads, mask, options);
+  auto operands = detail::operands_of<Scalar>(kName, q, k, v, {"out", q.rows(), cols}, heads, mask, options);
   part.out.resize(q.rows(), cols);
   part.statistics.resize(q.rows(), operands.sizes.heads.num_heads);
   operands.in.out = detail::writable_view_of(part.out);
@@ -197,7 +197,8 @@ void multihead_partial_diff_attention_into(PartialDiffAttention<Scalar>& part, c
   detail::check_result_scalar<typename Q::Scalar, Matrix<Scalar>>();
   constexpr const char* kName = "multihead_partial_diff_attention";
   const Index cols = detail::output_cols(kName, heads, detail::operand("v", v));
-  const auto operands = detail::operands_of(kName, q, k, v, Scalar(1), {"out", q.rows(), cols}, heads, mask, options);
+  const auto operands =
+      detail::operands_of<Scalar>(kName, q, k, v, Scalar(1), {"out", q.rows(), cols}, heads, mask, options);
   const auto& in = operands.in;
   for (Index map = 0; map < 2; ++map) {
     PartialAttention<Scalar>& one = map == 0 ? part.first : part.second;

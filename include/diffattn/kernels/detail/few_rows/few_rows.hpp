@@ -19,6 +19,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/blocking.hpp"
 #include "diffattn/kernels/detail/exp2.hpp"
+#include "diffattn/kernels/detail/few_rows/few_rows_state.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 #include "diffattn/kernels/detail/scores.hpp"
 #include "diffattn/kernels/detail/softmax.hpp"
@@ -28,109 +29,20 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// The rows of one call: queries, weights and sums, and what each row sees. A row is a query of one of the sharers of a
-/// key head, numbered sharer by sharer. Heads that share their second map have one row of it together.
-template <typename Scalar, Index kMaps, typename Mask>
-struct FewRowsState {
-  // Rows of weights a power of two apart would fall on the same few lines of the nearest cache.
-  static constexpr Index kWeightStride = kChunk + 16;
-  static constexpr Index kCols = Tile<Scalar>::kCols;
-
-  const HeadOperands<Scalar, kMaps>& in;
-  const Mask& mask;
-  Index n_q;
-  Index n_k;
-  Index heads_of_noise;  // heads that have a row of the second map together
-  Index rows;            // of each key head
-  Index noise_rows;      // of the second map, likewise
-  Index all_rows;        // of all maps: those of the first, then those of the second
-  Index width;           // of a row of sums, whole strips
-  Index first;           // the first chunk that some row sees
-  Index chunks;          // from there on
-  Index slots;           // of a chunk and a key head, as many as there is memory for
-  Scalar* queries;
-  Scalar* all_weights;
-  Scalar* all_sums;
-
-  /// room: keys that memory is taken for, where there are fewer.
-  FewRowsState(const HeadOperands<Scalar, kMaps>& operands, Index num_keys, Index room, const Mask& visible,
-               Workspace& workspace)
-      : in(operands), mask(visible), n_q(in.n_q()), n_k(num_keys) {
-    heads_of_noise = heads_with_one_noise_map(in, mask, n_q);
-    rows = n_q * in.heads_per_kv_head();
-    noise_rows = rows / heads_of_noise;
-    all_rows = kMaps == 1 ? rows : rows + noise_rows;
-    width = round_up(in.dv, kCols);
-    first = mask.visible_keys(0, n_q, n_k).begin / kChunk;
-    chunks = std::max<Index>(divide_up(mask.visible_keys(n_q - 1, n_q, n_k).end, kChunk) - first, 0);
-    slots = std::max(chunks, divide_up(room, kChunk)) * in.heads.num_kv_heads;
-    queries = workspace.take<Scalar>(in.heads.num_kv_heads * all_rows * in.d);
-    all_weights = workspace.take<Scalar>(slots * all_rows * kWeightStride);
-    all_sums = workspace.take<Scalar>(slots * rows * width);
-  }
-
-  Index rows_of(Index map) const { return map == 0 ? rows : noise_rows; }
-  /// The row of a map that a row, one of the first map, goes with.
-  Index row_of(Index map, Index row) const {
-    return map == 0 || heads_of_noise == 1 ? row : row / (n_q * heads_of_noise) * n_q + query(row);
-  }
-  Index query(Index row) const { return row % n_q; }
-  /// The query head of a row of a map, or the first of those that share it.
-  Index query_head(Index head, Index row, Index map = 0) const {
-    return head * in.heads_per_kv_head() + row / n_q * (map == 0 ? 1 : heads_of_noise);
-  }
-  /// All queries of a query head, with what they see.
-  RowRange<Mask> queries_of(Index head) const { return {mask, head, 0, n_q, n_q, n_k}; }
-  Index slot(Index chunk, Index head) const { return chunk * in.heads.num_kv_heads + head; }
-  Index index(Index chunk, Index head, Index map, Index row) const {
-    return slot(chunk, head) * all_rows + map * rows + row;
-  }
-
-  /// How many indices there is memory for.
-  Index size() const { return slots * all_rows; }
-
-  /// [head][map][row][d], multiplied by scale.of_queries.
-  Scalar* q(Index head, Index map) const { return queries + (head * all_rows + map * rows) * in.d; }
-  /// [chunk][head][map][row][kWeightStride].
-  Scalar* weights(Index chunk, Index head, Index map, Index row) const {
-    return all_weights + index(chunk, head, map, row) * kWeightStride;
-  }
-  /// [chunk][head][row][width].
-  Scalar* sums(Index chunk, Index head, Index row) const { return all_sums + (slot(chunk, head) * rows + row) * width; }
-
-  /// The first key of a chunk, to which its columns are relative.
-  Index first_key(Index chunk) const { return (first + chunk) * kChunk; }
-  /// Columns of a chunk that a query sees.
-  KeyRange columns_of(Index chunk, Index query) const {
-    const KeyRange keys = mask.visible_keys(query, n_q, n_k);
-    const Index begin = std::clamp<Index>(keys.begin - first_key(chunk), 0, kChunk);
-    return {begin, std::clamp(keys.end - first_key(chunk), begin, kChunk)};
-  }
-  /// Columns that some query sees: neither end of a mask's ranges decreases from query to query.
-  KeyRange columns_of_any(Index chunk) const {
-    const Index begin = columns_of(chunk, 0).begin;
-    return {begin, std::max(begin, columns_of(chunk, n_q - 1).end)};
-  }
-  /// The same, widened to whole strips.
-  KeyRange strips_of_any(Index chunk) const {
-    const KeyRange columns = columns_of_any(chunk);
-    return {columns.begin / kCols * kCols, round_up(columns.end, kCols)};
-  }
-};
-
 /// `Source` knows where keys and values are:
 ///   heads_of_task(heads, maps)           how many of the heads make a task
 ///   room()                               keys to take memory for, where there are fewer
 ///   score(state, chunk, heads)           weights(…, map, row)[c] = q · k for the columns that some row sees
 ///   add_values(state, chunk, heads)      sums(…, row) = Σ_c weights(…, 0, row)[c] · v over what each row sees
-template <typename Scalar, Index kMaps, typename Mask, typename Source>
+template <typename Operands, typename Mask, typename Source>
 class FewRows {
-  using State = FewRowsState<Scalar, kMaps, Mask>;
+  using State = FewRowsState<Operands, Mask>;
+  using Scalar = typename Operands::Scalar;
+  static constexpr Index kMaps = Operands::kMaps;
 
  public:
   /// Keeps references to all but the workspace.
-  FewRows(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
-          Workspace& workspace)
+  FewRows(const Operands& in, const Source& source, Index n_k, const Mask& mask, Workspace& workspace)
       : source_(source),
         scale_(split_scale<Mask>(in.scale)),
         exp2_(scale_.of_exponent),
@@ -142,8 +54,8 @@ class FewRows {
   /// Attention of all heads; n_k is told apart from `in`, which has no keys when they are in pages. exchange, if it is
   /// no nullptr, is called once all statistics of `in` have been handed out, and gives it others.
   template <Executor E, typename Exchange = std::nullptr_t>
-  static void run(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
-                  Workspace& workspace, E& executor, const Exchange& exchange = nullptr) {
+  static void run(const Operands& in, const Source& source, Index n_k, const Mask& mask, Workspace& workspace,
+                  E& executor, const Exchange& exchange = nullptr) {
     const auto frame = workspace.frame();
     FewRows call(in, source, n_k, mask, workspace);
     run(std::span<FewRows>(&call, 1), executor, exchange);
@@ -274,6 +186,7 @@ class FewRows {
           const Scalar f2 = factor(chunk, head, 1, row);
           combine_maps(p1, s.weights(chunk, head, 1, s.row_of(1, row)), f2, p1, f1, columns.begin, columns.end);
         }
+        if constexpr (is_narrow<typename Operands::Element>) round_weights(p1, p1, columns.begin, columns.end);
       }
     }
     source_.add_values(s, chunk, heads);
@@ -284,11 +197,12 @@ class FewRows {
     const State& s = state_;
     for (Index row = 0; row < s.rows; ++row) {
       const auto out = s.in.result(s.query_head(head, row)).middle_rows(s.query(row), 1);
-      for (Index c = 0; c < s.in.dv; ++c) out(0, c) = s.chunks == 0 ? Scalar(0) : s.sums(0, head, row)[c];
+      Scalar* const all = s.sums(0, head, row);
       for (Index chunk = 1; chunk < s.chunks; ++chunk) {
         const Scalar* const sums = s.sums(chunk, head, row);
-        for (Index c = 0; c < s.in.dv; ++c) out(0, c) += sums[c];
+        for (Index c = 0; c < s.in.dv; ++c) all[c] += sums[c];
       }
+      for (Index c = 0; c < s.in.dv; ++c) out(0, c) = typename Operands::Result(s.chunks == 0 ? Scalar(0) : all[c]);
     }
   }
 
