@@ -261,5 +261,5 @@ TEST_CASE("A sequence with fewer rows than ranks is refused", "[distributed]") {
   });
   CHECK(errors[0] ==
         "SequencePlacement: a sequence of 2 rows cannot be spread over 3 ranks: each must have one row at least");
-  for (std::size_t rank : {1, 2}) CHECK(errors[rank].find("spread over 3 ranks") != std::string::npos);
+  for (const std::size_t rank : {1u, 2u}) CHECK(errors[rank].find("spread over 3 ranks") != std::string::npos);
 }

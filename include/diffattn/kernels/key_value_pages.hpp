@@ -50,24 +50,27 @@ struct PageShape {
 
   bool operator==(const PageShape&) const = default;
 
-  /// What the following count: numbers, or pairs of them where Stored is one.
+  /// The keys of one map of a head in a page: numbers, or pairs of them where Stored is one; so do the others count.
   template <typename Stored = float>
   Index keys_size() const {
     return page_size * detail::steps_of<Stored>(d);
   }
+  /// The values of a head in a page.
   template <typename Stored = float>
   Index values_size() const {
     return detail::steps_of<Stored>(page_size) * detail::round_up(dv, strip);
   }
-  /// Of a page.
+  /// All of a page.
   template <typename Stored = float>
   Index size() const {
     return heads * (key_maps * keys_size<Stored>() + values_size<Stored>());
   }
+  /// Where in a page the keys of a head and map begin.
   template <typename Stored = float>
   Index keys_offset(Index head, Index map) const {
     return (head * key_maps + map) * keys_size<Stored>();
   }
+  /// Where in a page the values of a head begin.
   template <typename Stored = float>
   Index values_offset(Index head) const {
     return heads * key_maps * keys_size<Stored>() + head * values_size<Stored>();
@@ -126,12 +129,15 @@ struct KeyValuePages {
   /// The place of a key in its page.
   Index row_of(Index key) const { return (key - lead()) & (shape.page_size - 1); }
 
+  /// The keys of a head and map in a page.
   const Stored* keys(Index page, Index head, Index map) const {
     return pages[page]->data.get() + shape.keys_offset<Stored>(head, map);
   }
+  /// The values of a head in a page.
   const Stored* values(Index page, Index head) const {
     return pages[page]->data.get() + shape.values_offset<Stored>(head);
   }
+  /// Whether all values of a head in a page are finite.
   bool finite_values(Index page, Index head) const {
     return pages[page]->finite_values[static_cast<std::size_t>(head)] != 0;
   }
@@ -222,7 +228,7 @@ bool complete_pairs(simd::Pair* to, Index page_size, Index row, const StridedVie
   for (Index col = 0; col < values.cols; ++col) {
     simd::Pair& pair = to[col / kCols * page_size / 2 * kCols + row / 2 * kCols + col % kCols];
     pair.second = static_cast<Eigen::bfloat16>(values(0, col));
-    finite &= std::isfinite(static_cast<float>(pair.second));
+    if (!std::isfinite(static_cast<float>(pair.second))) finite = false;
   }
   return finite;
 }

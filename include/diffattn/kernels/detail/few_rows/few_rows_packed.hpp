@@ -52,6 +52,33 @@ struct StripProduct {
   Strip strip;
 };
 
+/// Calls f(k, count, second) for rows [first, end) of strips: one at a time, or the two of a pair, or one whose pair has
+/// the other outside, which then is the second of it or not. in_pair: which of its pair `first` is.
+template <bool kPairs, typename F>
+EIGEN_ALWAYS_INLINE void for_each_rows(Index first, Index end, [[maybe_unused]] Index in_pair, const F& f) {
+  if constexpr (kPairs) {
+    if (first < end && in_pair != 0) {
+      f(first, 1, true);
+      ++first;
+    }
+    for (; first + 2 <= end; first += 2) f(first, 2, false);
+  }
+  for (; first < end; ++first) f(first, 1, false);
+}
+
+/// Rows of sums → `to`, or added to it.
+template <Index kHeight, typename Scalar>
+EIGEN_ALWAYS_INLINE void store_sums(Scalar* to, Index to_stride, bool add,
+                                    const simd::Packet<Scalar> (&sums)[kHeight][2]) {
+#pragma GCC unroll 4
+  for (Index r = 0; r < kHeight; ++r) {
+    for (Index p = 0; p < 2; ++p) {
+      Scalar* const at = to + r * to_stride + p * simd::kLanes<Scalar>;
+      simd::store(at, add ? simd::add(simd::load(at), sums[r][p]) : sums[r][p]);
+    }
+  }
+}
+
 /// to(r, c) = Σ_k a[r·a_stride + k] · strip.row(k)[c] for kHeight rows of each product, all at once.
 template <Index kHeight, std::size_t kCount, typename Scalar, typename Strip>
 void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& products, Index to_stride, Index a_stride,
@@ -70,14 +97,12 @@ void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& prod
         sums[i][r][1] = simd::fma(left, right[1], sums[i][r][1]);
       }
     };
-    // Row k, and the one after it where `count` is 2, with which it makes pairs.
-    const auto add_rows = [&](Index k, Index count, const auto& row_of) {
+    const auto add_rows = [&](Index k, Index count, bool second, const auto& row_of) {
 #pragma GCC unroll 4
       for (std::size_t i = 0; i < kCount; ++i) {
         const auto* const strip = row_of(i, k);
         if constexpr (Strip::kPairs) {
           const simd::PairPacket pairs[2] = {simd::load_operand(strip), simd::load_operand(strip + kLanes)};
-          const bool second = products[0].strip.in_pair(k) != 0;
           if (!second) add_row(i, k, {simd::first_of_pairs(pairs[0]), simd::first_of_pairs(pairs[1])});
           if (second || count == 2) {
             add_row(i, k + count - 1, {simd::second_of_pairs(pairs[0]), simd::second_of_pairs(pairs[1])});
@@ -88,12 +113,8 @@ void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& prod
       }
     };
     const auto add = [&](Index first, Index end, const auto& row_of) {
-      Index k = first;
-      if constexpr (Strip::kPairs) {
-        if (k < end && products[0].strip.in_pair(k) != 0) add_rows(k++, 1, row_of);
-        for (; k + 2 <= end; k += 2) add_rows(k, 2, row_of);
-      }
-      for (; k < end; ++k) add_rows(k, 1, row_of);
+      for_each_rows<Strip::kPairs>(first, end, products[0].strip.in_pair(first),
+                                   [&](Index k, Index count, bool second) { add_rows(k, count, second, row_of); });
     };
     const Index end = std::min(begin + kScoreChain, depth);
     if constexpr (Strip::kWhole) {
@@ -110,15 +131,7 @@ void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& prod
       }
     }
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < kCount; ++i) {
-#pragma GCC unroll 4
-      for (Index r = 0; r < kHeight; ++r) {
-        for (Index p = 0; p < 2; ++p) {
-          Scalar* const to = products[i].to + r * to_stride + p * kLanes;
-          simd::store(to, begin == 0 ? sums[i][r][p] : simd::add(simd::load(to), sums[i][r][p]));
-        }
-      }
-    }
+    for (std::size_t i = 0; i < kCount; ++i) store_sums<kHeight>(products[i].to, to_stride, begin != 0, sums[i]);
   }
 }
 
