@@ -21,6 +21,8 @@
 // Cost       up to 4 queries: that of the calls without phases, plus two passes over rows. More: the scores are computed
 //            twice, 2·n_q·n_k·(4d + dv) FLOP a head.
 
+#include <type_traits>
+
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -28,6 +30,7 @@
 #include "diffattn/kernels/detail/forward/cached_heads.hpp"
 #include "diffattn/kernels/detail/forward/differential_block.hpp"
 #include "diffattn/kernels/detail/forward/head_schedule.hpp"
+#include "diffattn/kernels/detail/mask_view.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 #include "diffattn/kernels/detail/paged_operands.hpp"
 #include "diffattn/kernels/detail/shifted_mask.hpp"

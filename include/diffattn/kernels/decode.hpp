@@ -109,7 +109,8 @@ void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Matri
   using Scalar = typename Q::Scalar;
   using Result = typename Out::Scalar;
   detail::check_output_scalar<Scalar, Out>();
-  auto operands = detail::operands_of<Result>("decode_attention", q, pages, detail::operand("out", out), heads, mask, options);
+  auto operands =
+      detail::operands_of<Result>("decode_attention", q, pages, detail::operand("out", out), heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
   const detail::ShiftedMask<Mask> shifted{mask, pages.origin(), pages.lead()};
   detail::run_cached_heads<detail::StandardBlock<Scalar, Result>>(operands.in, pages, shifted, workspace, executor);
@@ -125,7 +126,8 @@ void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Matri
   detail::check_output_scalar<typename Q::Scalar, Out>();
   detail::check_cached_rows(kName, q.rows(), caches, masks, heads);
   if (caches.empty()) return;
-  auto operands = detail::operands_of<typename Out::Scalar>(kName, q, caches[0], detail::operand("out", out), heads, CausalMask{}, options);
+  auto operands = detail::operands_of<typename Out::Scalar>(kName, q, caches[0], detail::operand("out", out), heads,
+                                                            CausalMask{}, options);
   operands.in.out = detail::writable_view_of(out);
   detail::run_cached_rows(operands.in, caches, masks, workspace, executor);
 }
@@ -148,8 +150,8 @@ void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::
   using Scalar = typename Q::Scalar;
   using Result = typename Out::Scalar;
   detail::check_output_scalar<Scalar, Out>();
-  auto operands =
-      detail::operands_of<Result>("decode_diff_attention", q, pages, lambda, detail::operand("out", out), heads, mask, options);
+  auto operands = detail::operands_of<Result>("decode_diff_attention", q, pages, lambda, detail::operand("out", out),
+                                              heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
   const detail::ShiftedMask<Mask> shifted{mask, pages.origin(), pages.lead()};
   detail::run_cached_heads<detail::DifferentialBlock<Scalar, Result>>(operands.in, pages, shifted, workspace, executor);
@@ -165,8 +167,8 @@ void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::
   detail::check_output_scalar<typename Q::Scalar, Out>();
   detail::check_cached_rows(kName, q.rows(), caches, masks, heads);
   if (caches.empty()) return;
-  auto operands =
-      detail::operands_of<typename Out::Scalar>(kName, q, caches[0], lambda, detail::operand("out", out), heads, CausalMask{}, options);
+  auto operands = detail::operands_of<typename Out::Scalar>(kName, q, caches[0], lambda, detail::operand("out", out),
+                                                            heads, CausalMask{}, options);
   operands.in.out = detail::writable_view_of(out);
   detail::run_cached_rows(operands.in, caches, masks, workspace, executor);
 }

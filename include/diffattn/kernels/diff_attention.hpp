@@ -88,8 +88,8 @@ void diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixB
   using Scalar = typename Q1::Scalar;
   using Result = typename Out::Scalar;
   detail::check_output_scalar<Scalar, Out>();
-  auto operands =
-      detail::operands_of<Result>("diff_attention", q1, k1, q2, k2, v, lambda, detail::operand("out", out), mask, options);
+  auto operands = detail::operands_of<Result>("diff_attention", q1, k1, q2, k2, v, lambda, detail::operand("out", out),
+                                              mask, options);
   operands.in.out = detail::writable_view_of(out);
   detail::run_heads<detail::DifferentialBlock<Scalar, Result>>(operands.in, mask, workspace, executor);
 }
@@ -112,8 +112,8 @@ void multihead_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eige
   using Scalar = typename Q::Scalar;
   using Result = typename Out::Scalar;
   detail::check_output_scalar<Scalar, Out>();
-  auto operands = detail::operands_of<Result>("multihead_diff_attention", q, k, v, lambda, detail::operand("out", out), heads,
-                                      mask, options);
+  auto operands = detail::operands_of<Result>("multihead_diff_attention", q, k, v, lambda, detail::operand("out", out),
+                                              heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
   detail::run_heads<detail::DifferentialBlock<Scalar, Result>>(operands.in, mask, workspace, executor);
 }

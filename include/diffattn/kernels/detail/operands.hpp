@@ -14,7 +14,6 @@
 #include <type_traits>
 
 #include "diffattn/core/matrix.hpp"
-#include "diffattn/core/parallel.hpp"
 #include "diffattn/kernels/detail/arithmetic.hpp"
 #include "diffattn/kernels/detail/lambda_view.hpp"
 #include "diffattn/kernels/detail/operand_checks.hpp"
@@ -201,14 +200,6 @@ class MapByMapOperands {
   Readable<V> v_;
   ReadableLambda<Lambda> lambda_;
 };
-
-/// Keys of other ranks would be left out without a word.
-template <typename E>
-consteval void check_keys_are_here() {
-  static_assert(!spreads_sequences<E>,
-                "diffattn: this call cannot spread a sequence over ranks; distributed/sequence_parallel.hpp says which "
-                "can, and has to be included");
-}
 
 /// The checks of what every call has besides q, k and v. `result`: the output, or its gradient.
 template <typename Mask>

@@ -23,7 +23,6 @@ class BlockTasks {
   using Scalar = typename Operands::Scalar;
 
  public:
-
   BlockTasks(const Operands& in, const Mask& mask, Index n_k)
       : in_(in),
         mask_(mask),

@@ -62,7 +62,6 @@ class HeadPacking {
   static constexpr Index kMaps = Operands::kMaps;
 
  public:
-
   /// Takes memory for `wave` key heads. seen: keys that some query sees; no others are packed.
   HeadPacking(const Operands& in, const KeyRange& seen, Index wave, Workspace& workspace)
       : in_(in),

@@ -22,7 +22,6 @@ class StandardBlock {
   static constexpr Index kCols = Tile<Scalar>::kCols;
 
  public:
-
   /// Takes the scratch of one worker, for blocks of up to max_rows.
   StandardBlock(Workspace& workspace, const PackedHead<Packed>& shape, Index /*max_keys*/, Index max_rows = kBlockRows)
       : group_sums_(kRows * round_up(shape.dv, kCols)),
@@ -34,8 +33,8 @@ class StandardBlock {
 
   /// Computes `rows` of the result, of one head. head: the keys and values that rows.head reads.
   template <typename Mask>
-  void run(const Operands& in, const PackedHead<Packed>& head, const RowRange<Mask>& rows,
-           Index /*heads*/, const ScoreScale<Scalar>& scale) {
+  void run(const Operands& in, const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index /*heads*/,
+           const ScoreScale<Scalar>& scale) {
     const Index groups = divide_up(rows.count, kRows);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
     copy_queries(q_, in.queries(0, rows.head).middle_rows(rows.first, rows.count), scale.of_queries);
