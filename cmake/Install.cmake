@@ -7,9 +7,17 @@ install(TARGETS diffattn EXPORT diffattn_targets FILE_SET HEADERS)
 install(EXPORT diffattn_targets FILE diffattnTargets.cmake NAMESPACE diffattn:: DESTINATION ${package_dir})
 
 # diffattn::io has an export of its own, loaded only when the component `io` is asked for.
+set(diffattn_components "")
 if(TARGET diffattn_io)
+  list(APPEND diffattn_components io)
   install(TARGETS diffattn_io EXPORT diffattn_io_targets FILE_SET HEADERS)
   install(EXPORT diffattn_io_targets FILE diffattnIoTargets.cmake NAMESPACE diffattn:: DESTINATION ${package_dir})
+endif()
+
+# So has diffattn::mpi, for the component `mpi`.
+if(TARGET diffattn_mpi)
+  install(TARGETS diffattn_mpi EXPORT diffattn_mpi_targets FILE_SET HEADERS)
+  install(EXPORT diffattn_mpi_targets FILE diffattnMpiTargets.cmake NAMESPACE diffattn:: DESTINATION ${package_dir})
 endif()
 
 configure_package_config_file(cmake/diffattnConfig.cmake.in diffattnConfig.cmake INSTALL_DESTINATION ${package_dir})
@@ -17,8 +25,18 @@ write_basic_package_version_file(diffattnConfigVersion.cmake COMPATIBILITY SameM
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/diffattnConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/diffattnConfigVersion.cmake
         DESTINATION ${package_dir})
 
-# The .pc file finds the headers from where it lies itself, so an installed tree can be moved.
+# The .pc files find the headers from where they lie themselves, so an installed tree can be moved.
 set(pc_dir ${CMAKE_INSTALL_FULL_DATADIR}/pkgconfig)
 file(RELATIVE_PATH pc_to_include ${pc_dir} ${CMAKE_INSTALL_FULL_INCLUDEDIR})
-configure_file(cmake/diffattn.pc.in diffattn.pc @ONLY)
-install(FILES ${CMAKE_CURRENT_BINARY_DIR}/diffattn.pc DESTINATION ${CMAKE_INSTALL_DATADIR}/pkgconfig)
+set(modules diffattn)
+if(TARGET diffattn_io)
+  list(APPEND modules diffattn-io)
+endif()
+foreach(module IN LISTS modules)
+  configure_file(cmake/${module}.pc.in ${module}.pc @ONLY)
+  install(FILES ${CMAKE_CURRENT_BINARY_DIR}/${module}.pc DESTINATION ${CMAKE_INSTALL_DATADIR}/pkgconfig)
+endforeach()
+
+if(PROJECT_IS_TOP_LEVEL)
+  include(cmake/Package.cmake)
+endif()

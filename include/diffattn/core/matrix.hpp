@@ -10,6 +10,8 @@
 
 #include <type_traits>
 
+#include "diffattn/core/version.hpp"
+
 namespace diffattn::inline v0_1 {
 
 /// Sizes and positions: signed, as in Eigen.

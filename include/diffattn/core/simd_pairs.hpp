@@ -163,4 +163,36 @@ EIGEN_ALWAYS_INLINE PairPacket pairs_at(const float* p) {
 }
 EIGEN_ALWAYS_INLINE PairPacket pairs_at(const Eigen::bfloat16* p) { return loadu_pairs(p); }
 
+/// The values of `first` and then of `second`, rounded, as pairs of neighbours.
+EIGEN_ALWAYS_INLINE PairPacket pairs_of_neighbours(const Packet<float>& first, const Packet<float>& second) {
+#if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__)
+  if constexpr (kHasPairInstruction) {
+    return {__builtin_bit_cast(Packet<float>, _mm512_cvtne2ps_pbh(second, first))};
+  }
+#endif
+  alignas(kMostAlignment) float values[2 * kLanes<float>];
+  store(values, first);
+  store(values + kLanes<float>, second);
+  return pairs_at(values);
+}
+
+/// Stores a packet of floats, rounded to Result. Any alignment.
+EIGEN_ALWAYS_INLINE void store_as(float* to, const Packet<float>& x) { storeu(to, x); }
+EIGEN_ALWAYS_INLINE void store_as(Eigen::bfloat16* to, const Packet<float>& x) {
+  if constexpr (kLanes<float> == 1) {
+    *to = static_cast<Eigen::bfloat16>(first(x));
+  } else {
+#if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__)
+    if constexpr (kHasPairInstruction) {
+      const __m256bh narrow = _mm512_cvtneps_pbh(x);
+      std::memcpy(static_cast<void*>(to), &narrow, sizeof(narrow));
+      return;
+    }
+#endif
+    using Narrow = CompilerVector<std::uint16_t, sizeof(x) / 2>::Type;
+    const Narrow narrow = __builtin_convertvector(rounded_bits(x) >> 16, Narrow);
+    std::memcpy(static_cast<void*>(to), &narrow, sizeof(narrow));
+  }
+}
+
 }  // namespace diffattn::inline v0_1::simd

@@ -81,7 +81,9 @@ class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
     return model;
   }
 
+  /// What config.json says.
   const DiffLlamaConfig& config() const { return config_; }
+  /// The model itself, whose weights are those of the file.
   const Model& decoder() const { return decoder_; }
 
   using Calls::logits, Calls::logits_into;  // language_model.hpp describes them

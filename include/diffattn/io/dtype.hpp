@@ -13,6 +13,8 @@
 #include <string_view>
 #include <type_traits>
 
+#include "diffattn/core/version.hpp"
+
 namespace diffattn::inline v0_1 {
 
 enum class Dtype {

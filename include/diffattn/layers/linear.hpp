@@ -58,11 +58,13 @@ void linear_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, c
   const auto x_view = detail::view_of(x_read);
   detail::visit_weight(weight, [&]<typename Stored>(const StridedView<const Stored>& view) {
     detail::check_arithmetic<Scalar, Stored>("Linear", arithmetic);
-    if constexpr (detail::kMultipliesBfloat16<Scalar, Stored>) {
-      if (arithmetic == Arithmetic::bfloat16) {
-        const detail::Bfloat16Output output{y_view, view, bias};
-        return detail::multiply_bfloat16(std::span<const detail::Bfloat16Output>(&output, 1), x_view, workspace,
-                                         executor);
+    if constexpr (std::is_same_v<Scalar, float>) {  // by itself: clang looks at what does not depend on Stored
+      if constexpr (detail::kMultipliesBfloat16<Scalar, Stored>) {
+        if (arithmetic == Arithmetic::bfloat16) {
+          const detail::Bfloat16Output output{y_view, view, bias};
+          return detail::multiply_bfloat16(std::span<const detail::Bfloat16Output>(&output, 1), x_view, workspace,
+                                           executor);
+        }
       }
     }
     if constexpr (sizeof(Stored) <= sizeof(Scalar)) {
@@ -216,12 +218,14 @@ std::array<bool, kCount> bfloat16_forward_all(const std::array<LinearOutput<floa
   std::array<bool, kCount> done{};
   std::size_t count = 0;
   for (std::size_t i = 0; i < kCount; ++i) {
-    const auto& [linear, y] = outputs[i];
+    const auto& linear = outputs[i].linear;
     if (linear.arithmetic != Arithmetic::bfloat16) continue;
     done[i] = true;
     visit_weight(linear.weight, [&]<typename Stored>(const StridedView<const Stored>& view) {
       check_arithmetic<float, Stored>("Linear", linear.arithmetic);
-      if constexpr (kMultipliesBfloat16<float, Stored>) all[count++] = {writable_view_of(y), view, linear.bias_data()};
+      if constexpr (kMultipliesBfloat16<float, Stored>) {
+        all[count++] = {writable_view_of(outputs[i].y), view, linear.bias_data()};
+      }
     });
   }
   if (count != 0) {

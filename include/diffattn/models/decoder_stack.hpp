@@ -41,7 +41,9 @@ class DecoderStack {
   using Weight = typename Attention::WeightMatrix;
   using Tape = DecoderTape<Scalar, Attention>;
 
+  /// The configuration, with what was left to its default filled in.
   const Config& config() const { return config_; }
+  /// How many blocks there are.
   Index num_layers() const { return config_.num_layers; }
 
   /// Throws std::invalid_argument, naming `where`, unless all tokens are in the vocabulary.

@@ -45,6 +45,7 @@ class FeedForward {
     if (is_gated()) gate_proj = Linear<Scalar, Weight>(embed_dim, hidden_dim, bias, arithmetic);
   }
 
+  /// What stands between the two products.
   Activation activation() const { return activation_; }
 
   /// The default of nn.Linear.

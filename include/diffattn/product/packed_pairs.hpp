@@ -195,4 +195,22 @@ bool pack_columns(simd::Pair* to, Index stride, const StridedView<const T>& sour
   return simd::reduce_add(not_finite) == 0;
 }
 
+/// Multiplies pairs by a factor and rounds them, which changes nothing but their size where it is a power of two.
+inline void scale_pairs(simd::Pair* pairs, Index count, float factor) {
+  constexpr Index kLanes = simd::kLanes<float>;
+  if (factor == 1) return;
+  const auto factors = simd::broadcast(factor);
+  Index p = 0;
+  for (; p + kLanes <= count; p += kLanes) {
+    const simd::PairPacket x = simd::loadu_pairs(pairs + p);
+    const auto first = simd::mul(simd::first_of_pairs(x), factors),
+               second = simd::mul(simd::second_of_pairs(x), factors);
+    simd::storeu_pairs(pairs + p, simd::pairs_of(first, second));
+  }
+  for (; p < count; ++p) {
+    const auto scaled = [&](Eigen::bfloat16 x) { return static_cast<Eigen::bfloat16>(static_cast<float>(x) * factor); };
+    pairs[p] = {scaled(pairs[p].first), scaled(pairs[p].second)};
+  }
+}
+
 }  // namespace diffattn::inline v0_1::detail

@@ -10,10 +10,12 @@
 //          and is read by nothing but checkpoint_directory.hpp, which knows what it looks for.
 // Target   a symbolic link is followed and stays; what it points to is replaced or, where there is nothing, made. A
 //          file that is replaced passes on its mode and, if the system allows it, its owner; other hard links to it
-//          keep the old content. What is mapped from the old file stays valid.
+//          keep the old content. What is mapped from the old file stays valid; on Windows it keeps the file from being
+//          replaced, which is then an error. There a file that is replaced has the mode of any new file.
 // Errors   std::runtime_error naming the target and the system's reason. The target is then as it was, and the
 //          unfinished file gone.
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
@@ -24,17 +26,17 @@
 #include <system_error>
 #include <utility>
 
-#if __has_include(<sys/file.h>) && __has_include(<unistd.h>)
+#ifdef _WIN32
+#include <cwctype>
+#else
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#include <algorithm>
-#else
-#include <fstream>
-#include <random>
 #endif
+
+#include "diffattn/core/version.hpp"
+#include "diffattn/core/windows_api.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
@@ -67,7 +69,7 @@ inline std::filesystem::path unfinished_name(const std::filesystem::path& target
   return target.parent_path() / (name + "." + process + "-" + std::to_string(next++) + kUnfinishedSuffix);
 }
 
-#if __has_include(<sys/file.h>) && __has_include(<unistd.h>)
+#ifndef _WIN32
 
 class UnfinishedFile {
  public:
@@ -175,53 +177,99 @@ class DirectoryLock {
 
 class UnfinishedFile {
  public:
-  explicit UnfinishedFile(const std::filesystem::path& path) : path_(path), target_(follow_links(path)) {
-    std::error_code error;
-    const std::filesystem::file_status old = std::filesystem::status(target_, error);
-    if (std::filesystem::exists(old) && !std::filesystem::is_regular_file(old)) {
-      throw_unwritable(path_, "it is there and not a regular file");
-    }
-    const std::string process = std::to_string(std::random_device{}());
+  /// Makes the unfinished file. `path` names the target, in errors too.
+  explicit UnfinishedFile(const std::filesystem::path& path)
+      : path_(path), target_(follow_links(path)), file_(nullptr) {
+    using namespace windows;
+    if (!target_.has_filename()) throw_unwritable(path_, "the path does not end in the name of a file");
+    if (is_directory(target_.c_str())) throw_unwritable(path_, std::generic_category().message(EISDIR));
+    const std::string process = std::to_string(GetCurrentProcessId());
     do {
       unfinished_ = unfinished_name(target_, process);
-    } while (std::filesystem::exists(unfinished_, error));
-    file_.open(unfinished_, std::ios::binary | std::ios::trunc);
-    if (!file_) fail();
+      file_ = Handle(CreateFileW(unfinished_.c_str(), kGenericWrite, kShareRead | kShareDelete, nullptr, kCreateNew,
+                                 kAttributeNormal, nullptr));
+    } while (!file_.is_open() && GetLastError() == kErrorFileExists);
+    if (!file_.is_open()) fail();
   }
   ~UnfinishedFile() {
     file_.close();
-    std::error_code error;
-    if (!kept_) std::filesystem::remove(unfinished_, error);
+    if (!kept_) DeleteFileW(unfinished_.c_str());
   }
   UnfinishedFile(const UnfinishedFile&) = delete;
   UnfinishedFile& operator=(const UnfinishedFile&) = delete;
 
   void write(const void* data, std::size_t size) {
-    if (!file_.write(static_cast<const char*>(data), static_cast<std::streamsize>(size))) fail();
+    constexpr std::size_t kMost = std::size_t{1} << 30;  // of one call, which takes 32 bits
+    for (const char* at = static_cast<const char*>(data); size != 0;) {
+      unsigned long written = 0;
+      const auto part = static_cast<unsigned long>(std::min(size, kMost));
+      if (WriteFile(file_.get(), at, part, &written, nullptr) == 0) fail();
+      at += written;
+      size -= written;
+    }
   }
+
+  /// Nothing is written after this: the file is on the disk when it returns.
   void finish() {
-    file_.close();
-    if (!file_) fail();
+    if (FlushFileBuffers(file_.get()) == 0 || !file_.close()) fail();
   }
+
+  /// Leaves the unfinished file where it is, whatever comes.
   void keep() { kept_ = true; }
+
+  /// The target is the finished file, and stays so through a loss of power. Does not allocate unless it throws. Where
+  /// another writer is in the middle of the same, Windows denies access for that moment.
   void replace_target() {
-    std::error_code error;
-    std::filesystem::rename(unfinished_, target_, error);
-    if (error) throw_unwritable(path_, error.message());
+    using namespace windows;
+    constexpr unsigned long kPatience = 1000;  // milliseconds
+    for (unsigned long waited = 0;; ++waited) {
+      if (MoveFileExW(unfinished_.c_str(), target_.c_str(), kReplaceExisting | kWriteThrough) != 0) break;
+      const unsigned long error = GetLastError();
+      const bool passes = error == kErrorAccessDenied || error == kErrorSharingViolation;
+      if (!passes || waited == kPatience || is_directory(target_.c_str())) fail(error);
+      Sleep(1);
+    }
     kept_ = true;
   }
 
  private:
-  [[noreturn]] void fail() const { throw_unwritable(path_, "the system reports an error"); }
+  [[noreturn, gnu::cold, gnu::noinline]] void fail(unsigned long error = GetLastError()) const {
+    throw_unwritable(path_, windows::message(error));
+  }
 
   std::filesystem::path path_, target_, unfinished_;
-  std::ofstream file_;
+  windows::Handle file_;
   bool kept_ = false;
 };
 
+/// While it lives, no other process or thread has it for the same directory: several files that belong together are
+/// put into their places by one writer at a time. Waits for its turn. Windows locks no directories: what is locked is a
+/// mutex with a name made of the directory's. Does nothing where that cannot be had.
 class DirectoryLock {
  public:
-  explicit DirectoryLock(const std::filesystem::path&) {}
+  explicit DirectoryLock(const std::filesystem::path& directory)
+      : mutex_(CreateMutexW(nullptr, 0, mutex_name(directory).c_str())) {
+    if (mutex_.is_open()) WaitForSingleObject(mutex_.get(), windows::kInfinite);
+  }
+  ~DirectoryLock() {
+    if (mutex_.is_open()) ReleaseMutex(mutex_.get());
+  }
+  DirectoryLock(const DirectoryLock&) = delete;
+  DirectoryLock& operator=(const DirectoryLock&) = delete;
+
+ private:
+  /// A name may hold no backslash, and is not to depend on case: directories do not.
+  static std::wstring mutex_name(const std::filesystem::path& directory) {
+    std::error_code error;
+    std::filesystem::path whole = std::filesystem::weakly_canonical(directory.empty() ? "." : directory, error);
+    std::uint64_t hash = 14695981039346656037u;  // FNV-1a
+    for (const wchar_t letter : whole.make_preferred().native()) {
+      hash = (hash ^ static_cast<std::uint64_t>(std::towlower(static_cast<std::wint_t>(letter)))) * 1099511628211u;
+    }
+    return L"Global\\diffattn-" + std::to_wstring(hash);
+  }
+
+  windows::Handle mutex_;
 };
 
 #endif

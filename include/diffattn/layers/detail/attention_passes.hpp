@@ -162,9 +162,12 @@ class AttentionPasses : public Variant {
   /// Turns the queries and keys of a sequence, or their gradients back; the first of both stand at `position`.
   template <typename E>
   void turn(Parts& parts, const SequenceRows& rows, Index position, E& executor, Turn turn = Turn::forward) const {
-    const HeadRows<Scalar> q{parts.q, parts.q.cols() / config_.head_dim, rows.first, rows.count};
-    const HeadRows<Scalar> k{parts.k, parts.k.cols() / config_.head_dim, rows.first_key, rows.num_keys};
-    rotate_rows(rotary_, q, k, position, executor, turn);
+    for_each_run(executor, rows.count, position, [&](Index first, Index count, Index at) {
+      const Index keys = spreads_sequences<E> ? count : rows.num_keys;
+      const HeadRows<Scalar> q{parts.q, parts.q.cols() / config_.head_dim, rows.first + first, count};
+      const HeadRows<Scalar> k{parts.k, parts.k.cols() / config_.head_dim, rows.first_key + first, keys};
+      rotate_rows(rotary_, q, k, at, executor, turn);
+    });
   }
 
   /// y = layer(x), each sequence by itself.
@@ -182,6 +185,7 @@ class AttentionPasses : public Variant {
   void attend_to_memory(const Output& y, const Input& x, const Input& memory, const Mask& mask,
                         const SequenceLengths& lengths, const SequenceLengths& memory_lengths, Tape* tape,
                         Workspace& workspace, E& executor) const {
+    static_assert(!spreads_sequences<E>, "diffattn: ranks share the sequence that a layer attends to, not a memory");
     const auto frame = workspace.frame();
     Parts parts = room_for(x.rows(), memory.rows(), tape, workspace);
     project_queries(x, parts, workspace, executor);

@@ -1,0 +1,6 @@
+execute_process(COMMAND ${PYTHON} ${SOURCE}/cmake/amalgamate.py ${SOURCE}/include/../include ${AGAIN} COMMAND_ERROR_IS_FATAL ANY)
+execute_process(COMMAND ${CMAKE_COMMAND} -E compare_files ${ONE_FILE} ${AGAIN} COMMAND_ERROR_IS_FATAL ANY)
+file(READ ${AGAIN} text)
+if(text MATCHES "#include (<nlohmann|<mpi|\"diffattn/)[^\n]*")
+  message(FATAL_ERROR "The one file includes ${CMAKE_MATCH_0}")
+endif()

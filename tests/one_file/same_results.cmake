@@ -1,0 +1,6 @@
+foreach(program ONE_FILE HEADERS)
+  execute_process(COMMAND ${${program}} OUTPUT_VARIABLE ${program}_says COMMAND_ERROR_IS_FATAL ANY)
+endforeach()
+if(NOT ONE_FILE_says MATCHES "generated: [0-9]" OR NOT ONE_FILE_says STREQUAL HEADERS_says)
+  message(FATAL_ERROR "One file:\n${ONE_FILE_says}\nHeaders:\n${HEADERS_says}")
+endif()
