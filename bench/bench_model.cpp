@@ -1,7 +1,7 @@
 // A whole model in the shape of kajuma/DiffLlama-0.3B-handcut: hidden 2,048, feed-forward 8,192, 16 differential heads
 // with 4 key and value heads, vocabulary 128,256, head tied to the embedding; against the Transformer of the same
 // template (32 heads, 8 key and value heads), which reads the very same weights. Two of its 16 layers, so that it fits
-// any machine, and random weights. Prefill is 512 tokens and the logits of the last; decode is one token after 512;
+// any machine, and random weights: of float, of bfloat16 multiplied in float, and of bfloat16 multiplied in it. Prefill is 512 tokens and the logits of the last; decode is one token after 512;
 // decode_batch a token of each of 1, 4, 16 or 64 sequences, every one behind 512 of its own. `speedup` is against as many
 // tokens one at a time, timed in turns with them.
 
@@ -46,7 +46,7 @@ const FrozenMatrix& shared_weight(const std::string& name, Index rows, Index col
   return weights.emplace(name, FrozenMatrix(std::move(values))).first->second;
 }
 
-template <typename Attention, typename Stored>
+template <typename Attention, typename Stored, Arithmetic kArithmetic>
 const Decoder<float, Attention>& model() {
   static const Decoder<float, Attention> instance = [] {
     constexpr Index kHeads = std::is_same_v<Attention, Differential> ? 16 : 32;
@@ -57,7 +57,8 @@ const Decoder<float, Attention>& model() {
                                                      .num_heads = kHeads,
                                                      .num_kv_heads = kHeads / 4,
                                                      .rotary = RotaryConfig{.base = 500000}},
-                                       .tied_head = true});
+                                       .tied_head = true,
+                                       .arithmetic = kArithmetic});
     visit_parameters(decoder, [](std::string_view name, auto& parameter) {
       if constexpr (std::is_same_v<std::remove_reference_t<decltype(parameter)>, FrozenMatrix>) {
         parameter = shared_weight<Stored>(std::string(name), parameter.rows(), parameter.cols());
@@ -96,9 +97,9 @@ std::vector<Index> prompt() {
   return tokens;
 }
 
-template <typename Attention, typename Stored>
+template <typename Attention, typename Stored, Arithmetic kArithmetic = Arithmetic::scalar>
 void prefill(benchmark::State& state) {
-  const auto& decoder = model<Attention, Stored>();
+  const auto& decoder = model<Attention, Stored, kArithmetic>();
   DecoderCache<float> cache(kLayers, {.reserve = kPrompt});
   Matrix<float> logits(1, 128256);
   Workspace workspace;
@@ -115,9 +116,9 @@ void prefill(benchmark::State& state) {
   state.counters["tokens/s"] = Counter(n, Counter::kIsIterationInvariantRate);
 }
 
-template <typename Attention, typename Stored>
+template <typename Attention, typename Stored, Arithmetic kArithmetic = Arithmetic::scalar>
 void decode(benchmark::State& state) {
-  const auto& decoder = model<Attention, Stored>();
+  const auto& decoder = model<Attention, Stored, kArithmetic>();
   DecoderCache<float> cache(kLayers, {.reserve = kPrompt + 1});
   Matrix<float> logits(1, 128256);
   Workspace workspace;
@@ -153,9 +154,9 @@ DecoderCache<float> filled_cache(const Decoder<float, Attention>& decoder, Split
 }
 
 /// A token of each of state.range(0) sequences.
-template <typename Attention, typename Stored>
+template <typename Attention, typename Stored, Arithmetic kArithmetic = Arithmetic::scalar>
 void decode_batch(benchmark::State& state) {
-  const auto& decoder = model<Attention, Stored>();
+  const auto& decoder = model<Attention, Stored, kArithmetic>();
   const Index n = state.range(0);
   SplitMix64 random(1);
   std::vector<DecoderCache<float>> caches;
@@ -194,7 +195,7 @@ void decode_batch(benchmark::State& state) {
 
 /// What one core reads of the same memory: the sum of the embedding.
 void read_bandwidth(benchmark::State& state) {
-  model<Differential, float>().embedding.visit([&]<typename T>(const StridedView<const T>& view) {
+  model<Differential, float, Arithmetic::scalar>().embedding.visit([&]<typename T>(const StridedView<const T>& view) {
     if constexpr (std::is_same_v<T, float>) {
       const Index pieces = view.rows * view.cols / bench::kReadPiece;
       for (auto _ : state) {
@@ -217,10 +218,14 @@ const bool registered = [] {
   add("model/prefill/float/standard", prefill<Standard, float>);
   add("model/prefill/bfloat16/differential", prefill<Differential, Eigen::bfloat16>);
   add("model/prefill/bfloat16/standard", prefill<Standard, Eigen::bfloat16>);
+  add("model/prefill/bfloat16_arithmetic/differential", prefill<Differential, Eigen::bfloat16, Arithmetic::bfloat16>);
+  add("model/prefill/bfloat16_arithmetic/standard", prefill<Standard, Eigen::bfloat16, Arithmetic::bfloat16>);
   add("model/decode/float/differential", decode<Differential, float>);
   add("model/decode/float/standard", decode<Standard, float>);
   add("model/decode/bfloat16/differential", decode<Differential, Eigen::bfloat16>);
   add("model/decode/bfloat16/standard", decode<Standard, Eigen::bfloat16>);
+  add("model/decode/bfloat16_arithmetic/differential", decode<Differential, Eigen::bfloat16, Arithmetic::bfloat16>);
+  add("model/decode/bfloat16_arithmetic/standard", decode<Standard, Eigen::bfloat16, Arithmetic::bfloat16>);
   const auto add_batch = [](const char* name, void (*run)(benchmark::State&)) {
     auto* const bench = benchmark::RegisterBenchmark(name, run)->UseManualTime()->Unit(benchmark::kMillisecond);
     bench->MinTime(0.4)->Arg(1)->Arg(4)->Arg(16)->Arg(64);
@@ -229,6 +234,8 @@ const bool registered = [] {
   add_batch("model/decode_batch/float/standard", decode_batch<Standard, float>);
   add_batch("model/decode_batch/bfloat16/differential", decode_batch<Differential, Eigen::bfloat16>);
   add_batch("model/decode_batch/bfloat16/standard", decode_batch<Standard, Eigen::bfloat16>);
+  add_batch("model/decode_batch/bfloat16_arithmetic/differential",
+            decode_batch<Differential, Eigen::bfloat16, Arithmetic::bfloat16>);
   return true;
 }();
 

@@ -54,12 +54,13 @@ void run(benchmark::State& state, const Shape& shape, Multiply multiply) {
   state.counters["bytes/s"] = benchmark::Counter(bytes, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-template <typename Stored>
+template <typename Stored, Arithmetic kArithmetic = Arithmetic::scalar>
 void run_ours(benchmark::State& state, const Shape& shape) {
   Workspace workspace;
   Serial serial;
-  run<Stored>(state, shape,
-              [&](auto& y, const auto& x, const auto& w) { linear_into<float>(y, x, w, workspace, serial); });
+  run<Stored>(state, shape, [&](auto& y, const auto& x, const auto& w) {
+    linear_into<float>(y, x, w, workspace, serial, nullptr, kArithmetic);
+  });
 }
 
 void read_bandwidth(benchmark::State& state) {
@@ -77,6 +78,8 @@ const bool registered = [] {
   for (const Shape& shape : kShapes) {
     benchmark::RegisterBenchmark(("product/" + shape.name() + "/diffattn").c_str(),
                                  [=](benchmark::State& state) { run_ours<float>(state, shape); });
+    benchmark::RegisterBenchmark(("product/" + shape.name() + "/diffattn_bfloat16").c_str(),
+                                 [=](auto& state) { run_ours<Eigen::bfloat16, Arithmetic::bfloat16>(state, shape); });
     benchmark::RegisterBenchmark(("product/" + shape.name() + "/eigen").c_str(), [=](benchmark::State& state) {
       run<float>(state, shape, [](auto& y, const auto& x, const auto& w) { y.noalias() = x * w.transpose(); });
     });
@@ -91,6 +94,7 @@ const bool registered = [] {
       };
       add("float", run_ours<float>);
       add("bfloat16", run_ours<Eigen::bfloat16>);
+      add("bfloat16_arithmetic", run_ours<Eigen::bfloat16, Arithmetic::bfloat16>);
     }
   }
   return true;

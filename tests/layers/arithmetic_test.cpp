@@ -1,0 +1,110 @@
+// Arithmetic::bfloat16 in layers: near the same layer in float, in every way that it is called, and refused by name
+// where weights are not bfloat16.
+
+#include "diffattn/layers/arithmetic.hpp"
+
+#include <cmath>
+#include <diffattn/layers/linear.hpp>
+#include <diffattn/layers/multihead_diff_attention.hpp>
+#include <string>
+
+#include "layers/layer_checks.hpp"
+
+namespace {
+
+using diffattn::Arithmetic;
+using diffattn::FrozenMatrix;
+using diffattn::Index;
+using diffattn::Linear;
+using diffattn::Matrix;
+
+using Narrow = Matrix<Eigen::bfloat16>;
+using NarrowLayer = diffattn::MultiheadDiffAttention<float, FrozenMatrix>;
+
+NarrowLayer arithmetic_layer(Arithmetic arithmetic) {
+  NarrowLayer layer({.embed_dim = 48,
+                     .num_heads = 4,
+                     .num_kv_heads = 2,
+                     .head_dim = 10,
+                     .rotary = diffattn::RotaryConfig{},
+                     .arithmetic = arithmetic});
+  auto rng = make_rng();
+  diffattn::visit_parameters(layer, [&](std::string_view, auto& parameter) {
+    const Matrix<float> values = random_matrix<float>(parameter.rows(), parameter.cols(), rng);
+    if constexpr (std::is_same_v<std::remove_reference_t<decltype(parameter)>, FrozenMatrix>) {
+      parameter = FrozenMatrix(Narrow((0.15f * values).cast<Eigen::bfloat16>()));
+    } else {
+      parameter = 0.3f * values;
+    }
+  });
+  return layer;
+}
+
+/// The root of the mean square of what differs, against that of b.
+double arithmetic_difference(const Matrix<float>& a, const Matrix<float>& b) { return (a - b).norm() / b.norm(); }
+
+template <typename Scalar, typename Stored>
+std::string arithmetic_refused() {
+  return thrown_by<std::invalid_argument>([] { Linear<Scalar, Matrix<Stored>>(3, 2, false, Arithmetic::bfloat16); });
+}
+
+}  // namespace
+
+TEST_CASE("Linear with bfloat16 arithmetic multiplies the rounded x, alone or with others", "[layers][linear]") {
+  auto rng = make_rng();
+  Linear<float, Narrow> linear(37, 20, true, Arithmetic::bfloat16);
+  linear.weight = random_matrix<float>(20, 37, rng).cast<Eigen::bfloat16>();
+  linear.bias = random_matrix<float>(20, 1, rng);
+  for (const Index n : {1, 6, 50}) {
+    const Matrix<float> x = random_matrix<float>(n, 37, rng), y = linear.forward(x);
+    Matrix<double> exact = x.cast<Eigen::bfloat16>().cast<double>() * linear.weight.cast<double>().transpose();
+    exact.rowwise() += linear.bias.cast<double>().transpose();
+    CHECK((y.cast<double>() - exact).cwiseAbs().maxCoeff() < 1e-5);
+    linear.arithmetic = Arithmetic::scalar;
+    CHECK((linear.forward(x) - y).cwiseAbs().maxCoeff() > 1e-4f);  // x as it is
+    linear.arithmetic = Arithmetic::bfloat16;
+  }
+}
+
+TEST_CASE("A layer in bfloat16 is near the one in float, at once, behind a cache, in a batch", "[layers]") {
+  const NarrowLayer wide = arithmetic_layer(Arithmetic::scalar), narrow = arithmetic_layer(Arithmetic::bfloat16);
+  auto rng = make_rng();
+  const Matrix<float> x = random_matrix<float>(40, 48, rng), expected = wide.forward(x), y = narrow.forward(x);
+  CHECK(arithmetic_difference(y, expected) < 0.02);
+  CHECK(arithmetic_difference(y, expected) > 1e-4);
+
+  const auto in_pieces = [&](auto cache) {
+    Matrix<float> pieces(40, 48);
+    pieces.topRows(30) = narrow.forward(x.topRows(30), cache);
+    for (Index i = 30; i < 37; ++i) pieces.row(i) = narrow.forward(x.row(i), cache);
+    auto* const batch = &cache;
+    for (Index i = 37; i < 40; ++i) pieces.row(i) = narrow.forward(x.row(i), std::span(&batch, 1));
+    return arithmetic_difference(pieces, expected);
+  };
+  CHECK(in_pieces(diffattn::KvCache<float>()) < 0.02);
+  CHECK(in_pieces(diffattn::KvCache<Eigen::bfloat16>()) < 0.02);
+}
+
+TEST_CASE("Arithmetic::bfloat16 is refused where weights are not bfloat16, naming both types", "[layers][linear]") {
+  using Catch::Matchers::ContainsSubstring;
+  CHECK_THAT((arithmetic_refused<float, float>()), ContainsSubstring("weights of float with activations of float"));
+  CHECK_THAT((arithmetic_refused<float, Eigen::half>()),
+             ContainsSubstring("weights of float16 with activations of float"));
+  CHECK_THAT((arithmetic_refused<double, double>()), ContainsSubstring("weights of double with activations of double"));
+  CHECK_THAT((arithmetic_refused<double, Eigen::bfloat16>()),
+             ContainsSubstring("weights of bfloat16 with activations of double"));
+
+  // What a FrozenMatrix holds is known when it is used: nothing has been written by then.
+  Linear<float, FrozenMatrix> frozen(3, 2, false, Arithmetic::bfloat16);
+  frozen.weight = FrozenMatrix(Matrix<float>(Matrix<float>::Ones(2, 3)));
+  Matrix<float> y = Matrix<float>::Constant(5, 2, 7);
+  diffattn::Workspace workspace;
+  CHECK_THAT(thrown_by<std::invalid_argument>([&] { frozen.forward_into(y, Matrix<float>::Ones(5, 3), workspace); }),
+             ContainsSubstring("weights of float with activations of float"));
+  CHECK((y.array() == 7).all());
+  CHECK_THAT(
+      thrown_by<std::invalid_argument>([] {
+        diffattn::MultiheadDiffAttention<float>({.embed_dim = 8, .num_heads = 2, .arithmetic = Arithmetic::bfloat16});
+      }),
+      ContainsSubstring("Arithmetic::bfloat16"));
+}
