@@ -20,12 +20,12 @@ namespace lab {
 /// label belongs to the item before it, and both models spend thousands of steps on that. Some examples
 /// are wrong (`noise`), so that it takes several to be sure, and their order matters.
 struct OrderConfig {
-  Index groups = 6;
+  Index groups = 8;
   Index members = 4;  ///< items of a group
-  Index labels = 6;   ///< one for each group, or more
+  Index labels = 8;   ///< one for each group, or more
   Index shots = 32;   ///< examples of a sequence
   Index batch = 16;   ///< sequences
-  double noise = 0.2; ///< part of the examples that show a label at random
+  double noise = 0.3;  ///< part of the examples that show a label at random
 
   /// Throws std::runtime_error, naming the option, for sizes that do not fit.
   void check() const;
@@ -53,8 +53,7 @@ class OrderTask final : public Task {
   /// The label of every group of a new sequence.
   std::vector<Index> draw_labels(diffattn::SplitMix64& random) const;
   Shot draw_shot(const std::vector<Index>& label_of_group, diffattn::SplitMix64& random) const;
-  /// Appends a sequence: the shots, each asked before it is shown, then `last` items that are asked for only once and
-  /// shown truly, so that nothing but the first shots matters. Only rows from `asked_from` (a shot) on have targets.
+  /// Appends a sequence of the shots, each asked before it is shown. Only rows from shot `asked_from` on have targets.
   void append(TaskBatch& batch, const std::vector<Shot>& shots, Index asked_from) const;
 
  private:
