@@ -6,6 +6,7 @@ A row of a CSV is one measurement: experiment, measurement, value, model, seed, 
 
 import csv
 import math
+import re
 import statistics
 
 NAMED = ("experiment", "measurement", "value", "model", "seed", "parameters", "commit", "machine")
@@ -37,7 +38,7 @@ def _parse(cells, header, place):
         if name in NAMED:
             row[name] = cell
             continue
-        for part in filter(None, (part.strip() for part in cell.split(";"))):
+        for part in filter(None, (part.strip() for part in re.split("[;|]", cell))):
             key, equals, text = part.partition("=")
             if not equals:
                 raise BadMeasurement(f"{place}: {part!r} is no key=value")

@@ -2,8 +2,8 @@
 
 // The language models of questions 4, 7, 9 and 10: their sizes, how they are trained, and where they are kept.
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <ctime>
@@ -33,20 +33,58 @@ inline const std::vector<LanguageSize> kLanguageSizes = {{1, 32, 1.0}, {2, 64, 1
 
 struct LanguageConfig {
   std::filesystem::path text = DIFFATTN_EXAMPLE_DATA "/kjv.txt";
-  std::filesystem::path models = "lab-models";
+  std::filesystem::path out = "lab";
+  std::filesystem::path models = "lab/models";  ///< where question 4 leaves what the others take
+  std::vector<std::string> compared = {"transformer", "differential"};
+  std::vector<std::uint64_t> seeds = {1, 2, 3};
+  std::vector<double> rates = {0.003, 0.01};
   Index length = 128;
   Index batch = 2;
   Index steps = 400;  ///< of the smallest
   Index head_dim = 8;
-  std::vector<double> rates = {0.003, 0.01};
+  double minutes = 0;
+  bool smoke = false;
   Index validation_windows = 48;
   Index reports = 8;  ///< validations of a run
+
+  /// Throws CLI::Error, which app.exit() turns into a message and a status.
+  void declare(CLI::App& app) {
+    const auto up_to = [](long most) { return CLI::Range(1L, most); };
+    app.add_option("--text", text, "any file; its bytes are the tokens")->check(CLI::ExistingFile)->capture_default_str();
+    app.add_option("--out", out, "folder for the CSV")->capture_default_str();
+    app.add_option("--trained", models, "folder for the trained models")->capture_default_str();
+    app.add_option("--seeds", seeds, "of parameters and data")->delimiter(',')->capture_default_str();
+    app.add_option("--learning-rates", rates, "peaks that are tried")
+        ->delimiter(',')
+        ->check(CLI::Range(1e-9, 1e9))
+        ->capture_default_str();
+    app.add_option("--length", length, "bytes a sequence")->check(up_to(1 << 16))->capture_default_str();
+    app.add_option("--batch", batch, "sequences a step")->check(up_to(4096))->capture_default_str();
+    app.add_option("--steps", steps, "of the smallest model; the largest takes twice as many")
+        ->check(up_to(1 << 30))
+        ->capture_default_str();
+    app.add_option("--minutes", minutes, "budget: no run begins afterwards; call again to go on")
+        ->check(CLI::Range(0.0, 1e6));
+    app.add_flag("--smoke", smoke, "everything tiny, to see that it works");
+  }
+  /// What --smoke stands for.
+  void shrink() {
+    seeds = {1};
+    length = 16;
+    batch = 1;
+    steps = 4;
+    validation_windows = 2;
+    reports = 2;
+  }
 
   Index steps_of(const LanguageSize& size) const {
     return static_cast<Index>(std::lround(static_cast<double>(steps) * size.longer));
   }
+  /// What all language models of a folder have in common.
   Fields fields() const {
-    return {{"length", std::to_string(length)}, {"batch", std::to_string(batch)}, {"head_dim", std::to_string(head_dim)},
+    return {{"length", std::to_string(length)},
+            {"batch", std::to_string(batch)},
+            {"head_dim", std::to_string(head_dim)},
             {"smallest_steps", std::to_string(steps)}};
   }
 };
@@ -111,10 +149,10 @@ class Stability {
   double smooth_ = 0, least_ = 0, norm_ = 0, rise_ = 0;
 };
 
-/// Trains one model from its first step to its last, measures validation loss on the way, and keeps the model. Throws
-/// std::runtime_error, naming the step, for a loss that is no number.
-inline void train_language_model(const Run& run, const LanguageSize& size, double rate, const LanguageConfig& config,
-                                 const Text& text, MeasurementFile& file, diffattn::ThreadPool& pool) {
+/// Trains one model from its first step to its last, measures validation loss on the way, and keeps the model. Returns the
+/// last of those losses. Throws std::runtime_error, naming the step, for a loss that is no number.
+inline double train_language_model(const Run& run, const LanguageSize& size, double rate, const LanguageConfig& config,
+                                   const Text& text, MeasurementFile& file, diffattn::ThreadPool& pool) {
   const auto model = make_model(language_spec(run.model, size, config, run.seed));
   const Index steps = config.steps_of(size), warm_up = std::max<Index>(steps / 10, 1);
   const diffattn::LearningRate schedule(
@@ -124,7 +162,7 @@ inline void train_language_model(const Run& run, const LanguageSize& size, doubl
   TaskBatch batch, held_out;
   validation.draw(held_out, 0, 0);
   Stability stability;
-  double seconds = 0;
+  double seconds = 0, validation_loss = 0;
   const double flop = flop_of_step(*model, size, config);
   for (Index step = 1; step <= steps; ++step) {
     const double start = cpu_seconds();
@@ -137,7 +175,8 @@ inline void train_language_model(const Run& run, const LanguageSize& size, doubl
     }
     stability.see(result, step > 2 * warm_up);
     if (step % std::max<Index>(steps / config.reports, 1) != 0 && step != steps) continue;
-    file.measure(run, model->parameters(), "validation_loss", loss_on(*model, held_out, pool),
+    validation_loss = loss_on(*model, held_out, pool);
+    file.measure(run, model->parameters(), "validation_loss", validation_loss,
                  {{"step", std::to_string(step)},
                   {"steps", std::to_string(steps)},
                   {"tokens", std::to_string(step * config.batch * config.length)},
@@ -148,6 +187,7 @@ inline void train_language_model(const Run& run, const LanguageSize& size, doubl
   file.measure(run, model->parameters(), "largest_rise", stability.largest_rise());
   std::filesystem::create_directories(config.models);
   model->save(language_path(config, run), {});
+  return validation_loss;
 }
 
 }  // namespace lab
