@@ -95,11 +95,22 @@ def scaling_panel(axis, title, losses, best, chosen):
     return Panel(f"Validation loss by {title}", title, "nats a byte", series, log=("x",))
 
 
+def at_best_rate(rows, made):
+    """The rows of every model's better learning rate, by validation loss, and a line that says which it was."""
+    best = {row["model"]: row["learning_rate"]
+            for row in best_rates(select(rows, measurement="validation_loss"), "model")}
+    rates = ", ".join(values_of(rows, "learning_rate"))
+    chosen = "; ".join(f"{name_of(model)} {best[model]}" for model in models_of(rows) if model in best)
+    made.note(f"Learning rate, of {rates} that with the least validation loss: {chosen}.")
+    return [row for row in rows if row["learning_rate"] == best.get(row["model"])]
+
+
 def long_context(rows, made):
+    rows = at_best_rate(rows, made)
     losses = select(rows, measurement="loss")
     trained = values_of(losses, "length")
-    made.table(by_model(losses, "position", "Bytes before it, up to"))
-    made.table(parameters_of(losses))
+    made.table(by_model(losses, "position", "Positions up to"))
+    made.note(parameters_of(losses))
     series = [Series(name_of(model), curve(select(losses, model=model), "position"), COLOURS[index])
               for index, model in enumerate(models_of(losses))]
     made.picture([Panel(f"Loss by position, trained on sequences of {', '.join(trained)} bytes", "position",
@@ -107,6 +118,7 @@ def long_context(rows, made):
 
 
 def order(rows, made):
+    rows = at_best_rate(rows, made)
     lines = []
     labels = {"random": "in random order", "by_label": "label after label"}
     measurements = {"order_mean": "mean of the orders", "order_best": "best order", "order_worst": "worst order",
@@ -121,7 +133,7 @@ def order(rows, made):
     made.table(markdown(["Accuracy", "Transformer", "Differential", "Difference"], lines))
     by_shots = select(rows, measurement="accuracy")
     made.table(by_model(by_shots, "shots", "Examples seen"))
-    made.table(parameters_of(rows))
+    made.note(parameters_of(rows))
     series = [Series(name_of(model), curve(select(by_shots, model=model), "shots"), COLOURS[index])
               for index, model in enumerate(models_of(by_shots))]
     chance = [(1 / float(value), "chance") for value in values_of(rows, "labels")]
@@ -130,6 +142,7 @@ def order(rows, made):
 
 
 def outliers(rows, made):
+    rows = at_best_rate(rows, made)
     lines = []
     for measurement, title in (("score", "Attention scores"), ("hidden", "Hidden values")):
         of_kind = select(rows, measurement=measurement)
@@ -145,7 +158,7 @@ def outliers(rows, made):
     made.table(by_model(select(rows, measurement="rounded_accuracy"), "bits", "Accuracy, scores of bits",
                         label=lambda text: bits.get(text, text)))
     made.table(by_model(rounded, "bits", "Loss, scores of bits", label=lambda text: bits.get(text, text)))
-    made.table(parameters_of(rows))
+    made.note(parameters_of(rows))
     series = []
     for index, model in enumerate(models_of(rounded)):
         points = curve(select(rounded, model=model), "bits")

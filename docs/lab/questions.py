@@ -21,10 +21,18 @@ class Made:
     """What one question makes."""
 
     def __init__(self):
-        self.tables, self.script = [], None
+        self.tables, self.notes, self.script = [], [], None
 
     def table(self, text):
         self.tables.append(text)
+
+    def note(self, text):
+        """A sentence below the tables."""
+        self.notes.append(text)
+
+    def text(self):
+        notes = [" ".join(self.notes) + "\n"] if self.notes else []
+        return "\n".join(self.tables + notes)
 
     def picture(self, panels):
         self.script = pictures.script_of(panels)
@@ -44,7 +52,7 @@ def make(rows):
             continue
         made = Made()
         fill(of_question, made)
-        tables[name + "_table"] = "\n".join(made.tables)
+        tables[name + "_table"] = made.text()
         if made.script:
             scripts[name] = made.script
     return tables, scripts

@@ -47,4 +47,4 @@ def parameters_of(rows):
     counts = {model: sorted({int(float(row["parameters"])) for row in select(rows, model=model)})
               for model in models_of(rows)}
     text = "; ".join(f"{name_of(model)} {', '.join(f'{count:,}' for count in counts[model])}" for model in counts)
-    return f"Parameters: {text}.\n"
+    return f"Parameters: {text}."

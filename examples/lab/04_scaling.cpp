@@ -1,52 +1,41 @@
 // Question 4: byte-level language models of four sizes, two learning rates: validation loss against parameters, bytes
-// read, floating-point operations and seconds. The models are kept for questions 7, 9 and 10.
+// read, floating-point operations and seconds of the CPU.
 
-#include <CLI/CLI.hpp>
-#include <cstdio>
-
-#include "parts/budget.hpp"
 #include "parts/language.hpp"
-#include "parts/options.hpp"
 
 namespace {
 
-using namespace lab;
+using lab::Index;
 
-void scale(LanguageConfig config) {
-  if (config.smoke) config.shrink();
-  const Text text(config.text, config.length);
-  MeasurementFile file(config.out, "scaling", config.fields());
-  const Budget budget(config.minutes);
-  diffattn::ThreadPool pool(1);
-  const auto all = static_cast<Index>(config.seeds.size() * kLanguageSizes.size() * config.rates.size() *
-                                      config.compared.size());
-  Index done = 0;
-  // A seed at a time, so that what is there after an interruption is of all sizes.
-  for (const std::uint64_t seed : config.seeds) {
-    for (const LanguageSize& size : kLanguageSizes) {
-      for (const double rate : config.rates) {
-        for (const std::string& model : config.compared) {
-          const Run run = language_run(model, size, rate, seed);
-          if (!file.has(run)) {
-            budget.check(done, all);
-            const double loss = train_language_model(run, size, rate, config, text, file, pool);
-            file.finish(run);
-            std::printf("%ld of %ld: %s, validation loss %.4f, %.1f minutes\n", done + 1, all, run.identity().c_str(),
-                        loss, budget.elapsed());
-            std::fflush(stdout);
-          }
-          ++done;
-        }
-      }
-    }
-  }
+/// Operations of the training so far: those of the forward pass, counted as ModelSize::flop_per_token does, three times.
+double flop_of(const lab::Model& model, const lab::LanguageSize& size, double tokens, Index length) {
+  const double context = 0.5 * static_cast<double>(length + 1);
+  const double of_token = 2.0 * static_cast<double>(model.parameters()) +
+                          4.0 * static_cast<double>(size.layers * size.width) * context;
+  return 3.0 * of_token * tokens;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   CLI::App app("Question 4 of the lab: how loss scales with parameters, bytes, FLOP and seconds.");
-  lab::LanguageConfig config;
-  config.declare(app);
-  return lab::run_program(app, argc, argv, [&] { scale(config); });
+  lab::LanguageOptions options;
+  options.declare(app);
+  return lab::run_program(app, argc, argv, [&] {
+    options.shrink();
+    const lab::Text text(options.text, options.length);
+    const lab::TaskBatch batch = held_out(text, options.length, options.validation_windows);
+    const auto measure = [&](const lab::Run& run, const lab::LanguageSize& size, lab::Model& model,
+                             const lab::Progress& progress, lab::MeasurementFile& file, diffattn::ThreadPool& pool) {
+      if (progress.step == 0) return;
+      lab::Fields fields = fields_of(progress);
+      fields.emplace_back("flop", lab::text_of(flop_of(model, size, progress.tokens, options.length)));
+      const double loss = diffattn::cross_entropy(model.logits(batch, pool), batch.targets).mean;
+      file.measure(run, model.parameters(), "validation_loss", loss, fields);
+      if (!progress.last()) return;
+      file.measure(run, model.parameters(), "largest_gradient_norm", progress.largest_gradient_norm);
+      file.measure(run, model.parameters(), "largest_rise", progress.largest_rise);
+    };
+    for_each_language_run(options, "scaling", lab::kLanguageSizes, text, measure);
+  });
 }

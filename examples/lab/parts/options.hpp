@@ -35,6 +35,17 @@ struct Options {
   /// An experiment sets its own defaults first. Throws CLI::Error, which app.exit() turns into a message and a status.
   void declare(CLI::App& app) {
     const auto up_to = [](long most) { return CLI::Range(1L, most); };
+    app.add_option("--steps", steps, "optimizer steps of a model")->check(up_to(1 << 30))->capture_default_str();
+    app.add_option("--batch", batch, "sequences a step")->check(up_to(4096))->capture_default_str();
+    app.add_option("--layers", layers)->check(up_to(1024))->capture_default_str();
+    app.add_option("--width", width, "of the models")->check(up_to(1 << 14))->capture_default_str();
+    app.add_option("--head-dim", head_dim, "of one map of a head")->check(up_to(1024))->capture_default_str();
+    declare_common(app);
+  }
+
+  /// Those of declare that say nothing of the models.
+  void declare_common(CLI::App& app) {
+    const auto up_to = [](long most) { return CLI::Range(1L, most); };
     app.add_option("--out", out, "folder for the CSV and for checkpoints to go on from")->capture_default_str();
     app.add_option("--models", models, "which are compared")->delimiter(',')->capture_default_str();
     app.add_option("--seeds", seeds, "of parameters and data")->delimiter(',')->capture_default_str();
@@ -42,11 +53,6 @@ struct Options {
         ->delimiter(',')
         ->check(CLI::Range(1e-9, 1e9))
         ->capture_default_str();
-    app.add_option("--steps", steps, "optimizer steps of a model")->check(up_to(1 << 30))->capture_default_str();
-    app.add_option("--batch", batch, "sequences a step")->check(up_to(4096))->capture_default_str();
-    app.add_option("--layers", layers)->check(up_to(1024))->capture_default_str();
-    app.add_option("--width", width, "of the models")->check(up_to(1 << 14))->capture_default_str();
-    app.add_option("--head-dim", head_dim, "of one map of a head")->check(up_to(1024))->capture_default_str();
     app.add_option("--threads", threads, "changes the speed and nothing else")
         ->check(up_to(1024))
         ->capture_default_str();

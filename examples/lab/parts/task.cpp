@@ -39,7 +39,9 @@ void clear(TaskBatch& batch) {
 
 void RecallConfig::check() const {
   const auto fail = [](const std::string& message) { throw std::runtime_error(message); };
-  if (keys > context / needle_tokens()) {
+  if (contexts.empty()) fail("--contexts: there must be one at least");
+  for (const Index context : contexts) {
+    if (keys <= context / needle_tokens()) continue;
     fail("--keys " + std::to_string(keys) + ": a context of " + std::to_string(context) + " tokens holds at most " +
          std::to_string(context / needle_tokens()) + " keys with their values");
   }
@@ -56,24 +58,27 @@ RecallTask::RecallTask(const RecallConfig& config) : config_(config) { config.ch
 void RecallTask::draw(TaskBatch& batch, std::uint64_t seed, Index number) {
   clear(batch);
   diffattn::SplitMix64 random = generator(seed, number);
-  for (Index s = 0; s < config_.batch; ++s) draw_sequence(batch, random);
+  const auto choice = random.below(static_cast<Index>(config_.contexts.size()));
+  const Index context = config_.contexts[static_cast<std::size_t>(choice)];
+  const Index length = context + config_.needle_tokens() * config_.asked;
+  for (Index s = 0; s < std::max<Index>(1, config_.tokens / length); ++s) draw_sequence(batch, context, random);
 }
 
-void RecallTask::draw_sequence(TaskBatch& batch, diffattn::SplitMix64& random) {
+void RecallTask::draw_sequence(TaskBatch& batch, Index context, diffattn::SplitMix64& random) {
   const RecallConfig& c = config_;
   const Index first_value = c.key_kinds, first_noise = first_value + c.value_kinds,
               first_pair = first_noise + c.noise_kinds;
   const Index width = c.needle_tokens();
   const auto begin = static_cast<Index>(batch.inputs.size());
-  const auto end = static_cast<std::size_t>(begin + c.length());
+  const auto end = static_cast<std::size_t>(begin + context + c.needle_tokens() * c.asked);
   batch.inputs.resize(end);
   batch.targets.resize(end, diffattn::kIgnoreTarget);
-  batch.lengths.push_back(c.length());
+  batch.lengths.push_back(context + c.needle_tokens() * c.asked);
   Index* const tokens = batch.inputs.data() + begin;
-  for (Index i = 0; i < c.context; ++i) tokens[i] = first_noise + random.below(c.noise_kinds);
+  for (Index i = 0; i < context; ++i) tokens[i] = first_noise + random.below(c.noise_kinds);
 
   // Among the tokens, with each needle taken for one, so that every arrangement is as likely.
-  std::vector<Index> places = distinct(random, c.keys, c.context - (width - 1) * c.keys);
+  std::vector<Index> places = distinct(random, c.keys, context - (width - 1) * c.keys);
   std::sort(places.begin(), places.end());
   const std::vector<Index> keys = distinct(random, c.keys, c.key_kinds);
   std::vector<Index> values(keys.size());
@@ -86,12 +91,12 @@ void RecallTask::draw_sequence(TaskBatch& batch, diffattn::SplitMix64& random) {
   const std::vector<Index> order = distinct(random, c.asked, c.keys);
   for (std::size_t q = 0; q < order.size(); ++q) {
     const auto needle = static_cast<std::size_t>(order[q]);
-    const Index row = c.context + width * static_cast<Index>(q);
+    const Index row = context + width * static_cast<Index>(q);
     tokens[row] = keys[needle];
     if (!c.carried) tokens[row + 1] = first_value + values[needle];
     batch.targets[static_cast<std::size_t>(begin + row)] = first_value + values[needle];
     batch.questions.push_back({begin + row, begin + places[needle] + width - 1,
-                               static_cast<double>(places[needle]) / static_cast<double>(c.context - width)});
+                               static_cast<double>(places[needle]) / static_cast<double>(context - width)});
   }
 }
 

@@ -52,10 +52,12 @@ class Task {
 ///
 /// Keys of a sequence differ; values are drawn freely, so that chance is 1 / value_kinds.
 struct RecallConfig {
-  Index context = 64;    ///< tokens before the questions
+  /// Tokens before the questions. Every batch has one of these, drawn anew: short ones teach what is to be done, long
+  /// ones to do it well.
+  std::vector<Index> contexts = {64};
   Index keys = 8;        ///< planted
   Index asked = 8;       ///< of them
-  Index batch = 32;      ///< sequences
+  Index tokens = 1280;  ///< of a batch, about: as many sequences as make them, one at least
   Index key_kinds = 16;  ///< different keys
   Index value_kinds = 16;
   Index noise_kinds = 32;
@@ -64,7 +66,6 @@ struct RecallConfig {
   /// Throws std::runtime_error, naming the option, for sizes that do not fit.
   void check() const;
   Index needle_tokens() const { return carried ? 1 : 2; }
-  Index length() const { return context + needle_tokens() * asked; }
   Index vocab_size() const { return key_kinds + value_kinds + noise_kinds + (carried ? key_kinds * value_kinds : 0); }
   double chance() const { return 1.0 / static_cast<double>(value_kinds); }
 };
@@ -77,7 +78,7 @@ class RecallTask final : public Task {
   const RecallConfig& config() const { return config_; }
 
  private:
-  void draw_sequence(TaskBatch& batch, diffattn::SplitMix64& random);
+  void draw_sequence(TaskBatch& batch, Index context, diffattn::SplitMix64& random);
 
   RecallConfig config_;
 };
