@@ -18,10 +18,8 @@ double flop_of(const lab::Model& model, const lab::LanguageSize& size, double to
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Question 4 of the lab: how loss scales with parameters, bytes, FLOP and seconds.");
   lab::LanguageOptions options;
-  options.declare(app);
-  return lab::run_program(app, argc, argv, [&] {
+  const auto experiment = [&] {
     options.shrink();
     const lab::Text text(options.text, options.length);
     const lab::TaskBatch batch = held_out(text, options.length, options.validation_windows);
@@ -37,5 +35,8 @@ int main(int argc, char** argv) {
       file.measure(run, model.parameters(), "largest_rise", progress.largest_rise);
     };
     for_each_language_run(options, "scaling", lab::kLanguageSizes, text, measure);
-  });
+  };
+  return lab::run_program(
+      "Question 4 of the lab: how loss scales with parameters, bytes, FLOP and seconds.", argc, argv,
+      [&](CLI::App& app) { options.declare(app); }, experiment);
 }

@@ -13,10 +13,8 @@ constexpr double kEnds[] = {0.0625, 0.125, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Question 7 of the lab: loss by position, up to four times the length of training.");
   lab::LanguageOptions options;
-  options.declare(app);
-  return lab::run_program(app, argc, argv, [&] {
+  const auto experiment = [&] {
     options.shrink();
     const Index length = 4 * options.length;
     const lab::Text text(options.text, length);
@@ -45,5 +43,8 @@ int main(int argc, char** argv) {
       }
     };
     for_each_language_run(options, "long_context", {lab::kLanguageSizes.back()}, text, measure);
-  });
+  };
+  return lab::run_program(
+      "Question 7 of the lab: loss by position, up to four times the length of training.", argc, argv,
+      [&](CLI::App& app) { options.declare(app); }, experiment);
 }

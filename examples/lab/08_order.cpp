@@ -1,6 +1,7 @@
 // Question 8: classification from examples in the context: accuracy by the number of examples, and of the best and the
 // worst of ten orders of the same examples.
 
+#include <CLI/CLI.hpp>
 #include <cstdio>
 #include <diffattn/training/cross_entropy.hpp>
 #include <utility>
@@ -16,18 +17,19 @@ using namespace lab;
 struct OrderOptions : Options {
   OrderConfig task;
   OrderTest test;
+  Index batch = 16;
   Index batches = 16;  ///< of the accuracy by examples
 
   OrderOptions() {
     models = {"transformer", "differential"};
     learning_rates = {2e-3, 4e-3};
     steps = 800;
-    batch = 16;
   }
 
   void declare(CLI::App& app) {
     Options::declare(app);
     const auto up_to = [](long most) { return CLI::Range(1L, most); };
+    app.add_option("--batch", batch, "sequences a step")->check(up_to(4096))->capture_default_str();
     app.add_option("--groups", task.groups, "of items")->check(up_to(1024))->capture_default_str();
     app.add_option("--members", task.members, "items of a group")->check(up_to(1024))->capture_default_str();
     app.add_option("--labels", task.labels)->check(up_to(1024))->capture_default_str();
@@ -115,8 +117,8 @@ void measure_all(OrderOptions options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Question 8 of the lab: classification from examples in the context, and their order.");
   OrderOptions options;
-  options.declare(app);
-  return lab::run_program(app, argc, argv, [&] { measure_all(options); });
+  return lab::run_program(
+      "Question 8 of the lab: classification from examples in the context, and their order.", argc, argv,
+      [&](CLI::App& app) { options.declare(app); }, [&] { measure_all(options); });
 }

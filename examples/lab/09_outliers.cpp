@@ -36,11 +36,9 @@ void measure_ranks(const lab::Run& run, const lab::Model& model, const char* nam
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Question 9 of the lab: outliers, and scores rounded to 8, 6 and 4 bits.");
   lab::LanguageOptions options;
   options.validation_windows = 32;
-  options.declare(app);
-  return lab::run_program(app, argc, argv, [&] {
+  const auto experiment = [&] {
     options.shrink();
     const lab::Text text(options.text, options.length);
     const lab::TaskBatch batch = held_out(text, options.length, options.validation_windows);
@@ -74,5 +72,8 @@ int main(int argc, char** argv) {
       }
     };
     for_each_language_run(options, "outliers", {lab::kLanguageSizes.back()}, text, measure);
-  });
+  };
+  return lab::run_program(
+      "Question 9 of the lab: outliers, and scores rounded to 8, 6 and 4 bits.", argc, argv,
+      [&](CLI::App& app) { options.declare(app); }, experiment);
 }

@@ -1,6 +1,7 @@
 // Question 10: what the language models of question 4 cost: CPU time of one thread for a forward pass, forward and
 // backward, a training step, and decoding behind a cache, in microseconds a byte.
 
+#include <CLI/CLI.hpp>
 #include <ctime>
 #include <map>
 #include <memory>
@@ -48,12 +49,15 @@ std::map<std::string, double> time_once(lab::Model& model, const lab::TaskBatch&
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Question 10 of the lab: what the models of question 4 cost.");
   lab::LanguageOptions options;
   Index rounds = 21;
-  options.declare(app);
-  app.add_option("--rounds", rounds, "passes of each model, by turns")->check(CLI::Range(1L, 100000L))->capture_default_str();
-  return lab::run_program(app, argc, argv, [&] {
+  const auto declare = [&](CLI::App& app) {
+    options.declare(app);
+    app.add_option("--rounds", rounds, "passes of each model, by turns")
+        ->check(CLI::Range(1L, 100000L))
+        ->capture_default_str();
+  };
+  const auto experiment = [&] {
     options.shrink();
     if (options.smoke) rounds = 2;
     const lab::Text text(options.text, 2 * options.length);
@@ -90,5 +94,6 @@ int main(int argc, char** argv) {
         budget.count_measurement();
       }
     }
-  });
+  };
+  return lab::run_program("Question 10 of the lab: what the models of question 4 cost.", argc, argv, declare, experiment);
 }

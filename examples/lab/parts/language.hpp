@@ -30,6 +30,7 @@ inline const std::vector<LanguageSize> kLanguageSizes = {{1, 32, 1.0}, {2, 64, 1
 struct LanguageOptions : Options {
   std::filesystem::path text = DIFFATTN_EXAMPLE_DATA "/kjv.txt";
   Index length = 128;
+  Index batch = 2;
   Index validation_windows = 48;
   Index points = 8;  ///< of measurement in a training
 
@@ -37,24 +38,11 @@ struct LanguageOptions : Options {
     models = {"transformer", "differential"};
     learning_rates = {3e-3, 1e-2};
     steps = 400;
-    batch = 2;
     head_dim = 8;
   }
 
   /// Not Options::declare: the sizes are those of kLanguageSizes.
-  void declare(CLI::App& app) {
-    const auto up_to = [](long most) { return CLI::Range(1L, most); };
-    app.add_option("--text", text, "any file; its bytes are the tokens")
-        ->check(CLI::ExistingFile)
-        ->capture_default_str();
-    app.add_option("--length", length, "bytes a sequence")->check(up_to(1 << 16))->capture_default_str();
-    declare_common(app);
-    app.add_option("--steps", steps, "of the smallest model; the largest takes twice as many")
-        ->check(up_to(1 << 29))
-        ->capture_default_str();
-    app.add_option("--batch", batch, "sequences a step")->check(up_to(4096))->capture_default_str();
-    app.add_option("--head-dim", head_dim, "of one map of a head")->check(up_to(1024))->capture_default_str();
-  }
+  void declare(CLI::App& app);
 
   /// What --smoke makes of it.
   void shrink() {

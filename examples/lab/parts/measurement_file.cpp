@@ -55,14 +55,17 @@ MeasurementFile::MeasurementFile(const std::filesystem::path& folder, std::strin
   std::ifstream file(path_);
   std::string line;
   if (!std::getline(file, line)) {
-    if (!(std::ofstream(path_) << kHeader << '\n').flush()) throw std::runtime_error(path_.string() + ": cannot be written");
+    if (!(std::ofstream(path_) << kHeader << '\n').flush())
+      throw std::runtime_error(path_.string() + ": cannot be written");
     return;
   }
-  if (line != kHeader) throw std::runtime_error(path_.string() + ": is no file of measurements: line 1 must be " + kHeader);
+  if (line != kHeader)
+    throw std::runtime_error(path_.string() + ": is no file of measurements: line 1 must be " + kHeader);
   for (Index number = 2; std::getline(file, line); ++number) {
     const std::vector<std::string> cells = cells_of(line);
     const std::string place = path_.string() + ": line " + std::to_string(number);
-    if (cells.size() != 10) throw std::runtime_error(place + ": has " + std::to_string(cells.size()) + " cells, 10 make a measurement");
+    if (cells.size() != 10)
+      throw std::runtime_error(place + ": has " + std::to_string(cells.size()) + " cells, 10 make a measurement");
     if (cells[7] != joined(configuration_)) {
       throw std::runtime_error(place + ": was measured with " + cells[7] + "; this is " + joined(configuration_) +
                                ": choose another folder with --out");
@@ -74,12 +77,12 @@ MeasurementFile::MeasurementFile(const std::filesystem::path& folder, std::strin
 void MeasurementFile::measure(const Run& run, Index parameters, const std::string& measurement, double value,
                               const Fields& fields) {
   if (!std::isfinite(value)) {
-    throw std::runtime_error(experiment_ + ": " + measurement + " of " + run.identity() + " is " + std::to_string(value) +
-                             "; the runs before it are in " + path_.string());
+    throw std::runtime_error(experiment_ + ": " + measurement + " of " + run.identity() + " is " +
+                             std::to_string(value) + "; the runs before it are in " + path_.string());
   }
-  waiting_ += experiment_ + "," + measurement + "," + text_of(value) + "," + run.model + "," + std::to_string(run.seed) +
-              "," + std::to_string(parameters) + "," + joined(run.fields) + "|" + joined(fields) + "," +
-              joined(configuration_) + "," DIFFATTN_LAB_COMMIT "," + machine() + "\n";
+  waiting_ += experiment_ + "," + measurement + "," + text_of(value) + "," + run.model + "," +
+              std::to_string(run.seed) + "," + std::to_string(parameters) + "," + joined(run.fields) + "|" +
+              joined(fields) + "," + joined(configuration_) + "," DIFFATTN_LAB_COMMIT "," + machine() + "\n";
 }
 
 void MeasurementFile::finish(const Run& run) {

@@ -42,7 +42,8 @@ class MeasurementFile {
   Index runs() const { return static_cast<Index>(finished_.size()); }
 
   /// A measurement of the run that is going on. Throws std::runtime_error for a value that is no number.
-  void measure(const Run& run, Index parameters, const std::string& measurement, double value, const Fields& fields = {});
+  void measure(const Run& run, Index parameters, const std::string& measurement, double value,
+               const Fields& fields = {});
   /// Writes what was measured since the last call: the run is finished. Throws std::runtime_error if the disk is full.
   void finish(const Run& run);
 

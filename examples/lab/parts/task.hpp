@@ -57,7 +57,7 @@ struct RecallConfig {
   std::vector<Index> contexts = {64};
   Index keys = 8;        ///< planted
   Index asked = 8;       ///< of them
-  Index tokens = 1280;  ///< of a batch, about: as many sequences as make them, one at least
+  Index tokens = 1280;   ///< of a batch, about: as many sequences as make them, one at least
   Index key_kinds = 16;  ///< different keys
   Index value_kinds = 16;
   Index noise_kinds = 32;

@@ -32,12 +32,7 @@ class TrainedModel final : public Model {
   Index hidden_dim() const override { return decoder_.config().hidden_dim; }
 
   StepResult step(const TaskBatch& batch, double learning_rate, diffattn::ThreadPool& pool) override {
-    forward(batch, pool);
-    StepResult result{};
-    result.loss = cross_entropy_into(logits_, logits_, batch.targets, diffattn::kIgnoreTarget, workspace_, pool).mean;
-    set_zero(gradient_, pool);
-    decoder_.backward(logits_, tape_, gradient_, workspace_, pool);
-    result.gradient_norm = clip_gradient_norm(gradient_, 1.0, pool);
+    const StepResult result = gradient(batch, pool);
     if (std::isfinite(result.loss) && std::isfinite(result.gradient_norm)) {
       optimizer_.step(decoder_, gradient_, learning_rate, pool);
     }
@@ -47,8 +42,7 @@ class TrainedModel final : public Model {
   StepResult gradient(const TaskBatch& batch, diffattn::ThreadPool& pool) override {
     forward(batch, pool);
     StepResult result{};
-    result.loss =
-        cross_entropy_into(logits_, logits_, batch.targets, diffattn::kIgnoreTarget, workspace_, pool).mean;
+    result.loss = cross_entropy_into(logits_, logits_, batch.targets, diffattn::kIgnoreTarget, workspace_, pool).mean;
     set_zero(gradient_, pool);
     decoder_.backward(logits_, tape_, gradient_, workspace_, pool);
     result.gradient_norm = clip_gradient_norm(gradient_, 1.0, pool);

@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "support/interruption.hpp"
 #include "support/progress_line.hpp"
 
 namespace lab {
@@ -103,9 +104,9 @@ class Course {
   void save(const std::filesystem::path& path) const {
     std::ostringstream numbers;
     numbers.precision(17);
-    for (const double number : {progress_.tokens, progress_.seconds, progress_.training_loss,
-                                progress_.largest_gradient_norm, progress_.largest_rise, sum_,
-                                static_cast<double>(summed_), smooth_, least_}) {
+    for (const double number :
+         {progress_.tokens, progress_.seconds, progress_.training_loss, progress_.largest_gradient_norm,
+          progress_.largest_rise, sum_, static_cast<double>(summed_), smooth_, least_}) {
       numbers << number << ' ';
     }
     model_->save(path, {.notes = {{"made_with", plan_.made_with}, {"progress", numbers.str()}}});

@@ -51,7 +51,7 @@ struct Plan {
   std::string made_with;  ///< what a saved model must have been made with, beside the sizes in its name
   double learning_rate = 3e-3;
   Index steps = 0;
-  Index measure_every = 0;  ///< steps from one point of measurement to the next; the last step is always one
+  Index measure_every = 0;       ///< steps from one point of measurement to the next; the last step is always one
   std::filesystem::path folder;  ///< of the saved models
   bool keep_models = true;       ///< once the training has come to its end
 
