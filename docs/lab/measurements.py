@@ -46,7 +46,10 @@ def _parse(cells, header, place):
     missing = [name for name in NAMED if not row.get(name)]
     if missing:
         raise BadMeasurement(f"{place}: has no {', '.join(missing)}")
-    row["value"] = row.number("value")
+    value = row.number("value")
+    if not math.isfinite(value):
+        raise BadMeasurement(f"{place}: value is {row['value']!r}, no number")
+    row["value"] = value
     return row
 
 

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "parts/language.hpp"
+#include "support/interruption.hpp"
 
 namespace {
 
