@@ -9,10 +9,12 @@
 #include <diffattn/core/parallel_threads.hpp>
 #include <diffattn/io/checkpoint.hpp>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "parts/rounded.hpp"
 #include "parts/task.hpp"
 
 namespace lab {
@@ -65,6 +67,16 @@ class Model {
   virtual std::vector<double> lambdas(const TaskBatch& batch) const = 0;
   /// All λ become this number, whatever they were: for measurements, not for training. False where there is none.
   virtual bool force_lambda(double lambda) = 0;
+
+  /// The gradient of the batch, which is not applied: forward and backward.
+  virtual StepResult gradient(const TaskBatch& batch, diffattn::ThreadPool& pool) = 0;
+  /// The logits of a sequence, with every attention score rounded to so many bits, as rounded.hpp says; 0: as it is. What
+  /// the values on the way were is added to *seen, if there is one. Throws std::runtime_error for models other than
+  /// "transformer", "differential" and "grouped".
+  virtual Matrix<float> rounded(const std::vector<Index>& tokens, int bits, InnerValues* seen) const = 0;
+  /// Reads the first `prompt` tokens at once, and then the others one by one behind a cache; calls `between` before
+  /// and behind the latter.
+  virtual void decode(const std::vector<Index>& tokens, Index prompt, const std::function<void()>& between) const = 0;
 
   virtual Index steps_done() const = 0;
   virtual void save(const std::filesystem::path& path, const diffattn::TrainingState& state) const = 0;

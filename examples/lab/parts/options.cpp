@@ -17,7 +17,7 @@ CLI::Range up_to(long most) { return CLI::Range(1L, most); }
 
 }  // namespace
 
-void Options::declare(CLI::App& app) {
+void Options::declare_common(CLI::App& app) {
   app.add_option("--out", out, "folder of the CSV, and of saved models to go on from")->capture_default_str();
   app.add_option("--models", models, "which are compared")->delimiter(',')->capture_default_str();
   app.add_option("--seeds", seeds, "of parameters and data")->delimiter(',')->capture_default_str();
@@ -25,14 +25,18 @@ void Options::declare(CLI::App& app) {
       ->delimiter(',')
       ->check(CLI::Range(1e-9, 1e30))
       ->capture_default_str();
-  app.add_option("--steps", steps, "optimizer steps of a model")->check(up_to(1 << 30))->capture_default_str();
-  app.add_option("--layers", layers)->check(up_to(1024))->capture_default_str();
-  app.add_option("--width", width, "of the models")->check(up_to(1 << 14))->capture_default_str();
-  app.add_option("--head-dim", head_dim, "of one map of a head")->check(up_to(1024))->capture_default_str();
   app.add_option("--threads", threads, "changes the speed and nothing else")->check(up_to(1024))->capture_default_str();
   app.add_option("--minutes", minutes, "budget: afterwards the program saves and ends, and goes on when called again")
       ->check(CLI::Range(0.0, 1e6));
   app.add_flag("--smoke", smoke, "everything tiny, to see that it works");
+}
+
+void Options::declare(CLI::App& app) {
+  declare_common(app);
+  app.add_option("--steps", steps, "optimizer steps of a model")->check(up_to(1 << 30))->capture_default_str();
+  app.add_option("--layers", layers)->check(up_to(1024))->capture_default_str();
+  app.add_option("--width", width, "of the models")->check(up_to(1 << 14))->capture_default_str();
+  app.add_option("--head-dim", head_dim, "of one map of a head")->check(up_to(1024))->capture_default_str();
 }
 
 void NeedleOptions::declare(CLI::App& app) {

@@ -34,6 +34,8 @@ struct Options {
 
   /// The options above, with what they are set to as defaults.
   void declare(CLI::App& app);
+  /// Without those that say how large a model is and how long it is trained.
+  void declare_common(CLI::App& app);
 
   ModelSpec model(const std::string& name, Index vocab_size, std::uint64_t seed) const {
     return {

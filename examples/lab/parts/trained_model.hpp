@@ -3,12 +3,18 @@
 // Model for any attention layer. Included by the few files that compile one: model_*.cpp.
 
 #include <cmath>
+#include <diffattn/layers/multihead_attention.hpp>
+#include <diffattn/layers/multihead_diff_attention.hpp>
 #include <diffattn/models/decoder.hpp>
 #include <diffattn/training/adamw.hpp>
 #include <diffattn/training/cross_entropy.hpp>
 #include <diffattn/training/gradient_norm.hpp>
+#include <span>
+#include <stdexcept>
+#include <type_traits>
 
 #include "parts/model.hpp"
+#include "parts/rounded.hpp"
 
 namespace lab {
 
@@ -26,15 +32,20 @@ class TrainedModel final : public Model {
   Index hidden_dim() const override { return decoder_.config().hidden_dim; }
 
   StepResult step(const TaskBatch& batch, double learning_rate, diffattn::ThreadPool& pool) override {
+    const StepResult result = gradient(batch, pool);
+    if (std::isfinite(result.loss) && std::isfinite(result.gradient_norm)) {
+      optimizer_.step(decoder_, gradient_, learning_rate, pool);
+    }
+    return result;
+  }
+
+  StepResult gradient(const TaskBatch& batch, diffattn::ThreadPool& pool) override {
     forward(batch, pool);
     StepResult result{};
     result.loss = cross_entropy_into(logits_, logits_, batch.targets, diffattn::kIgnoreTarget, workspace_, pool).mean;
     set_zero(gradient_, pool);
     decoder_.backward(logits_, tape_, gradient_, workspace_, pool);
     result.gradient_norm = clip_gradient_norm(gradient_, 1.0, pool);
-    if (std::isfinite(result.loss) && std::isfinite(result.gradient_norm)) {
-      optimizer_.step(decoder_, gradient_, learning_rate, pool);
-    }
     return result;
   }
 
@@ -103,6 +114,28 @@ class TrainedModel final : public Model {
     } else {
       return value != value;  // no λ that could be set
     }
+  }
+
+  Matrix<float> rounded(const std::vector<Index>& tokens, int bits, InnerValues* seen) const override {
+    if constexpr (std::is_same_v<Attention, diffattn::MultiheadAttention<float>> ||
+                  std::is_same_v<Attention, diffattn::MultiheadDiffAttention<float>>) {
+      return rounded_logits(decoder_, tokens, bits, seen);
+    } else {
+      throw std::runtime_error("scores can be rounded of transformer, differential and grouped only");
+    }
+  }
+
+  void decode(const std::vector<Index>& tokens, Index prompt, const std::function<void()>& between) const override {
+    auto cache = decoder_.make_cache();
+    diffattn::Workspace workspace;
+    Matrix<float> logits(1, decoder_.config().vocab_size);
+    decoder_.last_logits_into(logits, std::span(tokens).first(static_cast<std::size_t>(prompt)), cache,
+                              diffattn::CausalMask{}, prompt, workspace);
+    between();
+    for (std::size_t i = static_cast<std::size_t>(prompt); i < tokens.size(); ++i) {
+      decoder_.logits_into(logits, std::span(tokens).subspan(i, 1), cache, diffattn::CausalMask{}, workspace);
+    }
+    between();
   }
 
   Index steps_done() const override { return optimizer_.steps; }
