@@ -7,16 +7,6 @@
 
 namespace lab {
 
-namespace {
-
-std::string joined(const Fields& fields) {
-  std::string text;
-  for (const auto& [key, value] : fields) text += (text.empty() ? "" : ";") + key + "=" + value;
-  return text;
-}
-
-}  // namespace
-
 NeedleOptions::NeedleOptions() {
   recall.contexts = {16, 32, 64, 128, 256};
   recall.keys = recall.asked = recall.key_kinds = recall.value_kinds = 8;
