@@ -8,10 +8,15 @@
 namespace lab {
 
 NeedleOptions::NeedleOptions() {
-  recall.contexts = {16, 32, 64, 128, 256};
-  recall.keys = recall.asked = recall.key_kinds = recall.value_kinds = 8;
+  recall.contexts = {8, 16, 32, 64, 128};
+  recall.grow_every = 100;
+  recall.keys = recall.asked = 4;
+  recall.key_kinds = recall.value_kinds = 8;
+  recall.noise_kinds = 16;
+  recall.tokens = 640;
   models = kModelNames;
-  steps = 1500;
+  learning_rates = {3e-3, 6e-3};
+  steps = 1000;
 }
 
 void NeedleOptions::shrink() {
@@ -20,6 +25,7 @@ void NeedleOptions::shrink() {
   recall.keys = recall.asked = recall.key_kinds = recall.value_kinds = 4;
   recall.noise_kinds = 8;
   recall.tokens = 64;
+  recall.grow_every = 2;
   test_tokens = 200;
   steps = 4;
   width = 32;
@@ -31,6 +37,7 @@ void NeedleOptions::shrink() {
 RecallConfig NeedleOptions::test(Index context) const {
   RecallConfig config = recall;
   config.contexts = {context};
+  config.grow_every = 0;
   config.tokens = test_tokens;
   return config;
 }
@@ -43,6 +50,7 @@ Fields NeedleOptions::configuration() const {
           {"width", text(width)},
           {"head_dim", text(head_dim)},
           {"trained_contexts", contexts},
+          {"grow_every", text(recall.grow_every)},
           {"keys", text(recall.keys)},
           {"asked", text(recall.asked)},
           {"kinds", text(recall.key_kinds) + " " + text(recall.value_kinds) + " " + text(recall.noise_kinds)},

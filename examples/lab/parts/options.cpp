@@ -45,6 +45,10 @@ void NeedleOptions::declare(CLI::App& app) {
       ->delimiter(',')
       ->check(up_to(1 << 20))
       ->capture_default_str();
+  app.add_option("--grow-every", recall.grow_every,
+                 "training begins with the first context alone, and the next joins every so many steps; 0: all at once")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   app.add_option("--tokens", recall.tokens, "of a training step")->check(up_to(1 << 24))->capture_default_str();
   app.add_option("--keys", recall.keys, "needles in a context")->check(up_to(1 << 16))->capture_default_str();
   app.add_option("--asked", recall.asked, "of them")->check(up_to(1 << 16))->capture_default_str();
