@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "diffattn/core/parallel.hpp"
 #include "diffattn/kernels/detail/arithmetic.hpp"
 #include "diffattn/kernels/options.hpp"
 
@@ -65,7 +66,7 @@ consteval void check_output_scalar() {
                 "diffattn: the output and all gradients must have the scalar type of the queries");
 }
 
-/// A gradient, or the result of a part of the keys.
+/// The gradient of a result.
 template <typename Scalar, typename Result>
 consteval void check_result_scalar() {
   static_assert(
@@ -91,6 +92,14 @@ consteval void check_lambda_scalar() {
     static_assert(is_narrow<Scalar> || std::is_same_v<typename Lambda::Scalar, Scalar>,
                   "diffattn: lambda must be a number or a matrix of the scalar type of the queries");
   }
+}
+
+/// Keys of other ranks would be left out without a word.
+template <typename E>
+consteval void check_keys_are_here() {
+  static_assert(!spreads_sequences<E>,
+                "diffattn: this call cannot spread a sequence over ranks; distributed/sequence_parallel.hpp says which "
+                "can, and has to be included");
 }
 
 }  // namespace diffattn::inline v0_1::detail

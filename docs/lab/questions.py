@@ -1,0 +1,58 @@
+"""The questions of docs/lab.md, in the order of the page: what of the CSVs is shown of each, and how."""
+
+import language_questions
+import pictures
+import retrieval_questions  # noqa
+from measurements import select
+
+# experiment: who makes its tables and picture, and what the picture shows.
+QUESTIONS = {
+    "scaling": (language_questions.scaling, "Validation loss against parameters, bytes read, FLOP and seconds"),
+    "long_context": (language_questions.long_context, "Loss by position"),
+    "order": (language_questions.order, "Accuracy by the number of examples in the context"),
+    "outliers": (language_questions.outliers, "Loss with rounded attention scores"),
+    "cost": (language_questions.cost, "Time of the Differential Transformer over that of the Transformer"),
+}
+
+BLOCKS = [name + part for name in QUESTIONS for part in ("_table", "_picture")]
+
+
+class Made:
+    """What one question makes."""
+
+    def __init__(self):
+        self.tables, self.notes, self.script = [], [], None
+
+    def table(self, text):
+        self.tables.append(text)
+
+    def note(self, text):
+        """A sentence below the tables."""
+        self.notes.append(text)
+
+    def text(self):
+        notes = [" ".join(self.notes) + "\n"] if self.notes else []
+        return "\n".join(self.tables + notes)
+
+    def picture(self, panels):
+        self.script = pictures.script_of(panels)
+
+
+def make(rows):
+    """Two dictionaries by name: the text of tables, and the scripts of pictures, of all questions that have data.
+
+    Raises ValueError for an experiment that is no question here."""
+    unknown = sorted({row["experiment"] for row in rows} - set(QUESTIONS))
+    if unknown:
+        raise ValueError(f"no question is called {unknown[0]}: questions.py knows {', '.join(QUESTIONS)}")
+    tables, scripts = {}, {}
+    for name, (fill, _) in QUESTIONS.items():
+        of_question = select(rows, experiment=name)
+        if not of_question:
+            continue
+        made = Made()
+        fill(of_question, made)
+        tables[name + "_table"] = made.text()
+        if made.script:
+            scripts[name] = made.script
+    return tables, scripts

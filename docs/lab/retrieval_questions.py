@@ -1,0 +1,1 @@
+"""Tables and pictures of the questions that are asked of recall, and of what attention does there."""
