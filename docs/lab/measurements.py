@@ -142,8 +142,8 @@ def best_rates(rows, *fields):
 
 
 def finals(rows):
-    """The rows of the last step of every training."""
-    return [row for row in rows if row.get("step") == row.get("steps")]
+    """The rows of the last step of every training; all that say no step."""
+    return [row for row in rows if row.get("step", row.get("steps")) == row.get("steps")]
 
 
 def mean_of(rows, field):

@@ -53,7 +53,10 @@ class Made:
         return "\n".join(self.tables + [" ".join(notes) + "\n"] if notes else self.tables)
 
     def picture(self, panels):
-        self.script = pictures.script_of(panels)
+        """Of the panels that have something to show."""
+        shown = [panel for panel in panels if panel.series]
+        if shown:
+            self.script = pictures.script_of(shown)
 
 
 def make(rows):

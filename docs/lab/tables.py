@@ -29,7 +29,7 @@ def name_of(model):
 def markdown(header, lines):
     """A table of these cells, the first column to the left."""
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)] + lines
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
 
 
 def models_of(rows):
