@@ -22,7 +22,7 @@ int main(int argc, char** argv) {
     const auto measure = [&](const lab::Run& run, const lab::LanguageSize& /*size*/, lab::Model& model,
                              const lab::Progress& progress, lab::MeasurementFile& file, diffattn::ThreadPool& pool) {
       if (!progress.last()) return;
-      const std::vector<double> losses = losses_of(model.logits(batch, pool), batch.targets);
+      const std::vector<double> losses = lab::losses_of(model.logits(batch, pool), batch.targets);
       double all = 0;
       Index begin = 0;
       for (const double part : kEnds) {
