@@ -1,6 +1,8 @@
 // Question 1: does it find the needle? Keys with values are planted in noise, and asked: accuracy against the length of
 // the context and the depth of the needle.
 
+#include <algorithm>
+
 #include "parts/needle.hpp"
 
 namespace {

@@ -101,9 +101,8 @@ void for_each_language_run(const LanguageOptions& options, const std::string& ex
                                    {"width", std::to_string(size.width)},
                                    {"learning_rate", text_of(rate)}}};
           if (file.has(run)) continue;
-          train(options.plan(size, run, rate), task, budget, pool, [&](Model& model, const Progress& progress) {
-            measure(run, size, model, progress, file, pool);
-          });
+          train(options.plan(size, run, rate), task, budget, pool,
+                [&](Model& model, const Progress& progress) { measure(run, size, model, progress, file, pool); });
           file.finish(run);
           std::printf("%s: %s is measured\n", experiment.c_str(), run.identity().c_str());
           std::fflush(stdout);

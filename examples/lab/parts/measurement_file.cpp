@@ -12,12 +12,6 @@ namespace {
 
 constexpr const char* kHeader = "experiment,measurement,value,model,seed,parameters,run,configuration,commit,machine";
 
-std::string joined(const Fields& fields) {
-  std::string text;
-  for (const auto& [key, value] : fields) text += (text.empty() ? "" : ";") + key + "=" + value;
-  return text;
-}
-
 std::vector<std::string> cells_of(const std::string& line) {
   std::vector<std::string> cells;
   std::istringstream stream(line);
@@ -38,6 +32,12 @@ std::string machine() {
 }
 
 }  // namespace
+
+std::string joined(const Fields& fields) {
+  std::string text;
+  for (const auto& [key, value] : fields) text += (text.empty() ? "" : ";") + key + "=" + value;
+  return text;
+}
 
 std::string text_of(double number) {
   char text[32];

@@ -18,6 +18,9 @@ using diffattn::Index;
 /// `key=value` pairs, in order.
 using Fields = std::vector<std::pair<std::string, std::string>>;
 
+/// The same in one cell: key=value;key=value.
+std::string joined(const Fields& fields);
+
 /// A number as short as it reads back the same to six digits.
 std::string text_of(double number);
 

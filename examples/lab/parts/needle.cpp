@@ -1,19 +1,11 @@
 #include "parts/needle.hpp"
 
+#include <algorithm>
 #include <cstdio>
 #include <diffattn/training/cross_entropy.hpp>
+#include <string_view>
 
 namespace lab {
-
-namespace {
-
-std::string joined(const Fields& fields) {
-  std::string text;
-  for (const auto& [key, value] : fields) text += (text.empty() ? "" : ";") + key + "=" + value;
-  return text;
-}
-
-}  // namespace
 
 NeedleOptions::NeedleOptions() {
   recall.contexts = {16, 32, 64, 128, 256};
@@ -23,7 +15,7 @@ NeedleOptions::NeedleOptions() {
 }
 
 void NeedleOptions::shrink() {
-  if (!smoke) return;
+  smoke = true;
   recall.contexts = {8, 16};
   recall.keys = recall.asked = recall.key_kinds = recall.value_kinds = 4;
   recall.noise_kinds = 8;
@@ -66,6 +58,13 @@ void NeedlePoint::measure(const std::string& measurement, double value, const Fi
   file.measure(run, model.parameters(), measurement, value, all);
 }
 
+void NeedlePoint::measure_accuracy() const {
+  for (const Index context : options.recall.contexts) {
+    const TaskBatch batch = test_batch(options, context, 1);
+    measure("accuracy", accuracy(model.logits(batch, pool), batch), {{"context", std::to_string(context)}});
+  }
+}
+
 void NeedlePoint::measure_validation_loss() const {
   double sum = 0;
   for (const Index context : options.recall.contexts) {
@@ -78,8 +77,9 @@ void NeedlePoint::measure_validation_loss() const {
 
 int needle_program(const char* about, const std::string& experiment, NeedleOptions options, int argc, char** argv,
                    const std::function<void(const NeedlePoint&)>& measure) {
+  // Before the others, which then stand as they were asked for.
+  if (std::find(argv, argv + argc, std::string_view("--smoke")) != argv + argc) options.shrink();
   const auto run_all = [&] {
-    options.shrink();
     Budget budget(options.minutes);
     diffattn::ThreadPool pool(options.threads);
     RecallTask task(options.recall);

@@ -37,6 +37,8 @@ struct NeedlePoint {
 
   /// A measurement here; `fields` say more than how far the training is.
   void measure(const std::string& measurement, double value, const Fields& fields = {}) const;
+  /// Accuracy at every context, as "accuracy".
+  void measure_accuracy() const;
   /// Mean loss over tests of all contexts that are no test of anything else: what a learning rate is chosen by.
   void measure_validation_loss() const;
 };

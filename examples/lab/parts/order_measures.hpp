@@ -44,8 +44,7 @@ inline void arrange(std::vector<Shot>& shots, Arrangement arrangement, Index lab
   for (std::size_t i = 0; i < place.size(); ++i) place[i] = static_cast<Index>(i);
   shuffle(place, random);
   const auto place_of = [&](const Shot& shot) { return place[static_cast<std::size_t>(shot.shown)]; };
-  std::stable_sort(shots.begin(), shots.end(),
-                   [&](const Shot& a, const Shot& b) { return place_of(a) < place_of(b); });
+  std::stable_sort(shots.begin(), shots.end(), [&](const Shot& a, const Shot& b) { return place_of(a) < place_of(b); });
 }
 
 /// Accuracies of the orders of some examples: means over several sets of them.

@@ -21,10 +21,10 @@ namespace lab {
 /// are wrong (`noise`), so that it takes several to be sure, and their order matters.
 struct OrderConfig {
   Index groups = 8;
-  Index members = 4;  ///< items of a group
-  Index labels = 8;   ///< one for each group, or more
-  Index shots = 32;   ///< examples of a sequence
-  Index batch = 16;   ///< sequences
+  Index members = 4;   ///< items of a group
+  Index labels = 8;    ///< one for each group, or more
+  Index shots = 32;    ///< examples of a sequence
+  Index batch = 16;    ///< sequences
   double noise = 0.3;  ///< part of the examples that show a label at random
 
   /// Throws std::runtime_error, naming the option, for sizes that do not fit.

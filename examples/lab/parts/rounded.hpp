@@ -91,7 +91,10 @@ Matrix<float> rounded_attention(const Attention& layer, const Matrix<float>& x, 
     }
     auto result = attended.middleCols(head * value_dim, value_dim);
     result = map * tape.v.middleCols(head / heads_per_kv * value_dim, value_dim);
-    if constexpr (requires { layer.subln; layer.lambda.init; }) {
+    if constexpr (requires {
+                    layer.subln;
+                    layer.lambda.init;
+                  }) {
       result = layer.subln.forward(Matrix<float>(result)) * static_cast<float>(1 - layer.lambda.init);
     }
   }

@@ -93,27 +93,23 @@ class TrainedModel final : public Model {
   }
 
   bool force_lambda(double value) override {
-    if constexpr (requires(Attention & attention) { attention.lambda.q1; }) {
-      for (auto& block : decoder_.blocks) {
-        auto& attention = block.attention;
-        if constexpr (requires { attention.raw_lambda; }) {
-          if (attention.raw_lambda.size() != 0) attention.raw_lambda.setConstant(static_cast<float>(value));
-        }
-        auto& lambda = attention.lambda;
-        if (lambda.q1.size() == 0) continue;
+    for (auto& block : decoder_.blocks) {
+      Attention& attention = block.attention;
+      if constexpr (requires { attention.force_lambda(1.0F); }) {
+        attention.force_lambda(static_cast<float>(value));
+      } else if constexpr (requires { attention.lambda.q1; }) {
         // λ = exp(λq1·λk1) − exp(λq2·λk2) + λ_init, and λ_init also scales the heads: so one exponential is 1 and the
         // other what is missing.
+        auto& lambda = attention.lambda;
         for (auto* vector : {&lambda.q1, &lambda.k1, &lambda.q2, &lambda.k2}) vector->setZero();
         const double more = value - lambda.init;
-        auto& query = more > 0 ? lambda.q1 : lambda.q2;
-        auto& key = more > 0 ? lambda.k1 : lambda.k2;
-        query(0) = static_cast<float>(std::log1p(std::abs(more)));
-        key(0) = 1;
+        (more > 0 ? lambda.q1 : lambda.q2)(0) = static_cast<float>(std::log1p(std::abs(more)));
+        (more > 0 ? lambda.k1 : lambda.k2)(0) = 1;
+      } else {
+        return false;
       }
-      return true;
-    } else {
-      return value != value;  // no λ that could be set
     }
+    return true;
   }
 
   Matrix<float> rounded(const std::vector<Index>& tokens, int bits, InnerValues* seen) const override {

@@ -173,7 +173,7 @@ void train(const Plan& plan, Task& task, Budget& budget, diffattn::ThreadPool& p
   Course course(plan, task, budget, pool);
   const auto measure_here = [&](const Progress& progress) {
     measure(course.model(), progress);
-    budget.count_measurement();
+    if (progress.step != 0) budget.count_measurement();
   };
   measure_here(course.reach(0));
   for (Index step = plan.measure_every; step < plan.steps; step += plan.measure_every) measure_here(course.reach(step));

@@ -43,9 +43,13 @@ class AblatedVariant {
   using WeightMatrix = Weight;
 
   Scalar lambda_value() const {
+    if (forced_) return *forced_;
     if (form_ == LambdaForm::paper) return lambda.value();
     return form_ == LambdaForm::raw ? raw_lambda(0) : static_cast<Scalar>(lambda.init);
   }
+
+  /// From now on λ is this number; what it was made of stays as it is.
+  void force_lambda(Scalar value) { forced_ = value; }
 
   diffattn::Linear<Scalar, Weight> out_proj;
   diffattn::DiffLambda<Scalar> lambda;
@@ -109,6 +113,7 @@ class AblatedVariant {
 
  private:
   LambdaForm form_;
+  std::optional<Scalar> forced_;
   bool head_norm_;
   Scalar scale_;
 };

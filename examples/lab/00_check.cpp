@@ -1,0 +1,148 @@
+// What the answers of the lab rest on, checked: the lab's own attention layers compute what they say, models that are
+// compared are of one size, and a question's answer stands where the task says.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <diffattn/training/cross_entropy.hpp>
+
+#include "parts/model.hpp"
+#include "parts/model_makers.hpp"
+#include "parts/task.hpp"
+#include "parts/variants.hpp"
+
+namespace {
+
+using lab::Index;
+
+int failures = 0;
+
+void expect(bool holds, const std::string& what) {
+  if (holds) return;
+  std::printf("wrong: %s\n", what.c_str());
+  ++failures;
+}
+
+/// The gradients that backward gives against differences of the loss Σ y∘dy, in a few entries of each parameter.
+template <typename Layer>
+void check_gradients(const std::string& name, const typename Layer::Config& config) {
+  Layer layer(config);
+  const Index n = 7;
+  const diffattn::Matrix<double> x = diffattn::Matrix<double>::Random(n, config.embed_dim);
+  const diffattn::Matrix<double> dy = diffattn::Matrix<double>::Random(n, config.embed_dim);
+  typename Layer::Tape tape;
+  layer.forward(x, diffattn::CausalMask{}, tape);
+  Layer grad = zeros_like(layer);
+  layer.backward(dy, tape, grad);
+
+  std::vector<std::pair<double, double>> pairs;  // a gradient and the difference
+  std::vector<const double*> gradients;
+  visit_parameters(grad, [&](std::string_view, const auto& values) { gradients.push_back(values.data()); });
+  std::size_t number = 0;
+  std::size_t parameters = 0;
+  visit_parameters(layer, [&](std::string_view parameter, auto& values) {
+    for (Index i = 0; i < values.size(); i += std::max<Index>(values.size() / 3, 1)) {
+      const double kept = values.data()[i], small = 1e-5;
+      const auto loss_at = [&](double value) {
+        values.data()[i] = value;
+        return layer.forward(x).cwiseProduct(dy).sum();
+      };
+      const double difference = (loss_at(kept + small) - loss_at(kept - small)) / (2 * small);
+      values.data()[i] = kept;
+      const double gradient = gradients[number][i];
+      expect(std::abs(gradient - difference) < 1e-6 * (1 + std::abs(difference)),
+             name + ": gradient of " + std::string(parameter) + " is " + std::to_string(gradient) +
+                 ", differences give " + std::to_string(difference));
+    }
+    ++number;
+    parameters += values.size() != 0 ? 1 : 0;
+  });
+  expect(parameters >= 4, name + " has its parameters");
+}
+
+void check_variants() {
+  using Ablated = diffattn::AttentionLayer<lab::AblatedVariant<double>>;
+  using Control = diffattn::AttentionLayer<lab::ControlVariant<double>>;
+  for (const lab::LambdaForm form : {lab::LambdaForm::paper, lab::LambdaForm::raw, lab::LambdaForm::fixed}) {
+    check_gradients<Ablated>("ablated", {.embed_dim = 16, .num_heads = 2, .seed = 1, .lambda_form = form});
+  }
+  check_gradients<Ablated>("ablated, no norm", {.embed_dim = 16, .num_heads = 2, .seed = 1, .head_norm = false});
+  check_gradients<Ablated>("ablated, no scale", {.embed_dim = 16, .num_heads = 2, .seed = 1, .head_scale = false});
+  check_gradients<Control>("control, norm and sign",
+                           {.embed_dim = 16, .num_heads = 4, .seed = 1, .head_norm = true, .head_sign = true});
+  check_gradients<Control>(
+      "control, sign and wide values",
+      {.embed_dim = 16, .num_heads = 2, .head_dim = 4, .seed = 1, .value_heads = 2, .head_sign = true});
+}
+
+/// The loss after three steps, which tells two models apart that differ in anything.
+double loss_of(const std::string& name, bool forced = false) {
+  lab::RecallTask task({.contexts = {12}, .keys = 4, .asked = 4, .tokens = 160});
+  diffattn::ThreadPool pool(1);
+  const auto model = lab::make_model({.name = name, .vocab_size = task.vocab_size()});
+  lab::TaskBatch batch;
+  double loss = 0;
+  for (Index step = 0; step < 3; ++step) {
+    task.draw(batch, 1, step);
+    loss = model->step(batch, 1e-2, pool).loss;
+  }
+  if (!forced) return loss;
+  expect(model->force_lambda(0.25), name + " has a λ to force");
+  for (const double lambda : model->lambdas(batch)) expect(std::abs(lambda - 0.25) < 1e-6, name + ": λ is as forced");
+  return diffattn::cross_entropy(model->logits(batch, pool), batch.targets).mean;
+}
+
+void check_models() {
+  expect(loss_of("differential") == loss_of("differential-all"), "with all parts the ablated layer is the library's");
+  expect(loss_of("transformer") == loss_of("transformer-plain"), "without parts the control is the library's");
+  expect(loss_of("differential", true) == loss_of("differential-all", true), "so they are with λ forced");
+  for (const char* other :
+       {"differential-fixed", "differential-raw", "differential-no-norm", "differential-no-scale"}) {
+    expect(loss_of(other) != loss_of("differential-all"), std::string(other) + " differs from all");
+    loss_of(other, true);
+  }
+
+  std::vector<std::string> names = lab::kModelNames;
+  for (const std::string& name : lab::kAblations) names.push_back("differential-" + name);
+  for (const std::string& name : lab::kControls) names.push_back("transformer-" + name);
+  const auto wanted = static_cast<double>(lab::make_model({})->parameters());
+  for (const std::string& name : names) {
+    const double parameters = static_cast<double>(lab::make_model({.name = name})->parameters());
+    expect(std::abs(parameters / wanted - 1) < 0.01, name + " has as many parameters as the Transformer, within 1 %");
+  }
+}
+
+void check_recall(bool carried) {
+  const lab::RecallConfig config{.contexts = {20, 40}, .keys = 6, .asked = 4, .tokens = 300, .carried = carried};
+  lab::RecallTask task(config), same(config);
+  lab::TaskBatch batch, again, other;
+  task.draw(batch, 5, 17);
+  same.draw(again, 5, 17);
+  same.draw(other, 6, 17);
+  expect(batch.inputs == again.inputs && batch.targets == again.targets, "a batch can be drawn again");
+  expect(batch.inputs != other.inputs, "seeds give different batches");
+  expect(static_cast<Index>(batch.questions.size()) == 4 * static_cast<Index>(batch.lengths.size()), "questions");
+  const Index first_pair = config.key_kinds + config.value_kinds + config.noise_kinds;
+  for (const auto& question : batch.questions) {
+    const auto row = static_cast<std::size_t>(question.row), answer = static_cast<std::size_t>(question.answer);
+    const Index key = batch.inputs[row], value = batch.targets[row] - config.key_kinds;
+    expect(question.answer < question.row && question.depth >= 0 && question.depth <= 1, "the answer stands before");
+    if (carried) {
+      expect(batch.inputs[answer] == first_pair + key * config.value_kinds + value, "the needle has key and value");
+    } else {
+      expect(batch.inputs[answer - 1] == key && batch.inputs[answer] == batch.targets[row],
+             "the value is behind its key");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_variants();
+  check_models();
+  check_recall(true);
+  check_recall(false);
+  std::printf("%d checks failed\n", failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
