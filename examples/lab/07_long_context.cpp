@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
       Index begin = 0;
       for (const double part : kEnds) {
         const auto end = static_cast<Index>(std::lround(part * static_cast<double>(options.length)));
+        if (end == begin) continue;  // so short that buckets fall together
         double sum = 0;
         for (Index window = 0; window < options.validation_windows; ++window) {
           for (Index i = begin; i < end; ++i) sum += losses[static_cast<std::size_t>(window * length + i)];
