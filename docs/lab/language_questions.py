@@ -1,27 +1,8 @@
 """Tables and pictures of the questions that are asked of language models, and of the one about order in context."""
 
-from measurements import Spread, best_rates, select, values_of
+from measurements import Spread, best_rates, finals, mean_of, select, values_of
 from pictures import COLOURS, Panel, Series
-from tables import by_model, markdown, models_of, name_of, parameters_of, verdict
-
-
-def curve(rows, field):
-    """Points (x, mean, least, most) over the values of a field."""
-    points = []
-    for value in values_of(rows, field):
-        spread = Spread(select(rows, **{field: value}))
-        points.append((float(value), spread.mean, spread.least, spread.most))
-    return points
-
-
-def mean_of(rows, field):
-    numbers = [row.number(field) for row in rows]
-    return sum(numbers) / len(numbers)
-
-
-def finals(rows):
-    """The rows of the last step of every run."""
-    return [row for row in rows if row.get("step") == row.get("steps")]
+from tables import at_best_rate, by_model, curve, markdown, models_of, name_of, parameters_of
 
 
 def size_of(row):
@@ -49,7 +30,7 @@ def scaling(rows, made):
             lines.append([size, " / ".join(f"{int(mean_of(of_model, 'parameters')):,}" for of_model in both),
                           f"{mean_of(of_rate, 'tokens'):,.0f}", f"{mean_of(of_rate, 'flop'):.2g}",
                           " / ".join(f"{mean_of(of_model, 'seconds'):.1f}" for of_model in both), rate]
-                         + [Spread(of_model).text() for of_model in both] + [verdict(of_rate)])
+                         + [Spread(of_model).text() for of_model in both] + [made.verdict(of_rate)])
     made.table(markdown(["Layers × width", "Parameters (T / D)", "Bytes read", "FLOP", "Seconds (T / D)",
                          "Learning rate", "Transformer", "Differential", "Difference"], lines))
     stability = [["Largest gradient norm behind the warm-up", "largest_gradient_norm", 2],
@@ -61,7 +42,7 @@ def scaling(rows, made):
             for size, of_size in sizes_of(of_rate).items():
                 lines.append([title, size, rate]
                              + [Spread(select(of_size, model=model)).text(digits)
-                                for model in ("transformer", "differential")] + [verdict(of_size, digits)])
+                                for model in ("transformer", "differential")] + [made.verdict(of_size, digits)])
     if lines:
         made.table(markdown(["Stability", "Layers × width", "Learning rate", "Transformer", "Differential",
                              "Difference"], lines))
@@ -95,21 +76,11 @@ def scaling_panel(axis, title, losses, best, chosen):
     return Panel(f"Validation loss by {title}", title, "nats a byte", series, log=("x",))
 
 
-def at_best_rate(rows, made):
-    """The rows of every model's better learning rate, by validation loss, and a line that says which it was."""
-    best = {row["model"]: row["learning_rate"]
-            for row in best_rates(select(rows, measurement="validation_loss"), "model")}
-    rates = ", ".join(values_of(rows, "learning_rate"))
-    chosen = "; ".join(f"{name_of(model)} {best[model]}" for model in models_of(rows) if model in best)
-    made.note(f"Learning rate, of {rates} that with the least validation loss: {chosen}.")
-    return [row for row in rows if row["learning_rate"] == best.get(row["model"])]
-
-
 def long_context(rows, made):
     rows = at_best_rate(rows, made)
     losses = select(rows, measurement="loss")
     trained = values_of(losses, "length")
-    made.table(by_model(losses, "position", "Positions up to"))
+    made.table(by_model(losses, "position", "Positions up to", made.verdict))
     made.note(parameters_of(losses))
     series = [Series(name_of(model), curve(select(losses, model=model), "position"), COLOURS[index])
               for index, model in enumerate(models_of(losses))]
@@ -129,10 +100,10 @@ def order(rows, made):
             if of_both:
                 lines.append([f"{title}, {arranged}"]
                              + [Spread(select(of_both, model=model)).text() for model in ("transformer", "differential")]
-                             + [verdict(of_both)])
+                             + [made.verdict(of_both)])
     made.table(markdown(["Accuracy", "Transformer", "Differential", "Difference"], lines))
     by_shots = select(rows, measurement="accuracy")
-    made.table(by_model(by_shots, "shots", "Examples seen"))
+    made.table(by_model(by_shots, "shots", "Examples seen", made.verdict))
     made.note(parameters_of(rows))
     series = [Series(name_of(model), curve(select(by_shots, model=model), "shots"), COLOURS[index])
               for index, model in enumerate(models_of(by_shots))]
@@ -150,14 +121,15 @@ def outliers(rows, made):
             of_rank = select(of_kind, rank=rank)
             lines.append([title, rank if rank == "median" else f"top {rank}"]
                          + [Spread(select(of_rank, model=model)).text(2) for model in ("transformer", "differential")]
-                         + [verdict(of_rank, 2)])
+                         + [made.verdict(of_rank, 2)])
     if lines:
         made.table(markdown(["Size of", "Rank", "Transformer", "Differential", "Difference"], lines))
     rounded = select(rows, measurement="rounded_loss")
     bits = {"0": "32 (not rounded)"}
     made.table(by_model(select(rows, measurement="rounded_accuracy"), "bits", "Accuracy, scores of bits",
+                        made.verdict, label=lambda text: bits.get(text, text)))
+    made.table(by_model(rounded, "bits", "Loss, scores of bits", made.verdict,
                         label=lambda text: bits.get(text, text)))
-    made.table(by_model(rounded, "bits", "Loss, scores of bits", label=lambda text: bits.get(text, text)))
     made.note(parameters_of(rows))
     series = []
     for index, model in enumerate(models_of(rounded)):

@@ -139,3 +139,13 @@ def best_rates(rows, *fields):
         best = min(rates, key=lambda rate: math.inf if math.isnan(finite[rate]) else finite[rate])
         chosen += select(group, learning_rate=best)
     return chosen
+
+
+def finals(rows):
+    """The rows of the last step of every training; all that say no step."""
+    return [row for row in rows if row.get("step", row.get("steps")) == row.get("steps")]
+
+
+def mean_of(rows, field):
+    numbers = [row.number(field) for row in rows]
+    return sum(numbers) / len(numbers)

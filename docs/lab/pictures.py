@@ -26,13 +26,6 @@ class Panel:
         self.log, self.y_range, self.levels, self.x_range = log, y_range, levels, x_range
 
 
-class Heat:
-    """A matrix in colours, from white at 0 to blue above and red below."""
-
-    def __init__(self, title, x, y, rows, most):
-        self.title, self.x, self.y, self.rows, self.most = title, x, y, rows, most
-
-
 def _quoted(text):
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
@@ -60,15 +53,6 @@ def _lines(panel, number):
     return script
 
 
-def _heat(panel, number):
-    script = [f"set title {_quoted(panel.title)}", f"set xlabel {_quoted(panel.x)}", f"set ylabel {_quoted(panel.y)}",
-              "unset logscale", "unset key", f"set xrange [-0.5:{len(panel.rows[0]) - 0.5}]",
-              f"set yrange [{len(panel.rows) - 0.5}:-0.5]", f"set cbrange [{-panel.most:.6g}:{panel.most:.6g}]",
-              'set palette defined (-1 "#c02020", 0 "white", 1 "#0040a0")', f"$panel{number} << end"]
-    script += [" ".join(f"{value:.4g}" for value in row) for row in panel.rows]
-    return script + ["end", f"plot $panel{number} matrix with image"]
-
-
 def script_of(panels, columns=2):
     """The gnuplot script of a picture: its panels, so many beside each other."""
     columns = min(columns, len(panels))
@@ -77,7 +61,7 @@ def script_of(panels, columns=2):
               "set border 3 lc rgb '#404040'", "set tics nomirror", "set grid lc rgb '#e0e0e0'",
               f"set multiplot layout {rows},{columns}"]
     for number, panel in enumerate(panels):
-        script += _heat(panel, number) if isinstance(panel, Heat) else _lines(panel, number)
+        script += _lines(panel, number)
     return "\n".join(script + ["unset multiplot", ""])
 
 

@@ -2,12 +2,18 @@
 
 import language_questions
 import pictures
-import retrieval_questions  # noqa
+import retrieval_questions
+import tables
 from measurements import select
 
 # experiment: who makes its tables and picture, and what the picture shows.
 QUESTIONS = {
+    "needle": (retrieval_questions.needle, "Accuracy against the length of the context and the depth of the needle"),
+    "attention": (retrieval_questions.attention, "Share of attention on the answer, by its depth"),
+    "amplification": (retrieval_questions.amplification, "Answer against noise, and the size of head outputs, in training"),
     "scaling": (language_questions.scaling, "Validation loss against parameters, bytes read, FLOP and seconds"),
+    "lambda": (retrieval_questions.lambdas, "λ of every layer through training"),
+    "two_heads": (retrieval_questions.two_heads, "Accuracy of Transformers with parts of the differential head"),
     "long_context": (language_questions.long_context, "Loss by position"),
     "order": (language_questions.order, "Accuracy by the number of examples in the context"),
     "outliers": (language_questions.outliers, "Loss with rounded attention scores"),
@@ -22,6 +28,7 @@ class Made:
 
     def __init__(self):
         self.tables, self.notes, self.script = [], [], None
+        self.signs = []  # of the differences between Transformer and Differential Transformer
 
     def table(self, text):
         self.tables.append(text)
@@ -30,12 +37,26 @@ class Made:
         """A sentence below the tables."""
         self.notes.append(text)
 
+    def verdict(self, rows, digits=3):
+        """What the seeds of Transformer and Differential Transformer say of each other; it is counted."""
+        text, sign = tables.compared(rows, digits=digits)
+        if sign is not None:
+            self.signs.append(sign)
+        return text
+
     def text(self):
-        notes = [" ".join(self.notes) + "\n"] if self.notes else []
-        return "\n".join(self.tables + notes)
+        notes = list(self.notes)
+        if self.signs:
+            lower, higher = self.signs.count(-1), self.signs.count(1)
+            notes.append(f"**Of {len(self.signs)} comparisons the seeds are apart in {lower + higher}: the Differential "
+                         f"Transformer's figure is lower in {lower} and higher in {higher}.**")
+        return "\n".join(self.tables + [" ".join(notes) + "\n"] if notes else self.tables)
 
     def picture(self, panels):
-        self.script = pictures.script_of(panels)
+        """Of the panels that have something to show."""
+        shown = [panel for panel in panels if panel.series]
+        if shown:
+            self.script = pictures.script_of(shown)
 
 
 def make(rows):

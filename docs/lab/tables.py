@@ -1,8 +1,25 @@
 """Tables in Markdown, from measurements."""
 
-from measurements import Spread, apart, select, values_of
+from measurements import Spread, apart, best_rates, finals, select, values_of
 
-NAMES = {"transformer": "Transformer", "differential": "Differential", "v2": "DIFF V2", "grouped": "Grouped 4:1"}
+NAMES = {
+    "transformer": "Transformer",
+    "differential": "Differential",
+    "v2": "DIFF V2",
+    "grouped": "Grouped 4:1",
+    "differential-raw": "λ one learned number",
+    "differential-fixed": "λ fixed at λ_init",
+    "differential-init-0.5": "λ_init 0.5",
+    "differential-init-0.8": "λ_init 0.8",
+    "differential-no-norm": "no head norm",
+    "differential-no-scale": "no factor 1 − λ_init",
+    "differential-no-norm-no-scale": "neither norm nor factor",
+    "transformer-norm": "Transformer with the head norm",
+    "transformer-wide": "Transformer, half the heads, twice as wide",
+    "transformer-sign": "Transformer with a learned sign a head",
+    "transformer-wide-value": "Transformer, half the heads, V twice as wide",
+    "transformer-wide-sign-norm": "Transformer, half the heads, wide, with sign and norm",
+}
 
 
 def name_of(model):
@@ -12,7 +29,7 @@ def name_of(model):
 def markdown(header, lines):
     """A table of these cells, the first column to the left."""
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)] + lines
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
 
 
 def models_of(rows):
@@ -21,19 +38,21 @@ def models_of(rows):
     return known + [model for model in values_of(rows, "model") if model not in NAMES]
 
 
-def verdict(rows, digits=3):
-    """What the seeds of Transformer and Differential say of each other."""
-    a, b = (Spread(select(rows, model=model)) for model in ("transformer", "differential"))
+def compared(rows, models=("transformer", "differential"), digits=3):
+    """How the second of two models differs from the first: the text, and the sign, 0 where seeds overlap."""
+    a, b = (Spread(select(rows, model=model)) for model in models)
     if not a or not b:
-        return "–"
+        return "–", None
     difference = f"{b.mean - a.mean:+.{digits}f}"
-    return difference if apart(a, b) else f"{difference}, seeds overlap"
+    if not apart(a, b):
+        return f"{difference}, seeds overlap", 0
+    return difference, 1 if b.mean > a.mean else -1
 
 
-def by_model(rows, field, title, digits=3, label=str, difference=True):
-    """A line for each value of `field`, a column for each model, and what lies between the first two."""
+def by_model(rows, field, title, verdict, digits=3, label=str):
+    """A line for each value of `field`, a column for each model, and what `verdict` says of the first two."""
     models = models_of(rows)
-    both = difference and {"transformer", "differential"} <= set(models)
+    both = {"transformer", "differential"} <= set(models)
     lines = []
     for value in values_of(rows, field):
         of_value = select(rows, **{field: value})
@@ -48,3 +67,22 @@ def parameters_of(rows):
               for model in models_of(rows)}
     text = "; ".join(f"{name_of(model)} {', '.join(f'{count:,}' for count in counts[model])}" for model in counts)
     return f"Parameters: {text}."
+
+
+def curve(rows, field):
+    """Points (x, mean, least, most) over the values of a field."""
+    points = []
+    for value in values_of(rows, field):
+        spread = Spread(select(rows, **{field: value}))
+        points.append((float(value), spread.mean, spread.least, spread.most))
+    return points
+
+
+def at_best_rate(rows, made):
+    """The rows of every model's better learning rate, by validation loss at the end, and a note that says which it was."""
+    losses = select(rows, measurement="validation_loss")
+    best = {row["model"]: row["learning_rate"] for row in best_rates(finals(losses), "model")}
+    chosen = "; ".join(f"{name_of(model)} {best[model]}" for model in models_of(rows) if model in best)
+    made.note(f"Learning rate, of {', '.join(values_of(rows, 'learning_rate'))} the one with the least validation loss: "
+              f"{chosen}.")
+    return [row for row in rows if row["learning_rate"] == best.get(row["model"])]

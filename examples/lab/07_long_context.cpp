@@ -22,11 +22,12 @@ int main(int argc, char** argv) {
     const auto measure = [&](const lab::Run& run, const lab::LanguageSize& /*size*/, lab::Model& model,
                              const lab::Progress& progress, lab::MeasurementFile& file, diffattn::ThreadPool& pool) {
       if (!progress.last()) return;
-      const std::vector<double> losses = losses_of(model.logits(batch, pool), batch.targets);
+      const std::vector<double> losses = lab::losses_of(model.logits(batch, pool), batch.targets);
       double all = 0;
       Index begin = 0;
       for (const double part : kEnds) {
         const auto end = static_cast<Index>(std::lround(part * static_cast<double>(options.length)));
+        if (end == begin) continue;  // so short that buckets fall together
         double sum = 0;
         for (Index window = 0; window < options.validation_windows; ++window) {
           for (Index i = begin; i < end; ++i) sum += losses[static_cast<std::size_t>(window * length + i)];

@@ -53,7 +53,7 @@ int main(int argc, char** argv) {
         for (const std::vector<Index>& tokens : sequences) {
           const lab::Matrix<float> logits = model.rounded(tokens, bits, bits == 0 ? &seen : nullptr);
           const std::vector<Index> targets(batch.targets.begin() + row, batch.targets.begin() + row + logits.rows());
-          for (const double one : losses_of(logits, targets)) loss += one;
+          for (const double one : lab::losses_of(logits, targets)) loss += one;
           for (Index i = 0; i < logits.rows(); ++i) {
             Index said = 0;
             logits.row(i).maxCoeff(&said);

@@ -65,9 +65,9 @@ struct LanguageOptions : Options {
   }
 
   std::string made_with() const {
-    std::string text;
-    for (const auto& [key, value] : configuration()) text += key + "=" + value + ";";
-    return text;
+    std::string all;
+    for (const auto& [key, value] : configuration()) all += key + "=" + value + ";";
+    return all;
   }
 
   Plan plan(const LanguageSize& size, const Run& run, double rate) const {
