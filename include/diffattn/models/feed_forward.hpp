@@ -25,6 +25,7 @@
 #include "diffattn/layers/arithmetic.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/linear.hpp"
+#include "diffattn/layers/linear_group.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/models/activation.hpp"
 

@@ -17,6 +17,7 @@
 #include "diffattn/layers/detail/cached_attention.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/linear.hpp"
+#include "diffattn/layers/linear_group.hpp"
 #include "diffattn/layers/rotary.hpp"
 
 namespace diffattn::inline v0_1::detail {

@@ -22,6 +22,7 @@
 #include "diffattn/layers/detail/attention_tape.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/linear.hpp"
+#include "diffattn/layers/linear_group.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/layers/rotary.hpp"
 #include "diffattn/layers/sequences.hpp"
