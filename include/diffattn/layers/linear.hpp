@@ -28,6 +28,7 @@
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/product/bfloat16_product.hpp"
 #include "diffattn/product/matmul.hpp"
+#include "diffattn/product/product_tasks.hpp"
 
 namespace diffattn::inline v0_1 {
 
