@@ -32,7 +32,7 @@ Matrix<float> sum_of_shares(Index n_k, Matrix<float> zero, const Share& share) {
   return zero;
 }
 
-void check_heads(const Matrix<float>& out, const ManyHeads& x, const auto& mask) {
+void check_sums_of_shares(const Matrix<float>& out, const ManyHeads& x, const auto& mask) {
   for (Index head = 0; head < x.heads.num_heads; ++head) {
     const Expected expected = x.expected(head, mask, true);
     CHECK(worst_error<float>(out.middleCols(head * x.kDv, x.kDv), expected.value, expected.magnitude) <= kErrorFactor);
@@ -51,7 +51,7 @@ void check_shares(const ManyHeads& x, const Mask& mask) {
                                                       MaskOfPart<Mask>{mask, first, x.k.rows()}, {}, workspace);
     return share;
   });
-  check_heads(out, x, mask);
+  check_sums_of_shares(out, x, mask);
 }
 
 }  // namespace
@@ -108,7 +108,7 @@ void check_cached_shares(const ManyHeads& x, const Mask& mask, Index key_maps, R
                                                    MaskOfPart<Mask>{mask, first, x.k.rows()}, {}, workspace);
     return share;
   });
-  check_heads(out, x, mask);
+  check_sums_of_shares(out, x, mask);
 }
 
 }  // namespace

@@ -41,8 +41,6 @@ void check_statistics(const SoftmaxStatistics<float>& statistics, Index head, co
   }
 }
 
-Matrix<Exact> bias_of(const RangeMask& mask, Index n_q, Index n_k) { return dense(mask, n_q, n_k); }
-
 template <typename Mask>
 void check_merged(const ManyHeads& x, const Mask& mask) {
   std::vector<PartialAttention<float>> parts;
@@ -86,7 +84,7 @@ TEST_CASE("A part of all keys is attention() and the statistics of the reference
       const auto part = diffattn::multihead_partial_attention(x.q, x.k, x.v, x.heads, mask);
       CHECK(identical(part.out, diffattn::multihead_attention(x.q, x.k, x.v, x.heads, mask)));
       for (Index head = 0; head < x.heads.num_heads; ++head) {
-        check_statistics(part.statistics, head, x.queries(head, 0, 1), x.keys(head, 0), bias_of(mask, n_q, n_k));
+        check_statistics(part.statistics, head, x.queries(head, 0, 1), x.keys(head, 0), dense(mask, n_q, n_k));
       }
     }
   }
