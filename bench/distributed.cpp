@@ -143,13 +143,14 @@ int main(int argc, char** argv) {
     return 0;
   }
   if (option == "--thread-ranks") {
-    run_ranks(count, [&](ThreadCommunicator& ranks) { all(ranks, std::to_string(count) + " ranks, threads", 1); });
+    run_ranks(count,
+              [&](ThreadCommunicator& ranks) { all(ranks, std::to_string(count) + " ranks that are threads", 1); });
     return 0;
   }
   MPI_Init(&argc, &argv);
   try {
     MpiCommunicator ranks(MPI_COMM_WORLD);
-    all(ranks, std::to_string(ranks.size()) + " ranks, MPI", 1);
+    all(ranks, std::to_string(ranks.size()) + " ranks of MPI", 1);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
