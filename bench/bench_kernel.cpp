@@ -1,7 +1,8 @@
 // One differential head (d, V 2d) against two standard heads (d, d), which hold the same parameters, and against plain
 // Eigen; the pair of DIFF V2 (shared K and V) against two standard query heads on one KV head. Work is counted as 8d
 // FLOP per visible pair for all of them, 6d for the V2 pair. And four heads that share their map of noise against the
-// same heads as pairs, with the noise's queries repeated: 26d FLOP a pair against 32d.
+// same heads as pairs, with the noise's queries repeated: 26d FLOP a pair against 32d. Operands of float, double and
+// bfloat16: run with --benchmark_filter=kernel/.*/(float|bfloat16)/full to have both arithmetics in turns.
 
 #include <benchmark/benchmark.h>
 
@@ -22,8 +23,8 @@ template <typename Scalar>
 struct Head {
   Head(Index n, Index d) {
     std::srand(1);
-    for (Matrix<Scalar>* m : {&q1, &q2, &k1, &k2}) *m = Matrix<Scalar>::Random(n, d) * Scalar(3);
-    v = Matrix<Scalar>::Random(n, 2 * d);
+    for (Matrix<Scalar>* m : {&q1, &q2, &k1, &k2}) *m = (Matrix<float>::Random(n, d) * 3.0f).template cast<Scalar>();
+    v = Matrix<float>::Random(n, 2 * d).template cast<Scalar>();
     v1 = v.leftCols(d);
     v2 = v.rightCols(d);
     out.resize(n, 2 * d);
@@ -167,8 +168,10 @@ void add_shape(const std::string& type, const std::string& mask, Index d, Index 
   };
   add("differential", differential<Scalar, Mask>);
   add("standard", standard<Scalar, Mask>);
-  if (n <= 1920) add("plain_eigen", plain_eigen<Scalar, Mask>);
-  if (n <= 1920 && std::is_same_v<Mask, FullMask>) add("whole_matrices", whole_matrices<Scalar>);
+  if constexpr (!std::is_same_v<Scalar, Eigen::bfloat16>) {
+    if (n <= 1920) add("plain_eigen", plain_eigen<Scalar, Mask>);
+    if (n <= 1920 && std::is_same_v<Mask, FullMask>) add("whole_matrices", whole_matrices<Scalar>);
+  }
   add("v2_pair", v2_pair<Scalar, Mask>);
   add("v2_baseline", v2_baseline<Scalar, Mask>);
 }
@@ -179,6 +182,8 @@ const bool registered = [] {
   for (const Index d : {64, 128}) {
     for (const Index n : {384, 1920, 7680, 16384}) add_shape<float, FullMask>("float", "full", d, n);
     for (const Index n : {1920, 7680}) add_shape<float, CausalMask>("float", "causal", d, n);
+    for (const Index n : {384, 1920, 7680}) add_shape<Eigen::bfloat16, FullMask>("bfloat16", "full", d, n);
+    add_shape<Eigen::bfloat16, CausalMask>("bfloat16", "causal", d, 1920);
   }
   for (const Index n : {384, 1920}) add_shape<double, FullMask>("double", "full", 64, n);
   add_shape<double, CausalMask>("double", "causal", 64, 1920);

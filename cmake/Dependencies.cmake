@@ -50,3 +50,11 @@ if(NOT TARGET nlohmann_json::nlohmann_json)
     find_package(nlohmann_json 3.9 CONFIG QUIET GLOBAL)
   endif()
 endif()
+
+if(DIFFATTN_MPI AND NOT TARGET MPI::MPI_CXX)
+  set(MPI_CXX_SKIP_MPICXX ON) # MPI's own C++ classes, which nothing of ours uses
+  find_package(MPI COMPONENTS CXX GLOBAL)
+  if(NOT MPI_CXX_FOUND AND NOT PROJECT_IS_TOP_LEVEL)
+    message(FATAL_ERROR "diffattn: DIFFATTN_MPI is ON, and no MPI was found (Debian: libopenmpi-dev)")
+  endif()
+endif()

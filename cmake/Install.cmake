@@ -14,6 +14,12 @@ if(TARGET diffattn_io)
   install(EXPORT diffattn_io_targets FILE diffattnIoTargets.cmake NAMESPACE diffattn:: DESTINATION ${package_dir})
 endif()
 
+# So has diffattn::mpi, for the component `mpi`.
+if(TARGET diffattn_mpi)
+  install(TARGETS diffattn_mpi EXPORT diffattn_mpi_targets FILE_SET HEADERS)
+  install(EXPORT diffattn_mpi_targets FILE diffattnMpiTargets.cmake NAMESPACE diffattn:: DESTINATION ${package_dir})
+endif()
+
 configure_package_config_file(cmake/diffattnConfig.cmake.in diffattnConfig.cmake INSTALL_DESTINATION ${package_dir})
 write_basic_package_version_file(diffattnConfigVersion.cmake COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/diffattnConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/diffattnConfigVersion.cmake

@@ -6,6 +6,7 @@
 #include "kernels/backward.hpp"
 #include "kernels/grid.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
 using namespace support;
 
@@ -68,11 +69,11 @@ void check_grid(const Kernel& kernel) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("attention_backward agrees with the oracle", "", float, double) {
+TEMPLATE_TEST_CASE("attention_backward agrees with the oracle", "", DIFFATTN_TEST_SCALARS) {
   check_grid<TestType>(AttentionBackward{});
 }
 
-TEMPLATE_TEST_CASE("diff_attention_backward agrees with the oracle", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention_backward agrees with the oracle", "", DIFFATTN_TEST_SCALARS) {
   check_grid<TestType>(DiffAttentionBackward{});
   check_grid<TestType>(DiffAttentionPerRowBackward{});
 }

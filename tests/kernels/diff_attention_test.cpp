@@ -9,6 +9,7 @@
 #include "kernels/grid.hpp"
 #include "kernels/laws.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
 using namespace support;
 
@@ -72,20 +73,20 @@ struct ConstantLambda {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("diff_attention is exact to rounding on the grid", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention is exact to rounding on the grid", "", DIFFATTN_TEST_SCALARS) {
   const Errors errors = check_ranges<TestType>(DiffAttention{});
   CAPTURE(errors.naive.worst);
   CHECK(errors.kernel.worst <= kErrorFactor);
 }
 
-TEMPLATE_TEST_CASE("diff_attention with a bias and a lambda for every row is exact to rounding on the grid", "", float,
-                   double) {
+TEMPLATE_TEST_CASE("diff_attention with a bias and a lambda for every row is exact to rounding on the grid", "",
+                   DIFFATTN_TEST_SCALARS) {
   const Errors errors = check_biases<TestType>(DiffAttentionPerRow{});
   CAPTURE(errors.naive.worst);
   CHECK(errors.kernel.worst <= kErrorFactor);
 }
 
-TEMPLATE_TEST_CASE("diff_attention takes any lambda", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention takes any lambda", "", DIFFATTN_TEST_SCALARS) {
   for (const Shape& shape : {Shape{3, 40, 8, 9}, Shape{40, 300, 8, 9}}) {
     Rng rng = make_rng();
     const auto x = random_operands<TestType>(shape, rng);
@@ -100,26 +101,26 @@ TEMPLATE_TEST_CASE("diff_attention takes any lambda", "", float, double) {
   }
 }
 
-TEMPLATE_TEST_CASE("diff_attention obeys its laws", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention obeys its laws", "", DIFFATTN_TEST_SCALARS) {
   check_all_laws<TestType>(DiffAttention{});
   check_all_laws<TestType>(DiffAttentionPerRow{});
   check_laws<TestType, DiffAttention, ZeroLambda, AffineInLambda, EqualMaps, ConstantLambda>(DiffAttention{});
 }
 
-TEMPLATE_TEST_CASE("diff_attention: a row that sees no key is 0", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention: a row that sees no key is 0", "", DIFFATTN_TEST_SCALARS) {
   check_rows_without_keys<TestType>(DiffAttention{});
   check_rows_without_keys<TestType>(DiffAttention{-2});
 }
 
-TEMPLATE_TEST_CASE("diff_attention of nothing is empty, and to nothing is 0", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention of nothing is empty, and to nothing is 0", "", DIFFATTN_TEST_SCALARS) {
   check_empty_operands<TestType>(DiffAttentionPerRow{});
 }
 
-TEMPLATE_TEST_CASE("diff_attention: NaN and Inf reach the rows that see them and no other", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention: NaN and Inf reach the rows that see them and no other", "", DIFFATTN_TEST_SCALARS) {
   check_not_finite<TestType>(DiffAttention{});
 }
 
-TEMPLATE_TEST_CASE("diff_attention: a NaN lambda is its own row's", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention: a NaN lambda is its own row's", "", DIFFATTN_TEST_SCALARS) {
   for (const Index n : {3, 40}) {
     Rng rng = make_rng();
     auto x = random_operands<TestType>({n, n, 8, 5}, rng);
@@ -132,7 +133,7 @@ TEMPLATE_TEST_CASE("diff_attention: a NaN lambda is its own row's", "", float, d
   }
 }
 
-TEMPLATE_TEST_CASE("diff_attention holds at extreme and at equal scores", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention holds at extreme and at equal scores", "", DIFFATTN_TEST_SCALARS) {
   check_extreme_scores<TestType>(DiffAttention{});
   check_equal_scores<TestType>(DiffAttention{});
 }

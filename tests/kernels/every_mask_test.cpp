@@ -10,6 +10,7 @@
 #include "kernels/grid.hpp"
 #include "kernels/pages.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
 using namespace support;
 using diffattn::Heads;
@@ -133,7 +134,7 @@ std::vector<Shape> call_shapes() {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("Every mask and bias works forward, head by head", "[kernels][mask][bias]", float, double) {
+TEMPLATE_TEST_CASE("Every mask and bias works forward, head by head", "[kernels][mask][bias]", DIFFATTN_TEST_SCALARS) {
   const Heads heads{kHeads, kKvHeads};
   for (const Shape& shape : call_shapes()) {
     INFO(describe(shape));
@@ -152,7 +153,7 @@ TEMPLATE_TEST_CASE("Every mask and bias works forward, head by head", "[kernels]
   }
 }
 
-TEMPLATE_TEST_CASE("Every mask and bias works backward, head by head", "[kernels][mask][bias]", float, double) {
+TEMPLATE_TEST_CASE("Every mask and bias works backward, head by head", "[kernels][mask][bias]", DIFFATTN_TEST_SCALARS) {
   constexpr double kBound = 225 * static_cast<double>(std::numeric_limits<TestType>::epsilon());
   for (const Shape& shape : {Shape{4, 7, 0, 0}, Shape{30, 300, 0, 0}, Shape{61, 20, 0, 0}}) {
     INFO(describe(shape));
@@ -193,7 +194,7 @@ TEMPLATE_TEST_CASE("Every mask and bias works backward, head by head", "[kernels
 }
 
 TEMPLATE_TEST_CASE("Every mask and bias works in decoding, as if all keys stood in one piece", "[kernels][decode]",
-                   float, double) {
+                   DIFFATTN_TEST_SCALARS) {
   struct Call {
     Index first, count, dropped;  // queries, and pages that are no longer there
   };
@@ -222,7 +223,7 @@ TEMPLATE_TEST_CASE("Every mask and bias works in decoding, as if all keys stood 
   }
 }
 
-TEMPLATE_TEST_CASE("What a padding or a window hides is not even read", "[kernels][mask]", float, double) {
+TEMPLATE_TEST_CASE("What a padding or a window hides is not even read", "[kernels][mask]", DIFFATTN_TEST_SCALARS) {
   const Index n_q = 40, n_k = 5000, shown = 100, d = 6;
   Rng rng = make_rng();
   const auto q = random_matrix<TestType>(n_q, 2 * d, rng), k = random_matrix<TestType>(n_k, 2 * d, rng);

@@ -8,6 +8,7 @@
 #include "kernels/backward.hpp"
 #include "kernels/grid.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
 using namespace support;
 
@@ -94,8 +95,8 @@ struct RisingBias {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("A row of the lowest number there is has the mean of the values", "[kernels][extremes]", float,
-                   double) {
+TEMPLATE_TEST_CASE("A row of the lowest number there is has the mean of the values", "[kernels][extremes]",
+                   DIFFATTN_TEST_SCALARS) {
   using Limits = std::numeric_limits<TestType>;
   for (const Shape& shape : path_shapes()) {
     check_mean<TestType>(shape, ConstantBias<TestType>{Limits::lowest()});
@@ -121,7 +122,7 @@ TEST_CASE("Two biases whose sum is below all numbers mask nothing", "[kernels][e
   CHECK((out.rowwise() - x.v.colwise().mean()).cwiseAbs().maxCoeff() < 1e-5f);
 }
 
-TEMPLATE_TEST_CASE("One score among the lowest has all the weight", "[kernels][extremes]", float, double) {
+TEMPLATE_TEST_CASE("One score among the lowest has all the weight", "[kernels][extremes]", DIFFATTN_TEST_SCALARS) {
   for (const Shape& shape : path_shapes()) {
     check_one<TestType>(shape, std::numeric_limits<TestType>::lowest());
     check_one<TestType>(shape, std::numeric_limits<TestType>::lowest() / 4);
@@ -129,7 +130,7 @@ TEMPLATE_TEST_CASE("One score among the lowest has all the weight", "[kernels][e
 }
 
 TEMPLATE_TEST_CASE("Values of the lowest scores do not stay in a sum that larger ones follow", "[kernels][extremes]",
-                   float, double) {
+                   DIFFATTN_TEST_SCALARS) {
   for (const Shape& shape : path_shapes()) {
     INFO(describe(shape));
     Rng rng = make_rng();
@@ -147,7 +148,7 @@ TEMPLATE_TEST_CASE("Values of the lowest scores do not stay in a sum that larger
   }
 }
 
-TEMPLATE_TEST_CASE("Scores near the largest number overflow nowhere", "[kernels][extremes]", float, double) {
+TEMPLATE_TEST_CASE("Scores near the largest number overflow nowhere", "[kernels][extremes]", DIFFATTN_TEST_SCALARS) {
   using Limits = std::numeric_limits<TestType>;
   for (const Shape& shape : path_shapes()) {
     INFO(describe(shape));
@@ -167,7 +168,7 @@ TEMPLATE_TEST_CASE("Scores near the largest number overflow nowhere", "[kernels]
   }
 }
 
-TEMPLATE_TEST_CASE("Scales of any sign and size", "[kernels][extremes]", float, double) {
+TEMPLATE_TEST_CASE("Scales of any sign and size", "[kernels][extremes]", DIFFATTN_TEST_SCALARS) {
   for (const Shape& shape : path_shapes()) {
     Rng rng = make_rng();
     const auto x = random_operands<TestType>(shape, rng);

@@ -8,6 +8,7 @@
 #include "kernels/pages.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/scalars.hpp"
 #include "support/throws.hpp"
 #include "support/tolerances.hpp"
 
@@ -103,7 +104,8 @@ bool near(const Matrix<Scalar>& a, const Matrix<Scalar>& b) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("Heads that share their noise are pairs with its queries repeated", "[grouped]", float, double) {
+TEMPLATE_TEST_CASE("Heads that share their noise are pairs with its queries repeated", "[grouped]",
+                   DIFFATTN_TEST_SCALARS) {
   using Scalar = TestType;
   for (const GroupedSize& size :
        {GroupedSize{1, 300}, {2, 3}, {3, 9}, {7, 8}, {5, 300}, {70, 300}, {100, 520}, {30, 12}, {4, 0}}) {
@@ -188,7 +190,7 @@ TEMPLATE_TEST_CASE("Decoding with shared noise is decoding pairs", "[grouped]", 
   }
 }
 
-TEMPLATE_TEST_CASE("Gradients of shared noise are those of pairs, added up", "[grouped]", float, double) {
+TEMPLATE_TEST_CASE("Gradients of shared noise are those of pairs, added up", "[grouped]", DIFFATTN_TEST_SCALARS) {
   using Scalar = TestType;
   using Gradients = diffattn::MultiheadDiffAttentionGradients<Scalar, Matrix<Scalar>>;
   for (const GroupedSize& size : {GroupedSize{1, 30}, {7, 8}, {110, 300}, {200, 40}, {0, 5}, {5, 0}}) {

@@ -4,6 +4,7 @@
 #include "kernels/oracle.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/scalars.hpp"
 #include "support/tolerances.hpp"
 
 using namespace support;
@@ -40,7 +41,7 @@ void for_each_executor(const F& f) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("multihead_attention_into is attention head by head", "", float, double) {
+TEMPLATE_TEST_CASE("multihead_attention_into is attention head by head", "", DIFFATTN_TEST_SCALARS) {
   for (const Case& c : cases()) {
     INFO(c.n_q << " x " << c.n_k << ", heads " << c.num_heads << ", " << c.num_kv_heads);
     const Index kv_heads = c.num_kv_heads == 0 ? c.num_heads : c.num_kv_heads, group = c.num_heads / kv_heads;
@@ -68,7 +69,7 @@ TEMPLATE_TEST_CASE("multihead_attention_into is attention head by head", "", flo
   }
 }
 
-TEMPLATE_TEST_CASE("multihead_diff_attention_into is diff_attention head by head", "", float, double) {
+TEMPLATE_TEST_CASE("multihead_diff_attention_into is diff_attention head by head", "", DIFFATTN_TEST_SCALARS) {
   for (const Case& c : cases()) {
     for (const bool shared_keys : {false, true}) {
       INFO(c.n_q << " x " << c.n_k << ", heads " << c.num_heads << ", " << c.num_kv_heads << ", shared "

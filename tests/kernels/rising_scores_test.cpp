@@ -2,6 +2,7 @@
 
 #include "kernels/oracle.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 #include "support/tolerances.hpp"
 
 using namespace support;
@@ -51,12 +52,12 @@ void check_steps(const Kernel& kernel) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("attention follows scores that rise from chunk to chunk", "", float, double) {
+TEMPLATE_TEST_CASE("attention follows scores that rise from chunk to chunk", "", DIFFATTN_TEST_SCALARS) {
   check_rising<TestType>(Attention{});
   check_steps<TestType>(Attention{});
 }
 
-TEMPLATE_TEST_CASE("diff_attention follows scores that rise from chunk to chunk", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention follows scores that rise from chunk to chunk", "", DIFFATTN_TEST_SCALARS) {
   check_rising<TestType>(DiffAttention{});
   check_steps<TestType>(DiffAttention{});
 }

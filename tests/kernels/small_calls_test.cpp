@@ -5,6 +5,7 @@
 #include "kernels/backward.hpp"
 #include "kernels/grid.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
 using namespace support;
 
@@ -59,7 +60,7 @@ void check_gradients(const Kernel& kernel, const Operands<Scalar>& x, const Matr
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("Small calls of every shape and mask", "[kernels][small]", float, double) {
+TEMPLATE_TEST_CASE("Small calls of every shape and mask", "[kernels][small]", DIFFATTN_TEST_SCALARS) {
   for_small_shapes(250, [](const Shape& shape, Rng& rng) {
     const auto x = random_operands<TestType>(shape, rng);
     const RangeMask range = random_range<TestType>(shape, rng);
@@ -75,7 +76,7 @@ TEMPLATE_TEST_CASE("Small calls of every shape and mask", "[kernels][small]", fl
   });
 }
 
-TEMPLATE_TEST_CASE("Gradients of small calls of every shape and mask", "[kernels][small]", float, double) {
+TEMPLATE_TEST_CASE("Gradients of small calls of every shape and mask", "[kernels][small]", DIFFATTN_TEST_SCALARS) {
   for_small_shapes(80, [](const Shape& shape, Rng& rng) {
     const auto x = random_operands<TestType>(shape, rng);
     const Matrix<TestType> dout = random_matrix<TestType>(shape.n_q, shape.dv, rng);

@@ -4,6 +4,7 @@
 #include "kernels/operands.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/scalars.hpp"
 #include "support/tolerances.hpp"
 #ifdef _OPENMP
 #include "diffattn/core/parallel_openmp.hpp"
@@ -85,11 +86,11 @@ void check_workspace(const Kernel& kernel) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("attention is the same from every executor", "", float, double) {
+TEMPLATE_TEST_CASE("attention is the same from every executor", "", DIFFATTN_TEST_SCALARS) {
   check_executors<TestType>(Attention{});
 }
 
-TEMPLATE_TEST_CASE("diff_attention is the same from every executor", "", float, double) {
+TEMPLATE_TEST_CASE("diff_attention is the same from every executor", "", DIFFATTN_TEST_SCALARS) {
   check_executors<TestType>(DiffAttentionPerRow{});
 }
 

@@ -4,6 +4,7 @@
 
 #include "kernels/oracle.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 #include "support/tolerances.hpp"
 
 using namespace support;
@@ -121,7 +122,7 @@ void check_output_block(const Operands<typename Storage::Scalar>& x) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("Operands of any layout give the same result", "", float, double) {
+TEMPLATE_TEST_CASE("Operands of any layout give the same result", "", DIFFATTN_TEST_SCALARS) {
   check_layout<ColumnMajor, TestType>("column-major");
   check_layout<RowMajorBlock, TestType>("block of a row-major matrix");
   check_layout<ColumnMajorBlock, TestType>("block of a column-major matrix");
@@ -131,7 +132,7 @@ TEMPLATE_TEST_CASE("Operands of any layout give the same result", "", float, dou
   check_layout<Expression, TestType>("expression");
 }
 
-TEMPLATE_TEST_CASE("Vectors and matrices of fixed size are operands", "", float, double) {
+TEMPLATE_TEST_CASE("Vectors and matrices of fixed size are operands", "", DIFFATTN_TEST_SCALARS) {
   using Column = Vector<TestType>;
   using Row = Eigen::Matrix<TestType, 1, Eigen::Dynamic>;
   const RangeMask mask{FullMask{}};
@@ -153,7 +154,7 @@ TEMPLATE_TEST_CASE("Vectors and matrices of fixed size are operands", "", float,
   CHECK(identical(out, Attention{}(fixed)));
 }
 
-TEMPLATE_TEST_CASE("A view as output gets the result, and its surroundings nothing", "", float, double) {
+TEMPLATE_TEST_CASE("A view as output gets the result, and its surroundings nothing", "", DIFFATTN_TEST_SCALARS) {
   using ColumnMajorMatrix = Eigen::Matrix<TestType, Eigen::Dynamic, Eigen::Dynamic>;
   for (const Shape& shape : {Shape{37, 70, 9, 21}, Shape{3, 12, 8, 16}, Shape{50, 9, 4, 1}, Shape{9, 0, 4, 5}}) {
     INFO(describe(shape));

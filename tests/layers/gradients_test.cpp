@@ -5,6 +5,7 @@
 
 #include "layers/layer_checks.hpp"
 #include "support/numerical_gradient.hpp"
+#include "support/scalars.hpp"
 
 namespace {
 
@@ -51,8 +52,8 @@ TEST_CASE("Linear's gradients are what differences say", "[layers][gradients]") 
   }
 }
 
-TEMPLATE_TEST_CASE("Linear's gradients at every shape, stride and number of threads", "[layers][gradients]", float,
-                   double) {
+TEMPLATE_TEST_CASE("Linear's gradients at every shape, stride and number of threads", "[layers][gradients]",
+                   DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   for (const Index in : {1, 17, 64, 300}) {

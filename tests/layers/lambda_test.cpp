@@ -1,6 +1,7 @@
 #include <diffattn/layers/lambda.hpp>
 
 #include "layers/layer_checks.hpp"
+#include "support/scalars.hpp"
 
 using diffattn::DiffLambda;
 using diffattn::Index;
@@ -15,7 +16,7 @@ TEST_CASE("lambda_init follows the schedule of the paper, counted from 0", "[lay
   CHECK(std::abs(lambda_init(0) - 0.2) < 1e-15);
 }
 
-TEMPLATE_TEST_CASE("λ is exp(λq1·λk1) − exp(λq2·λk2) + λ_init", "[layers][lambda]", float, double) {
+TEMPLATE_TEST_CASE("λ is exp(λq1·λk1) − exp(λq2·λk2) + λ_init", "[layers][lambda]", DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   const double spread = GENERATE(0.1, 0.5);

@@ -16,6 +16,7 @@
 #include "support/numerical_gradient.hpp"
 #include "support/parameters_of.hpp"
 #include "support/random.hpp"
+#include "support/scalars.hpp"
 #include "support/throws.hpp"
 #include "support/tolerances.hpp"
 
@@ -78,7 +79,7 @@ void check_forward(const LayerNorm<S>& norm, const Matrix<S>& x, const Matrix<S>
 
 using namespace layer_norm_test;
 
-TEMPLATE_TEST_CASE("LayerNorm is (x − mean) / sqrt(var + eps) ∘ w + b", "[layers][layer_norm]", float, double) {
+TEMPLATE_TEST_CASE("LayerNorm is (x − mean) / sqrt(var + eps) ∘ w + b", "[layers][layer_norm]", DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   const bool with_weight = GENERATE(false, true), with_bias = GENERATE(false, true);
@@ -100,7 +101,7 @@ TEMPLATE_TEST_CASE("LayerNorm is (x − mean) / sqrt(var + eps) ∘ w + b", "[la
   }
 }
 
-TEMPLATE_TEST_CASE("a mean that is large costs LayerNorm nothing", "[layers][layer_norm]", float, double) {
+TEMPLATE_TEST_CASE("a mean that is large costs LayerNorm nothing", "[layers][layer_norm]", DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   const S large = S(0.01) / std::numeric_limits<S>::epsilon();  // deviations keep a hundred steps
@@ -115,7 +116,7 @@ TEMPLATE_TEST_CASE("a mean that is large costs LayerNorm nothing", "[layers][lay
   }
 }
 
-TEMPLATE_TEST_CASE("equal values of any size have a LayerNorm", "[layers][layer_norm]", float, double) {
+TEMPLATE_TEST_CASE("equal values of any size have a LayerNorm", "[layers][layer_norm]", DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   // Where rows are long, rounding finds variances that are large beside eps, some of them below 0.
   const S huge = S(1e5) / std::numeric_limits<S>::epsilon();
@@ -204,7 +205,8 @@ TEST_CASE("the gradients of LayerNorm in float are those in double", "[layers][l
   CHECK((grad.bias.cast<double>() - exact_grad.bias).norm() <= 1e-6 * exact_grad.bias.norm());
 }
 
-TEMPLATE_TEST_CASE("LayerNorm gives the same bits on any number of threads", "[layers][layer_norm]", float, double) {
+TEMPLATE_TEST_CASE("LayerNorm gives the same bits on any number of threads", "[layers][layer_norm]",
+                   DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   const LayerNorm<S> norm = random_norm<S>(37, 1e-5, true, true, rng);
@@ -231,7 +233,7 @@ TEMPLATE_TEST_CASE("LayerNorm gives the same bits on any number of threads", "[l
 }
 
 TEMPLATE_TEST_CASE("LayerNorm reads and writes any strides, and nothing beside its output", "[layers][layer_norm]",
-                   float, double) {
+                   DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   const LayerNorm<S> norm = random_norm<S>(11, 1e-5, true, true, rng);
@@ -270,7 +272,7 @@ TEMPLATE_TEST_CASE("LayerNorm reads and writes any strides, and nothing beside i
   }
 }
 
-TEMPLATE_TEST_CASE("NaN and infinity stay in their row of a LayerNorm", "[layers][layer_norm]", float, double) {
+TEMPLATE_TEST_CASE("NaN and infinity stay in their row of a LayerNorm", "[layers][layer_norm]", DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   const LayerNorm<S> norm = random_norm<S>(19, 1e-5, true, true, rng);

@@ -1,6 +1,7 @@
 #include <diffattn/layers/linear.hpp>
 
 #include "layers/layer_checks.hpp"
+#include "support/scalars.hpp"
 
 namespace {
 
@@ -42,7 +43,7 @@ void check_against_long_double(const Linear<S>& linear, const Matrix<S>& x, cons
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("Linear is x Wᵀ + b at every shape", "[layers][linear]", float, double) {
+TEMPLATE_TEST_CASE("Linear is x Wᵀ + b at every shape", "[layers][linear]", DIFFATTN_TEST_SCALARS) {
   auto rng = make_rng();
   const bool bias = GENERATE(false, true);
   const auto check = [&](Index n, Index in, Index out) {
@@ -63,8 +64,8 @@ TEMPLATE_TEST_CASE("Linear is x Wᵀ + b at every shape", "[layers][linear]", fl
   check(5, 2050, 9);  // more depth than one has
 }
 
-TEMPLATE_TEST_CASE("Linear reads and writes any strides, and nothing beside its output", "[layers][linear]", float,
-                   double) {
+TEMPLATE_TEST_CASE("Linear reads and writes any strides, and nothing beside its output", "[layers][linear]",
+                   DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   const auto linear = random_linear<S>(19, 37, true, rng);
@@ -93,7 +94,8 @@ TEMPLATE_TEST_CASE("Linear reads and writes any strides, and nothing beside its 
   }
 }
 
-TEMPLATE_TEST_CASE("Weights of another type multiply as their widened values", "[layers][linear]", float, double) {
+TEMPLATE_TEST_CASE("Weights of another type multiply as their widened values", "[layers][linear]",
+                   DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   for (const Index in : {1, 17, 64, 300}) {

@@ -1,6 +1,7 @@
 #include <diffattn/layers/rotary.hpp>
 
 #include "layers/layer_checks.hpp"
+#include "support/scalars.hpp"
 
 namespace {
 
@@ -185,7 +186,7 @@ TEST_CASE("A scaling that cannot be is refused by name", "[layers][rotary]") {
         "Rotary: scaling.proportion must be from 0 to 1, got 1.500000");
 }
 
-TEMPLATE_TEST_CASE("Rotary turns each pair as a complex number", "[layers][rotary]", float, double) {
+TEMPLATE_TEST_CASE("Rotary turns each pair as a complex number", "[layers][rotary]", DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   RotaryConfig config;

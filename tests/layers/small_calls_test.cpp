@@ -7,6 +7,7 @@
 #include <diffattn/layers/multihead_diff_attention_v2.hpp>
 
 #include "layers/layer_checks.hpp"
+#include "support/scalars.hpp"
 
 namespace {
 
@@ -65,7 +66,7 @@ void check_layer(const Config& config) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("Small calls of every layer", "[layers][small]", float, double) {
+TEMPLATE_TEST_CASE("Small calls of every layer", "[layers][small]", DIFFATTN_TEST_SCALARS) {
   for (const Index head_dim : {2, 6, 10, 18, 34}) {
     for (const Index num_kv_heads : {1, 3}) {
       check_layer<MultiheadAttention<TestType>, TestType>(typename MultiheadAttention<TestType>::Config{

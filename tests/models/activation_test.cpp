@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
 namespace activation_test {
 
@@ -39,7 +40,7 @@ void activate(Activation activation, std::vector<S>& values, std::vector<S>& slo
 
 }  // namespace activation_test
 
-TEMPLATE_TEST_CASE("Activations and their slopes are the formulas", "[models][activation]", float, double) {
+TEMPLATE_TEST_CASE("Activations and their slopes are the formulas", "[models][activation]", DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   using namespace activation_test;
   const long double u = std::numeric_limits<S>::epsilon() / 2;
@@ -67,7 +68,7 @@ TEMPLATE_TEST_CASE("Activations and their slopes are the formulas", "[models][ac
   }
 }
 
-TEMPLATE_TEST_CASE("Activations of what is no number, or without end", "[models][activation]", float, double) {
+TEMPLATE_TEST_CASE("Activations of what is no number, or without end", "[models][activation]", DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   using namespace activation_test;
   const S infinity = std::numeric_limits<S>::infinity();

@@ -3,6 +3,7 @@
 
 #include "layers/layer_checks.hpp"
 #include "support/numerical_gradient.hpp"
+#include "support/scalars.hpp"
 
 namespace {
 
@@ -56,8 +57,8 @@ TEST_CASE("SwiGLU's gradients are what differences say", "[models][feed_forward]
   CHECK(excess(grad.down_proj.weight - before.down_proj.weight, numerical_gradient(layer.down_proj.weight, loss)) <= 0);
 }
 
-TEMPLATE_TEST_CASE("SwiGLU with a tape, in place, and on any number of threads", "[models][feed_forward]", float,
-                   double) {
+TEMPLATE_TEST_CASE("SwiGLU with a tape, in place, and on any number of threads", "[models][feed_forward]",
+                   DIFFATTN_TEST_SCALARS) {
   using S = TestType;
   auto rng = make_rng();
   const auto layer = random_layer<S>(37, 50, rng);

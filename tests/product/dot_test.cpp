@@ -6,8 +6,10 @@
 
 #include "product/plain.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
-TEMPLATE_TEST_CASE("dot is the sum of the products, of any length and from any address", "[product]", float, double) {
+TEMPLATE_TEST_CASE("dot is the sum of the products, of any length and from any address", "[product]",
+                   DIFFATTN_TEST_SCALARS) {
   using support::Index;
   support::Rng rng = support::make_rng();
   for (Index depth = 0; depth <= 150; ++depth) {
@@ -20,21 +22,21 @@ TEMPLATE_TEST_CASE("dot is the sum of the products, of any length and from any a
       const TestType* const b = &values(1, offset);
       TestType expected = 0;
       for (Index k = 0; k < depth; ++k) expected += a[k] * b[k];
-      CHECK(diffattn::detail::dot(a, b, depth) == expected);
+      CHECK(diffattn::detail::dot<TestType>(a, b, depth) == expected);
     }
   }
 }
 
-TEMPLATE_TEST_CASE("dot with a NaN anywhere is NaN", "[product]", float, double) {
+TEMPLATE_TEST_CASE("dot with a NaN anywhere is NaN", "[product]", DIFFATTN_TEST_SCALARS) {
   for (const support::Index depth : {1, 7, 16, 37, 70}) {
     std::vector<TestType> a(static_cast<std::size_t>(depth), TestType(0));
     const std::vector<TestType> b = a;
     for (TestType& value : a) {
       value = std::numeric_limits<TestType>::quiet_NaN();
-      const TestType sum = diffattn::detail::dot(a.data(), b.data(), depth);
+      const TestType sum = diffattn::detail::dot<TestType>(a.data(), b.data(), depth);
       CHECK(sum != sum);
       value = 0;
     }
-    CHECK(diffattn::detail::dot(a.data(), b.data(), depth) == 0);
+    CHECK(diffattn::detail::dot<TestType>(a.data(), b.data(), depth) == 0);
   }
 }

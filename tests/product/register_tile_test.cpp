@@ -4,6 +4,7 @@
 
 #include "product/plain.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 #include "support/tolerances.hpp"
 
 namespace {
@@ -25,7 +26,7 @@ void put_strips(Scalar* to, const support::Matrix<Scalar>& b) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("A tile of any size is the product, or adds it", "[product]", float, double) {
+TEMPLATE_TEST_CASE("A tile of any size is the product, or adds it", "[product]", DIFFATTN_TEST_SCALARS) {
   constexpr Index kRows = Tile<TestType>::kRows, kCols = Tile<TestType>::kCols, kStride = 2 * kCols;
   constexpr TestType kNaN = std::numeric_limits<TestType>::quiet_NaN();
   support::Rng rng = support::make_rng();
@@ -63,7 +64,7 @@ TEMPLATE_TEST_CASE("A tile of any size is the product, or adds it", "[product]",
   }
 }
 
-TEMPLATE_TEST_CASE("A product in pieces of whole chains has the same bits", "[product]", float, double) {
+TEMPLATE_TEST_CASE("A product in pieces of whole chains has the same bits", "[product]", DIFFATTN_TEST_SCALARS) {
   constexpr Index kRows = Tile<TestType>::kRows, kCols = Tile<TestType>::kCols, kDepth = 200;
   support::Rng rng = support::make_rng();
   const auto a = support::random_matrix<TestType>(kRows, kDepth, rng);
@@ -86,7 +87,7 @@ TEMPLATE_TEST_CASE("A product in pieces of whole chains has the same bits", "[pr
   }
 }
 
-TEMPLATE_TEST_CASE("A row of tiles adds to strips, of any number of columns", "[product]", float, double) {
+TEMPLATE_TEST_CASE("A row of tiles adds to strips, of any number of columns", "[product]", DIFFATTN_TEST_SCALARS) {
   constexpr Index kRows = Tile<TestType>::kRows, kCols = Tile<TestType>::kCols;
   support::Rng rng = support::make_rng();
   for (const Index depth : {0, 1, 70}) {

@@ -8,6 +8,7 @@
 #include "diffattn/product/matmul.hpp"
 #include "product/plain.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
 namespace {
 
@@ -56,7 +57,8 @@ bool thin_same_bits(const support::Matrix<Scalar>& a, const support::Matrix<Scal
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("A thin product is x Wᵀ + b for every number of rows and stored type", "[product]", float, double) {
+TEMPLATE_TEST_CASE("A thin product is x Wᵀ + b for every number of rows and stored type", "[product]",
+                   DIFFATTN_TEST_SCALARS) {
   support::Rng rng = support::make_rng();
   const auto check = [&]<typename Stored>(Stored) {
     for (Index rows = 1; rows <= 70; ++rows) {
@@ -81,8 +83,8 @@ TEMPLATE_TEST_CASE("A thin product is x Wᵀ + b for every number of rows and st
   check(Eigen::half{});
 }
 
-TEMPLATE_TEST_CASE("A thin product has the bits of the packed one, and of every row by itself", "[product]", float,
-                   double) {
+TEMPLATE_TEST_CASE("A thin product has the bits of the packed one, and of every row by itself", "[product]",
+                   DIFFATTN_TEST_SCALARS) {
   support::Rng rng = support::make_rng();
   for (const Index depth : {1, 63, 64, 65, 200, 1100}) {
     const Index outputs = depth == 1100 ? 200 : 61;

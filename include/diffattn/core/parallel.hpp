@@ -18,6 +18,7 @@
 //             specified, but layers, models, workspaces and executors can be used again, and caches are as they were.
 
 #include <concepts>
+#include <type_traits>
 
 #include "diffattn/core/matrix.hpp"
 
@@ -36,6 +37,34 @@ concept Executor = requires(E& executor, Index count, detail::AnyTask task) {
   { executor.concurrency() } -> std::convertible_to<Index>;
   executor.run(count, task);
 };
+
+/// Whether a call with this executor holds but some rows of a sequence, of which others have the rest
+/// (distributed/sequence_parallel.hpp): then E::SpreadsSequences is a type.
+template <typename E>
+inline constexpr bool spreads_sequences = requires {
+  typename std::remove_cvref_t<E>::SpreadsSequences;
+};
+
+/// Whether it is the cache behind a call that is spread over ranks (distributed/cache_parallel.hpp): then
+/// E::SpreadsCaches is a type, too.
+template <typename E>
+inline constexpr bool spreads_caches = requires {
+  typename std::remove_cvref_t<E>::SpreadsCaches;
+};
+
+namespace detail {
+
+/// check(); where ranks share a sequence, on all of them together: what is wrong on one is then an error on all.
+template <typename E, typename Check>
+void check_before(E& executor, [[maybe_unused]] const char* where, const Check& check) {
+  if constexpr (spreads_sequences<E>) {
+    executor.check(where, check);
+  } else {
+    check();
+  }
+}
+
+}  // namespace detail
 
 /// The default executor: runs every task on the calling thread, in order.
 struct Serial {

@@ -14,6 +14,10 @@
 // Operands   any dense Eigen expression of float or double, either storage order, any strides; one without memory of
 //            its own is evaluated once. `out` is written in place, must have its shape, and must not overlap an
 //            operand.
+// bfloat16   q, k and v may be of Eigen::bfloat16, all three, and `out` then of that or of float. Products are added up
+//            in float, scores, softmax and sums are float's, and weights are rounded once, before they meet v: up to
+//            2^-8 of each weight. A CPU with AVX512_BF16 takes 0.55 to 0.6 of float's time (it takes subnormal numbers
+//            for 0); others widen, and take as long as for float. There are no gradients of it.
 // Masks      mask.hpp. A query that sees no key gives exactly 0; what a masked key or value holds never matters.
 // Errors     ShapeError, std::invalid_argument; before any work, and nothing has been written. What a mask, a bias or
 //            an executor of yours throws, and std::bad_alloc, reach the caller; `out` then holds anything.
@@ -87,10 +91,11 @@ void multihead_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Ma
                               const Mask& mask, const AttentionOptions& options, Workspace& workspace,
                               E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  detail::check_result_scalar<Scalar, Out>();
-  auto operands = detail::operands_of("attention", q, k, v, detail::operand("out", out), heads, mask, options);
+  using Result = typename Out::Scalar;
+  detail::check_output_scalar<Scalar, Out>();
+  auto operands = detail::operands_of<Result>("attention", q, k, v, detail::operand("out", out), heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
-  detail::run_heads<detail::StandardBlock<Scalar>>(operands.in, mask, workspace, executor);
+  detail::run_heads<detail::StandardBlock<Scalar, Result>>(operands.in, mask, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1

@@ -101,7 +101,7 @@ void run_attention_backward(const char* where, Gradients& gradients, const Eigen
                             const AttentionOptions& options, Workspace& workspace, E& executor) {
   using Scalar = typename Q::Scalar;
   check_result_scalar<Scalar, G>();
-  const auto operands = operands_of(where, q, k, v, operand("dout", dout), heads, mask, options);
+  const auto operands = operands_of<Scalar>(where, q, k, v, operand("dout", dout), heads, mask, options);
   const AttentionGradientViews<Scalar> to = gradient_views(where, gradients, operands.sizes);
   const Readable<G> dout_read(dout.derived());
   HeadGradients<Scalar, 1> grad(operands.in, view_of(dout_read));
@@ -140,7 +140,7 @@ void run_multihead_diff_backward(Gradients& gradients, const Eigen::MatrixBase<Q
   using Scalar = typename Q::Scalar;
   constexpr const char* where = "multihead_diff_attention_backward";
   check_result_scalar<Scalar, G>();
-  const auto operands = operands_of(where, q, k, v, lambda, operand("dout", dout), heads, mask, options);
+  const auto operands = operands_of<Scalar>(where, q, k, v, lambda, operand("dout", dout), heads, mask, options);
   const CallSizes& sizes = operands.sizes;
   const DiffAttentionGradientViews<Scalar> to = gradient_views<Lambda>(where, gradients, sizes);
   const Readable<G> dout_read(dout.derived());
@@ -232,8 +232,8 @@ void diff_attention_backward_into(DiffAttentionGradients<Scalar, Lambda, kBias>&
                                   E&& executor = {}) {
   detail::check_gradient_scalar<Scalar, Q1>();
   detail::check_result_scalar<Scalar, G>();
-  const auto operands = detail::operands_of("diff_attention_backward", q1, k1, q2, k2, v, lambda,
-                                            detail::operand("dout", dout), mask, options);
+  const auto operands = detail::operands_of<Scalar>("diff_attention_backward", q1, k1, q2, k2, v, lambda,
+                                                    detail::operand("dout", dout), mask, options);
   const detail::Readable<G> dout_read(dout.derived());
   detail::HeadGradients<Scalar, 2> grad(operands.in, detail::view_of(dout_read));
   detail::set_gradients(grad, gradients, operands.sizes);

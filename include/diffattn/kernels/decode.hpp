@@ -22,6 +22,7 @@
 //            both maps share: DIFF V2) and values (dv wide). n_q may exceed what the cache holds: a query that sees no
 //            key gives exactly 0.
 // Storage    the cache's may be narrower than the scalar of q (bfloat16, half): values are widened as they are read.
+//            Queries of bfloat16 take a cache of bfloat16, as it lies where the CPU multiplies it; attention.hpp.
 // λ          a number, or one for every query and head, n_q x H.
 // Errors     ShapeError, std::invalid_argument; before any work, and nothing has been written.
 // Memory     a few queries: the weights of all visible keys, from `workspace`. More: the scratch of attention.hpp and,
@@ -106,11 +107,12 @@ void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Matri
                            const KeyValuePages<Storage>& pages, Heads heads, const Mask& mask,
                            const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  detail::check_result_scalar<Scalar, Out>();
-  auto operands = detail::operands_of("decode_attention", q, pages, detail::operand("out", out), heads, mask, options);
+  using Result = typename Out::Scalar;
+  detail::check_output_scalar<Scalar, Out>();
+  auto operands = detail::operands_of<Result>("decode_attention", q, pages, detail::operand("out", out), heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
   const detail::ShiftedMask<Mask> shifted{mask, pages.origin(), pages.lead()};
-  detail::run_cached_heads<detail::StandardBlock<Scalar>>(operands.in, pages, shifted, workspace, executor);
+  detail::run_cached_heads<detail::StandardBlock<Scalar, Result>>(operands.in, pages, shifted, workspace, executor);
 }
 
 /// The same for the newest tokens of many sequences: row i of q attends to caches[i] under masks[i]. All caches have
@@ -120,10 +122,10 @@ void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Matri
                            std::span<const KeyValuePages<Storage>> caches, Heads heads, std::span<const Mask> masks,
                            const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   constexpr const char* kName = "decode_attention";
-  detail::check_result_scalar<typename Q::Scalar, Out>();
+  detail::check_output_scalar<typename Q::Scalar, Out>();
   detail::check_cached_rows(kName, q.rows(), caches, masks, heads);
   if (caches.empty()) return;
-  auto operands = detail::operands_of(kName, q, caches[0], detail::operand("out", out), heads, CausalMask{}, options);
+  auto operands = detail::operands_of<typename Out::Scalar>(kName, q, caches[0], detail::operand("out", out), heads, CausalMask{}, options);
   operands.in.out = detail::writable_view_of(out);
   detail::run_cached_rows(operands.in, caches, masks, workspace, executor);
 }
@@ -144,12 +146,13 @@ void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::
                                 const Mask& mask, const AttentionOptions& options, Workspace& workspace,
                                 E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  detail::check_result_scalar<Scalar, Out>();
+  using Result = typename Out::Scalar;
+  detail::check_output_scalar<Scalar, Out>();
   auto operands =
-      detail::operands_of("decode_diff_attention", q, pages, lambda, detail::operand("out", out), heads, mask, options);
+      detail::operands_of<Result>("decode_diff_attention", q, pages, lambda, detail::operand("out", out), heads, mask, options);
   operands.in.out = detail::writable_view_of(out);
   const detail::ShiftedMask<Mask> shifted{mask, pages.origin(), pages.lead()};
-  detail::run_cached_heads<detail::DifferentialBlock<Scalar>>(operands.in, pages, shifted, workspace, executor);
+  detail::run_cached_heads<detail::DifferentialBlock<Scalar, Result>>(operands.in, pages, shifted, workspace, executor);
 }
 
 /// The same for the newest tokens of many sequences, as decode_attention_into does it.
@@ -159,11 +162,11 @@ void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::
                                 std::span<const Mask> masks, const AttentionOptions& options, Workspace& workspace,
                                 E&& executor = {}) {
   constexpr const char* kName = "decode_diff_attention";
-  detail::check_result_scalar<typename Q::Scalar, Out>();
+  detail::check_output_scalar<typename Q::Scalar, Out>();
   detail::check_cached_rows(kName, q.rows(), caches, masks, heads);
   if (caches.empty()) return;
   auto operands =
-      detail::operands_of(kName, q, caches[0], lambda, detail::operand("out", out), heads, CausalMask{}, options);
+      detail::operands_of<typename Out::Scalar>(kName, q, caches[0], lambda, detail::operand("out", out), heads, CausalMask{}, options);
   operands.in.out = detail::writable_view_of(out);
   detail::run_cached_rows(operands.in, caches, masks, workspace, executor);
 }

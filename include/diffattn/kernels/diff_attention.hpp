@@ -23,6 +23,8 @@
 // λ          any number, negative and above 1 included; or one for every query, n_q x 1 (n_q x H for several heads).
 //            The difference is not renormalised: the rows of P1 − λ·P2 sum to 1 − λ.
 // Operands, masks, errors, memory, threads: as attention.hpp says, and a panel of 2 · 48 · n_k scores a worker besides.
+// bfloat16   as there; λ is a number or a matrix of float, and P1 − λ·P2 is what is rounded. So nothing is lost to the
+//            subtraction, as it is where each of two attentions returns bfloat16.
 // Cost       4·n_q·n_k·d + 2·n_q·n_k·dv FLOP a head over visible keys: with dv = 2d, that of two standard heads.
 //            r heads that share their noise take 2·(r + 1)·n_q·n_k·d + 2·r·n_q·n_k·dv, 13/16 of it for r = 4, and no
 //            more memory.
@@ -84,11 +86,12 @@ void diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixB
                          const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v, const Lambda& lambda,
                          const Mask& mask, const AttentionOptions& options, Workspace& workspace, E&& executor = {}) {
   using Scalar = typename Q1::Scalar;
-  detail::check_result_scalar<Scalar, Out>();
+  using Result = typename Out::Scalar;
+  detail::check_output_scalar<Scalar, Out>();
   auto operands =
-      detail::operands_of("diff_attention", q1, k1, q2, k2, v, lambda, detail::operand("out", out), mask, options);
+      detail::operands_of<Result>("diff_attention", q1, k1, q2, k2, v, lambda, detail::operand("out", out), mask, options);
   operands.in.out = detail::writable_view_of(out);
-  detail::run_heads<detail::DifferentialBlock<Scalar>>(operands.in, mask, workspace, executor);
+  detail::run_heads<detail::DifferentialBlock<Scalar, Result>>(operands.in, mask, workspace, executor);
 }
 
 /// multihead_diff_attention(), written to `out`, which must be n_q x H·dv.
@@ -107,11 +110,12 @@ void multihead_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eige
                                    Heads heads, const Mask& mask, const AttentionOptions& options, Workspace& workspace,
                                    E&& executor = {}) {
   using Scalar = typename Q::Scalar;
-  detail::check_result_scalar<Scalar, Out>();
-  auto operands = detail::operands_of("multihead_diff_attention", q, k, v, lambda, detail::operand("out", out), heads,
+  using Result = typename Out::Scalar;
+  detail::check_output_scalar<Scalar, Out>();
+  auto operands = detail::operands_of<Result>("multihead_diff_attention", q, k, v, lambda, detail::operand("out", out), heads,
                                       mask, options);
   operands.in.out = detail::writable_view_of(out);
-  detail::run_heads<detail::DifferentialBlock<Scalar>>(operands.in, mask, workspace, executor);
+  detail::run_heads<detail::DifferentialBlock<Scalar, Result>>(operands.in, mask, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1

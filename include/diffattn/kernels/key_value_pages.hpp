@@ -5,8 +5,10 @@
 //
 //   [head][map][strip of page_size][d][kCols] keys, then [head][strip of dv][page_size][kCols] values
 //
-// in a storage type that may be narrower than the scalar of the arithmetic. Pages never move, so a cache grows without
-// copying, drops what a window has left behind, and shares a prefix with its forks.
+// in a storage type that may be narrower than the scalar of the arithmetic. Where the target multiplies pairs of
+// bfloat16, pages of it hold pairs along depth (product/packed_pairs.hpp), [⌈d / 2⌉][kCols] and [page_size / 2][kCols]:
+// queries of bfloat16 then multiply them as they are. Pages never move, so a cache grows without copying, drops what a
+// window has left behind, and shares a prefix with its forks.
 //
 // Sizes    a power of two, at least 32: a page is then a whole number of strips, and either it holds whole chunks
 //          (kernels/detail/blocking.hpp) or a chunk whole pages. Chunks begin at the same positions whatever the size,
@@ -22,10 +24,20 @@
 #include <vector>
 
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/kernels/detail/arithmetic.hpp"
 #include "diffattn/kernels/detail/blocking.hpp"
 #include "diffattn/product/packed.hpp"
+#include "diffattn/product/packed_pairs.hpp"
 
 namespace diffattn::inline v0_1 {
+
+namespace detail {
+
+/// What a page of Storage is made of.
+template <typename Storage>
+using StoredAs = std::conditional_t<is_narrow<Storage> && simd::kUsesPairs, simd::Pair, Storage>;
+
+}  // namespace detail
 
 /// What every page of a cache holds.
 struct PageShape {
@@ -38,33 +50,54 @@ struct PageShape {
 
   bool operator==(const PageShape&) const = default;
 
-  Index keys_size() const { return page_size * d; }
-  Index values_size() const { return page_size * detail::round_up(dv, strip); }
-  /// Numbers in a page.
-  Index size() const { return heads * (key_maps * keys_size() + values_size()); }
-  Index keys_offset(Index head, Index map) const { return (head * key_maps + map) * keys_size(); }
-  Index values_offset(Index head) const { return heads * key_maps * keys_size() + head * values_size(); }
+  /// The keys of one map of a head in a page: numbers, or pairs of them where Stored is one; so do the others count.
+  template <typename Stored = float>
+  Index keys_size() const {
+    return page_size * detail::steps_of<Stored>(d);
+  }
+  /// The values of a head in a page.
+  template <typename Stored = float>
+  Index values_size() const {
+    return detail::steps_of<Stored>(page_size) * detail::round_up(dv, strip);
+  }
+  /// All of a page.
+  template <typename Stored = float>
+  Index size() const {
+    return heads * (key_maps * keys_size<Stored>() + values_size<Stored>());
+  }
+  /// Where in a page the keys of a head and map begin.
+  template <typename Stored = float>
+  Index keys_offset(Index head, Index map) const {
+    return (head * key_maps + map) * keys_size<Stored>();
+  }
+  /// Where in a page the values of a head begin.
+  template <typename Stored = float>
+  Index values_offset(Index head) const {
+    return heads * key_maps * keys_size<Stored>() + head * values_size<Stored>();
+  }
 };
 
 namespace detail {
 
 template <typename Storage>
 struct Page {
+  using Stored = StoredAs<Storage>;
+
   explicit Page(const PageShape& shape)
-      : data(allocate(shape.size())), finite_values(static_cast<std::size_t>(shape.heads), true) {}
+      : data(allocate(shape.size<Stored>())), finite_values(static_cast<std::size_t>(shape.heads), true) {}
 
   struct Free {
-    void operator()(Storage* p) const { ::operator delete (p, std::align_val_t{64}); }
+    void operator()(Stored* p) const { ::operator delete (p, std::align_val_t{64}); }
   };
-  static std::unique_ptr<Storage[], Free> allocate(Index count) {
+  static std::unique_ptr<Stored[], Free> allocate(Index count) {
     const auto size = static_cast<std::size_t>(count);
-    auto* const memory = static_cast<Storage*>(::operator new (size * sizeof(Storage), std::align_val_t{64}));
-    std::unique_ptr<Storage[], Free> owner(memory);
-    std::uninitialized_fill_n(memory, size, Storage(0));
+    auto* const memory = static_cast<Stored*>(::operator new (size * sizeof(Stored), std::align_val_t{64}));
+    std::unique_ptr<Stored[], Free> owner(memory);
+    std::uninitialized_fill_n(memory, size, Stored{});
     return owner;
   }
 
-  std::unique_ptr<Storage[], Free> data;
+  std::unique_ptr<Stored[], Free> data;
   std::vector<char> finite_values;  // a flag a head: char, since heads are written by several threads
 };
 
@@ -74,6 +107,8 @@ struct Page {
 /// before has been dropped.
 template <typename Storage>
 struct KeyValuePages {
+  using Stored = detail::StoredAs<Storage>;
+
   const std::shared_ptr<detail::Page<Storage>>* pages = nullptr;
   PageShape shape;
   Index n_k = 0;
@@ -94,22 +129,29 @@ struct KeyValuePages {
   /// The place of a key in its page.
   Index row_of(Index key) const { return (key - lead()) & (shape.page_size - 1); }
 
-  const Storage* keys(Index page, Index head, Index map) const {
-    return pages[page]->data.get() + shape.keys_offset(head, map);
+  /// The keys of a head and map in a page.
+  const Stored* keys(Index page, Index head, Index map) const {
+    return pages[page]->data.get() + shape.keys_offset<Stored>(head, map);
   }
-  const Storage* values(Index page, Index head) const { return pages[page]->data.get() + shape.values_offset(head); }
+  /// The values of a head in a page.
+  const Stored* values(Index page, Index head) const {
+    return pages[page]->data.get() + shape.values_offset<Stored>(head);
+  }
+  /// Whether all values of a head in a page are finite.
   bool finite_values(Index page, Index head) const {
     return pages[page]->finite_values[static_cast<std::size_t>(head)] != 0;
   }
 
   /// The strip of keys that begins with `key`, counted from origin().
-  const Storage* key_strip(Index key, Index head, Index map) const {
-    return keys(page_of(key), head, map) + row_of(key) * shape.d;
+  const Stored* key_strip(Index key, Index head, Index map) const {
+    return keys(page_of(key), head, map) + row_of(key) * detail::steps_of<Stored>(shape.d);
   }
-  /// The row of `key`, counted from origin(), in the first strip of values; the next strip is page_size rows on.
-  const Storage* value_row(Index key, Index head) const {
-    return values(page_of(key), head) + row_of(key) * shape.strip;
+  /// The row of `key`, counted from origin(), in the first strip of values, or the row of pairs that it is in; the next
+  /// strip is value_stride() rows on.
+  const Stored* value_row(Index key, Index head) const {
+    return values(page_of(key), head) + row_of(key) / detail::kStepDepth<Stored> * shape.strip;
   }
+  Index value_stride() const { return detail::steps_of<Stored>(shape.page_size); }
   /// Whether the values of the pages are finite which hold some of the `count` keys from `key` on, counted from
   /// origin(); none stands for those that are not there.
   bool finite_values_of(Index key, Index count, Index head) const {
@@ -124,56 +166,95 @@ struct KeyValuePages {
 
 namespace detail {
 
+/// Whether packed.hpp or packed_pairs.hpp has a way to pack the one as the other.
+template <typename Scalar, typename Stored>
+inline constexpr bool is_packed_at_once = kStepDepth<Stored> == 2 ||
+                                          (std::is_same_v<Scalar, Stored> && !is_narrow<Stored>);
+
 /// Packs the keys of one map into rows [first, …) of a page: strip by strip, transposed.
-template <typename Scalar, typename Storage>
-void pack_keys_into_page(Storage* to, Index first, const StridedView<const Scalar>& keys) {
-  constexpr Index kCols = Tile<Scalar>::kCols;
-  const Index d = keys.cols;
+template <typename Scalar, typename Stored>
+void pack_keys_into_page(Stored* to, Index first, const StridedView<const Scalar>& keys) {
+  constexpr Index kCols = Tile<ArithmeticOf<Scalar>>::kCols;
+  const Index d = steps_of<Stored>(keys.cols);
   for (Index row = 0, present = 0; row < keys.rows; row += present) {
     const Index at = (first + row) % kCols;  // in its strip
     present = std::min(kCols - at, keys.rows - row);
-    Storage* const strip = to + (first + row - at) * d;
-    if constexpr (std::is_same_v<Scalar, Storage>) {
+    Stored* const strip = to + (first + row - at) * d;
+    if constexpr (is_packed_at_once<Scalar, Stored>) {
       if (at == 0) {
         pack_transposed_strip(strip, keys, row, present);
         continue;
       }
     }
     for (Index r = 0; r < present; ++r) {
-      Storage* const column = strip + at + r;
-      for (Index c = 0; c < d; ++c) column[c * kCols] = static_cast<Storage>(keys(row + r, c));
+      Stored* const column = strip + at + r;
+      for (Index c = 0; c < d; ++c) {
+        if constexpr (kStepDepth<Stored> == 1) column[c * kCols] = static_cast<Stored>(keys(row + r, c));
+        if constexpr (kStepDepth<Stored> == 2)
+          column[c * kCols] = pair_at(&keys(row + r, 0), keys.col_stride, keys.cols, c);
+      }
     }
   }
 }
 
 /// Packs values into rows [first, …) of a page of page_size rows. Returns whether all of them are finite, as they are
 /// stored.
-template <typename Scalar, typename Storage>
-bool pack_values_into_page(Storage* to, Index page_size, Index first, const StridedView<const Scalar>& values) {
-  constexpr Index kCols = Tile<Scalar>::kCols;
-  if constexpr (std::is_same_v<Scalar, Storage>) return pack_columns(to + first * kCols, page_size, values);
-  bool finite = true;
-  for (Index col = 0; col < values.cols; col += kCols, to += page_size * kCols) {
-    const Index present = std::min(kCols, values.cols - col);
-    for (Index row = 0; row < values.rows; ++row) {
-      Storage* const strip_row = to + (first + row) * kCols;
-      for (Index c = 0; c < present; ++c) {
-        strip_row[c] = static_cast<Storage>(values(row, col + c));
-        finite &= std::isfinite(static_cast<Scalar>(strip_row[c]));
+template <typename Scalar, typename Stored>
+bool pack_values_into_page(Stored* to, Index page_size, Index first, const StridedView<const Scalar>& values) {
+  constexpr Index kCols = Tile<ArithmeticOf<Scalar>>::kCols;
+  if constexpr (is_packed_at_once<Scalar, Stored>) {
+    return pack_columns(to + first * kCols, page_size, values);
+  } else {
+    bool finite = true;
+    for (Index col = 0; col < values.cols; col += kCols, to += page_size * kCols) {
+      const Index present = std::min(kCols, values.cols - col);
+      for (Index row = 0; row < values.rows; ++row) {
+        Stored* const strip_row = to + (first + row) * kCols;
+        for (Index c = 0; c < present; ++c) {
+          strip_row[c] = static_cast<Stored>(values(row, col + c));
+          finite &= std::isfinite(static_cast<ArithmeticOf<Scalar>>(strip_row[c]));
+        }
       }
     }
+    return finite;
+  }
+}
+
+/// One row of values as the second ones of the pairs that the row before it began. Returns whether they are finite.
+template <typename Scalar>
+bool complete_pairs(simd::Pair* to, Index page_size, Index row, const StridedView<const Scalar>& values) {
+  constexpr Index kCols = Tile<ArithmeticOf<Scalar>>::kCols;
+  bool finite = true;
+  for (Index col = 0; col < values.cols; ++col) {
+    simd::Pair& pair = to[col / kCols * page_size / 2 * kCols + row / 2 * kCols + col % kCols];
+    pair.second = static_cast<Eigen::bfloat16>(values(0, col));
+    if (!std::isfinite(static_cast<float>(pair.second))) finite = false;
   }
   return finite;
+}
+
+/// Packs values into rows [first, …) of a page of page_size rows of pairs; the second of a last pair is 0 until another
+/// row comes.
+template <typename Scalar>
+bool pack_values_into_page(simd::Pair* to, Index page_size, Index first, const StridedView<const Scalar>& values) {
+  constexpr Index kCols = Tile<ArithmeticOf<Scalar>>::kCols;
+  const Index begun = std::min(first % 2, values.rows);  // rows that complete a pair
+  const bool finite = begun == 0 || complete_pairs(to, page_size, first, values);
+  const auto rest = values.middle_rows(begun, values.rows - begun);
+  return pack_columns(to + (first + begun) / 2 * kCols, page_size / 2, rest) && finite;
 }
 
 /// Packs the rows of one head's keys (all maps side by side) and values into rows [first, …) of a page.
 template <typename Scalar, typename Storage>
 void pack_into_page(Page<Storage>& page, const PageShape& shape, Index head, Index first,
                     const StridedView<const Scalar>& k, const StridedView<const Scalar>& v) {
+  using Stored = StoredAs<Storage>;
   for (Index map = 0; map < shape.key_maps; ++map) {
-    pack_keys_into_page(page.data.get() + shape.keys_offset(head, map), first, k.middle_cols(map * shape.d, shape.d));
+    pack_keys_into_page(page.data.get() + shape.keys_offset<Stored>(head, map), first,
+                        k.middle_cols(map * shape.d, shape.d));
   }
-  const bool finite = pack_values_into_page(page.data.get() + shape.values_offset(head), shape.page_size, first, v);
+  Stored* const values = page.data.get() + shape.values_offset<Stored>(head);
+  const bool finite = pack_values_into_page(values, shape.page_size, first, v);
   char& flag = page.finite_values[static_cast<std::size_t>(head)];
   flag = finite && (first == 0 || flag != 0);
 }

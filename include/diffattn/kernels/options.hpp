@@ -102,7 +102,7 @@ Scalar scale_of(const AttentionOptions& options, Index d) {
 
 /// Whether λ is given as one number for all, and not as a matrix with one for every query.
 template <typename Lambda>
-inline constexpr bool is_scalar_lambda = std::is_arithmetic_v<Lambda>;
+inline constexpr bool is_scalar_lambda = std::is_arithmetic_v<Lambda> || std::is_same_v<Lambda, Eigen::bfloat16>;
 
 }  // namespace detail
 }  // namespace diffattn::inline v0_1

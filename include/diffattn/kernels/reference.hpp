@@ -11,6 +11,7 @@
 // runs over the keys that the mask shows, and a row that sees none is 0. The difference is not renormalised: its rows
 // sum to 1 − λ. λ is any number, or an n_q x 1 column with one for every query (DIFF V2).
 //
+//   softmax_statistics                                                                          n_q x 1 twice
 //   attention_backward, diff_attention_backward       their gradients, by the chain rule from the same maps
 //
 // Shapes: q, q1, q2 (n_q x d) · k, k1, k2 (n_k x d) · v (n_k x dv). Any mismatch throws ShapeError.
@@ -25,8 +26,24 @@
 #include "diffattn/kernels/gradients.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
+#include "diffattn/kernels/softmax_statistics.hpp"
 
 namespace diffattn::inline v0_1::reference {
+
+/// s·q·k + bias of query i and key j, which the mask shows.
+template <typename Q, typename K, typename Mask, typename Scalar>
+Scalar score(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k, Index i, Index j, const Mask& mask,
+             Scalar scale) {
+  Scalar dot = 0;
+  for (Index c = 0; c < q.cols(); ++c) dot += q(i, c) * k(j, c);
+  if constexpr (detail::HasBias<Mask>) {
+    // A visible key is a score like any other, however low.
+    const Scalar bias = detail::bias_of<Scalar>(mask, 0, i, j, q.rows(), k.rows());
+    return std::max(dot * scale + bias, std::numeric_limits<Scalar>::lowest());
+  } else {
+    return dot * scale;
+  }
+}
 
 /// P = softmax(s·Q Kᵀ + bias), row by row. A masked key has weight 0, and so has every key of a row that sees none.
 template <typename Q, typename K, typename Mask = FullMask>
@@ -46,14 +63,7 @@ Matrix<typename Q::Scalar> attention_map(const Eigen::MatrixBase<Q>& q, const Ei
     Scalar max = -std::numeric_limits<Scalar>::infinity();
     for (Index j = begin; j < end; ++j) {
       if (!visible(j)) continue;
-      Scalar dot = 0;
-      for (Index c = 0; c < q.cols(); ++c) dot += q(i, c) * k(j, c);
-      p(i, j) = dot * scale;
-      if constexpr (detail::HasBias<Mask>) {
-        // A visible key is a score like any other, however low.
-        p(i, j) =
-            std::max(p(i, j) + detail::bias_of<Scalar>(mask, 0, i, j, n_q, n_k), std::numeric_limits<Scalar>::lowest());
-      }
+      p(i, j) = score(q, k, i, j, mask, scale);
       if (p(i, j) > max) max = p(i, j);
     }
     if (max == -std::numeric_limits<Scalar>::infinity()) max = 0;  // no weight anywhere: exp gives zeros, or NaN
@@ -67,6 +77,34 @@ Matrix<typename Q::Scalar> attention_map(const Eigen::MatrixBase<Q>& q, const Ei
     if (sum != 0) p.row(i) /= sum;
   }
   return p;
+}
+
+/// (m, l) of every row, n_q x 1 each: its largest score, and Σ exp(score − m) over the keys it sees; −inf and 0 for a
+/// row that sees none. What is left of the softmax once P is forgotten (softmax_statistics.hpp).
+template <typename Q, typename K, typename Mask = FullMask>
+SoftmaxStatistics<typename Q::Scalar> softmax_statistics(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
+                                                         const Mask& mask = {}, const AttentionOptions& options = {}) {
+  using Scalar = typename Q::Scalar;
+  const Index n_q = q.rows(), n_k = k.rows();
+  detail::check_shape("softmax_statistics", "k", k, n_k, q.cols());
+  detail::check_mask("softmax_statistics", mask, 1, n_q, n_k);
+  const Scalar scale = detail::scale_of<Scalar>(options, q.cols());
+  SoftmaxStatistics<Scalar> statistics;
+  statistics.m = Matrix<Scalar>::Constant(n_q, 1, -std::numeric_limits<Scalar>::infinity());
+  statistics.l = Matrix<Scalar>::Zero(n_q, 1);
+  for (Index i = 0; i < n_q; ++i) {
+    const auto for_each_key = [&](auto&& f) {
+      const auto [begin, end] = mask.visible_keys(i, n_q, n_k);
+      for (Index j = begin; j < end; ++j) {
+        if (detail::bias_shows(mask, 0, i, j, n_q, n_k)) f(score(q, k, i, j, mask, scale));
+      }
+    };
+    Scalar &m = statistics.m(i, 0), &l = statistics.l(i, 0);
+    for_each_key([&](Scalar s) { m = s > m ? s : m; });
+    const Scalar base = m == -std::numeric_limits<Scalar>::infinity() ? Scalar(0) : m;
+    for_each_key([&](Scalar s) { l += std::exp(s - base); });
+  }
+  return statistics;
 }
 
 /// A V, leaving out the keys that the mask hides: 0 · NaN would not be 0.
@@ -83,6 +121,7 @@ Matrix<Scalar> apply_map(const Matrix<Scalar>& a, const Eigen::MatrixBase<V>& v,
   return out;
 }
 
+/// P V: q (n_q x d), k (n_k x d), v (n_k x dv) → n_q x dv. Throws ShapeError.
 template <typename Q, typename K, typename V, typename Mask = FullMask>
 Matrix<typename Q::Scalar> attention(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
                                      const Eigen::MatrixBase<V>& v, const Mask& mask = {},
@@ -92,6 +131,7 @@ Matrix<typename Q::Scalar> attention(const Eigen::MatrixBase<Q>& q, const Eigen:
   return apply_map(attention_map(q, k, mask, options), v, mask);
 }
 
+/// (P1 − λ·P2) V, eq. (1): shapes as diff_attention() in kernels/diff_attention.hpp. Throws ShapeError.
 template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename Mask = FullMask>
 Matrix<typename Q1::Scalar> diff_attention(const Eigen::MatrixBase<Q1>& q1, const Eigen::MatrixBase<K1>& k1,
                                            const Eigen::MatrixBase<Q2>& q2, const Eigen::MatrixBase<K2>& k2,
@@ -163,6 +203,7 @@ Vector<Scalar> softmax_backward(Matrix<Scalar>& dq, Matrix<Scalar>& dk, const Ei
   return sum;
 }
 
+/// dQ, dK and dV of attention() from dout (n_q x dv). Throws ShapeError.
 template <typename Q, typename K, typename V, typename G, typename Mask = FullMask>
 AttentionGradients<typename Q::Scalar> attention_backward(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
                                                           const Eigen::MatrixBase<V>& v,
@@ -180,6 +221,7 @@ AttentionGradients<typename Q::Scalar> attention_backward(const Eigen::MatrixBas
   return grad;
 }
 
+/// dQ1, dK1, dQ2, dK2, dV and dλ of diff_attention() from dout (n_q x dv). Throws ShapeError.
 template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename G,
           typename Mask = FullMask>
 DiffAttentionGradients<typename Q1::Scalar, Lambda> diff_attention_backward(

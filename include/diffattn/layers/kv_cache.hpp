@@ -16,7 +16,7 @@
 //            one of them first adds to it. Copies may be used from different threads.
 // Memory     grows in pages of page_size tokens, which never move; `reserve` tokens at the first use. Without growth
 //            nothing is allocated. memory_bytes() is page_size · num_kv_heads · (key maps · head_dim + value columns, in
-//            whole strips of at most 32) · sizeof(Storage) a page.
+//            whole strips of at most 32) · sizeof(Storage) a page; an odd head_dim may be rounded up for bfloat16.
 // Window     gives back what no later query can see, page by page, so memory is bounded: with a window of w tokens,
 //            pages of p and chunks of up to n, where n <= w, it is
 //                ceil((w - 2 + max(n, p)) / p) + 1 pages
@@ -87,11 +87,12 @@ class KvCache {
   Index position() const { return position_; }
   /// How many of them are still there to be seen: all, or at most the window.
   Index size() const { return std::min(position_, options_.window.value_or(position_)); }
+  /// Whether no token was ever fed.
   bool empty() const { return position_ == 0; }
   /// Bytes of keys and values held, room that is not yet used and pages shared with forks included.
   std::size_t memory_bytes() const {
     if (pages_.empty()) return 0;  // which has no shape yet
-    return pages_.size() * static_cast<std::size_t>(shape_.size()) * sizeof(Storage);
+    return pages_.size() * static_cast<std::size_t>(shape_.template size<Stored>()) * sizeof(Stored);
   }
 
   /// A cache that continues from here on its own and shares what is there.
@@ -117,6 +118,7 @@ class KvCache {
   /// Until release() is called as often, a window keeps what it passes, so that truncate() finds it: for what consists
   /// of several calls, one of which may fail.
   void hold() noexcept { ++holds_; }
+  /// Ends what hold() began.
   void release() noexcept {
     --holds_;
     drop_passed();
@@ -128,7 +130,7 @@ class KvCache {
   template <typename Scalar>
   PageShape check_shape(const char* where, Index heads, Index key_maps, Index d, Index dv) const {
     static_assert(sizeof(Storage) <= sizeof(Scalar), "diffattn: a cache must not be wider than the layer's scalar");
-    const PageShape shape{heads, key_maps, d, dv, detail::Tile<Scalar>::kCols, page_size()};
+    const PageShape shape{heads, key_maps, d, dv, detail::Tile<detail::ArithmeticOf<Scalar>>::kCols, page_size()};
     if (position_ != 0 && shape != shape_) throw_other_shape(where, shape);
     return shape;
   }
@@ -193,6 +195,7 @@ class KvCache {
 
  private:
   using Page = detail::Page<Storage>;
+  using Stored = detail::StoredAs<Storage>;
 
   void drop_passed() noexcept {
     if (holds_ != 0) return;
@@ -226,7 +229,7 @@ class KvCache {
   void check_memory(const char* where, Index tokens) const {
     constexpr Index kManyPages = 64;
     constexpr Index kMostBytes = Index{1} << 40;
-    const Index page_bytes = shape_.size() * static_cast<Index>(sizeof(Storage));
+    const Index page_bytes = shape_.template size<Stored>() * static_cast<Index>(sizeof(Stored));
     if (tokens > kMostBytes / page_bytes * page_size()) {
       detail::throw_invalid({where, ": a cache for ", tokens, " tokens would take more than ", kMostBytes, " bytes"});
     }
@@ -271,7 +274,7 @@ class KvCache {
     }
     auto copy = std::make_shared<Page>(shape_);
     if (page * page_size() < held) {
-      std::copy_n(shared->data.get(), shape_.size(), copy->data.get());
+      std::copy_n(shared->data.get(), shape_.template size<Stored>(), copy->data.get());
       copy->finite_values = shared->finite_values;
     }
     shared = std::move(copy);

@@ -107,7 +107,10 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
   template <typename Y, typename Tokens, AttentionMask Mask, Executor E = Serial>
   void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, const Mask& mask, Workspace& workspace,
                    E&& executor = {}) const {
-    detail::check_shape(kName, "logits", y, size_of(tokens), config().vocab_size);
+    detail::check_before(executor, kName, [&] {
+      detail::check_shape(kName, "logits", y, size_of(tokens), config().vocab_size);
+      if constexpr (spreads_sequences<E>) check_tokens(tokens);  // as hidden_into() does, on all ranks together
+    });
     const auto frame = workspace.frame();
     auto x = Stack::rows(size_of(tokens), workspace);
     hidden_into(x, tokens, mask, workspace, executor);
@@ -184,12 +187,14 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
   void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, const Mask& mask,
                    const SequenceLengths& lengths, Tape& tape, Workspace& workspace, E&& executor = {}) const {
     const Index n = size_of(tokens);
-    if (!std::is_same_v<Mask, CausalMask> && tape.recompute) {
-      detail::throw_invalid({kName, ": a tape with recompute takes a CausalMask only"});
-    }
-    detail::check_shape(kName, "logits", y, n, config().vocab_size);
-    detail::check_lengths(kName, lengths, n);
-    check_tokens(tokens);
+    detail::check_before(executor, kName, [&] {
+      if (!std::is_same_v<Mask, CausalMask> && tape.recompute) {
+        detail::throw_invalid({kName, ": a tape with recompute takes a CausalMask only"});
+      }
+      detail::check_shape(kName, "logits", y, n, config().vocab_size);
+      detail::check_lengths(kName, lengths, n);
+      check_tokens(tokens);
+    });
     tape.begin(tokens, lengths, blocks.size(), embedding.cols());
     Stack::run_on_tape(mask, tape, workspace, executor);
     head_into(y, tape.hidden, workspace, executor);
@@ -200,9 +205,11 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
   template <typename DY, Executor E = Serial>
   void backward(const Eigen::MatrixBase<DY>& dlogits, Tape& tape, Decoder& grad, Workspace& workspace,
                 E&& executor = {}) const {
-    tape.check(kName, blocks.size(), embedding.cols());
-    detail::check_shape(kName, "dlogits", dlogits, tape.hidden.rows(), config().vocab_size);
-    detail::check_gradient(kName, *this, grad);
+    detail::check_before(executor, kName, [&] {
+      tape.check(kName, blocks.size(), embedding.cols());
+      detail::check_shape(kName, "dlogits", dlogits, tape.hidden.rows(), config().vocab_size);
+      detail::check_gradient(kName, *this, grad);
+    });
     const auto frame = workspace.frame();
     auto dx = Stack::rows(dlogits.rows(), workspace);
     if (head) {
@@ -259,7 +266,7 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
     detail::check_shape(kName, "x", x, x.rows(), embedding.cols());
     detail::check_shape(kName, "logits", y, x.rows(), embedding.rows());
     if (head) return head->forward_into(y, x, workspace, executor);
-    linear_into<Scalar>(y, x, embedding, workspace, executor);
+    linear_into<Scalar>(y, x, embedding, workspace, executor, nullptr, config().arithmetic);
   }
 };
 

@@ -18,7 +18,7 @@
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/product/packed.hpp"
-#include "diffattn/product/packed_product.hpp"
+#include "diffattn/product/product_tasks.hpp"
 #include "diffattn/product/thin_product.hpp"
 
 namespace diffattn::inline v0_1::detail {

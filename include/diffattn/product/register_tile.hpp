@@ -10,6 +10,8 @@
 //         [depth][kCols] (packed.hpp). Tiles of a third and two thirds of kRows, and of half of kCols, do for what is
 //         left over, so that little is computed for nobody: `to` must have room for the tile.
 // Sums    chains of kChain products along depth, added up in order: the result depends on nothing but the operands.
+// Types   float or double; or pairs of bfloat16 (core/simd_pairs.hpp), whose sums are floats: then a step is two
+//         products, `depth`, `chain` and all steps count pairs, and an odd depth has been filled up with 0.
 //
 // Per step of depth it loads two packets of b, broadcasts kRows scalars of a, and does 2·kRows fused multiply-adds:
 // with 16 registers 12 FMAs for 8 loads, which keeps both FMA pipes of a core with two load ports busy.
@@ -18,8 +20,15 @@
 #include <type_traits>
 
 #include "diffattn/core/simd.hpp"
+#include "diffattn/core/simd_pairs.hpp"
 
 namespace diffattn::inline v0_1::detail {
+
+/// What a tile's sums are, and how many products it adds to each in a step: one, or two for pairs of bfloat16.
+template <typename Operand>
+using SumOf = std::conditional_t<std::is_same_v<Operand, simd::Pair>, float, Operand>;
+template <typename Operand>
+inline constexpr Index kStepDepth = std::is_same_v<Operand, simd::Pair> ? 2 : 1;
 
 template <typename Scalar>
 struct Tile {
@@ -34,9 +43,17 @@ struct Tile {
 /// with the length of a chain: with 64, 256 keys have half the error of a single chain, for 1 to 3 % of the time; with
 /// 32 no less, for another 1 %.
 inline constexpr Index kChain = 64;
+/// The steps of a chain.
+template <typename Operand>
+inline constexpr Index kChainSteps = kChain / kStepDepth<Operand>;
 
 constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr Index divide_up(Index n, Index divisor) { return (n + divisor - 1) / divisor; }
+/// The steps of a depth: pairs, where the operand is one.
+template <typename Operand>
+constexpr Index steps_of(Index depth) {
+  return divide_up(depth, kStepDepth<Operand>);
+}
 
 /// The sums of one tile of kHeight <= kRows rows and kPackets packets of columns: row r, columns p·kLanes ….
 template <typename Scalar, Index kHeight = Tile<Scalar>::kRows, Index kPackets = Tile<Scalar>::kPackets>
@@ -74,9 +91,9 @@ struct TileSums {
 
 /// The left operand of a product: a(r, k) = data[r·row_step + k·depth_step]. Rows up to the height of the tile are
 /// read.
-template <typename Scalar>
+template <typename Operand>
 struct LeftOperand {
-  const Scalar* data;
+  const Operand* data;
   Index row_step;
   Index depth_step;
 };
@@ -89,29 +106,29 @@ struct Ahead {
   Index size = 0;
 };
 
-template <typename Scalar, Index kHeight, Index kPackets>
-EIGEN_ALWAYS_INLINE void add_product_of_size(Scalar* to, Index stride, bool add, const LeftOperand<Scalar>& a,
-                                             const Scalar* b, Index depth, Index chain, Ahead<Scalar> first,
+template <typename Scalar, typename Operand, Index kHeight, Index kPackets>
+EIGEN_ALWAYS_INLINE void add_product_of_size(Scalar* to, Index stride, bool add, const LeftOperand<Operand>& a,
+                                             const Operand* b, Index depth, Index chain, Ahead<Scalar> first,
                                              Ahead<Scalar> second) {
   TileSums<Scalar, kHeight, kPackets> tile;
   // Three pointers and one step, doubled and tripled in the address: what the general registers have room for.
   constexpr Index kThird = divide_up(kHeight, 3);
   const Index row = a.row_step;
-  const Scalar* rows[3] = {a.data, a.data + kThird * row, a.data + 2 * kThird * row};
+  const Operand* rows[3] = {a.data, a.data + kThird * row, a.data + 2 * kThird * row};
   for (Index remaining = depth;; remaining -= chain) {
     tile.set_zero();
     for (Index steps = std::min(remaining, chain); steps > 0; --steps) {
-      simd::Packet<Scalar> right[kPackets];
+      decltype(simd::load_operand(b)) right[kPackets];
 #pragma GCC unroll 2
-      for (Index p = 0; p < kPackets; ++p) right[p] = simd::load(b + p * Tile<Scalar>::kLanes);
+      for (Index p = 0; p < kPackets; ++p) right[p] = simd::load_operand(b + p * Tile<Scalar>::kLanes);
 #pragma GCC unroll 16
       for (Index r = 0; r < kHeight; ++r) {
-        const simd::Packet<Scalar> left = simd::broadcast(rows[r / kThird][(r % kThird) * row]);
+        const auto left = simd::broadcast_operand(rows[r / kThird] + (r % kThird) * row);
 #pragma GCC unroll 2
-        for (Index p = 0; p < kPackets; ++p) tile.sums[r][p] = simd::fma(left, right[p], tile.sums[r][p]);
+        for (Index p = 0; p < kPackets; ++p) tile.sums[r][p] = simd::multiply_add(left, right[p], tile.sums[r][p]);
       }
 #pragma GCC unroll 3
-      for (const Scalar*& third : rows) third += a.depth_step;
+      for (const Operand*& third : rows) third += a.depth_step;
       b += Tile<Scalar>::kCols;
       simd::prefetch(first.data);
       first.data += first.size;
@@ -130,26 +147,29 @@ EIGEN_ALWAYS_INLINE void add_product_of_size(Scalar* to, Index stride, bool add,
 /// `first` and `second` on the way. A chain (see kChain) starts at every multiple of `chain`. A call of its own,
 /// compiled once for each scalar: beside the product it costs nothing, and compiling it at every use would cost
 /// seconds.
-template <typename Scalar>
-EIGEN_DONT_INLINE void add_product(Scalar* to, Index stride, bool add, const LeftOperand<Scalar>& a, const Scalar* b,
+template <typename Scalar, typename Operand>
+EIGEN_DONT_INLINE void add_product(Scalar* to, Index stride, bool add, const LeftOperand<Operand>& a, const Operand* b,
                                    Index depth, Index rows, Index cols, const Ahead<Scalar>& first = {},
-                                   const Ahead<Scalar>& second = {}, Index chain = kChain) {
+                                   const Ahead<Scalar>& second = {}, Index chain = kChainSteps<Operand>) {
+  static_assert(std::is_same_v<Scalar, SumOf<Operand>>);
   constexpr Index kThird = Tile<Scalar>::kRows / 3;
   // What to fetch in a step of depth. Where there is nothing to fetch, b is asked for: it is near, and that costs less
   // than a branch.
   const auto per_step = [&](const Ahead<Scalar>& ahead) {
-    return ahead.data == nullptr ? Ahead<Scalar>{b, 0} : Ahead<Scalar>{ahead.data, divide_up(ahead.size, depth)};
+    return ahead.data == nullptr ? Ahead<Scalar>{reinterpret_cast<const Scalar*>(b), 0}
+                                 : Ahead<Scalar>{ahead.data, divide_up(ahead.size, depth)};
   };
   const Ahead<Scalar> first_step = per_step(first), second_step = per_step(second);
   const auto of_width = [&](auto packets) {
     constexpr Index kPackets = decltype(packets)::value;
     if (rows > 2 * kThird)
-      return add_product_of_size<Scalar, 3 * kThird, kPackets>(to, stride, add, a, b, depth, chain, first_step,
-                                                               second_step);
+      return add_product_of_size<Scalar, Operand, 3 * kThird, kPackets>(to, stride, add, a, b, depth, chain, first_step,
+                                                                        second_step);
     if (rows > kThird)
-      return add_product_of_size<Scalar, 2 * kThird, kPackets>(to, stride, add, a, b, depth, chain, first_step,
-                                                               second_step);
-    return add_product_of_size<Scalar, kThird, kPackets>(to, stride, add, a, b, depth, chain, first_step, second_step);
+      return add_product_of_size<Scalar, Operand, 2 * kThird, kPackets>(to, stride, add, a, b, depth, chain, first_step,
+                                                                        second_step);
+    return add_product_of_size<Scalar, Operand, kThird, kPackets>(to, stride, add, a, b, depth, chain, first_step,
+                                                                  second_step);
   };
   if (cols > Tile<Scalar>::kLanes) return of_width(std::integral_constant<Index, Tile<Scalar>::kPackets>{});
   return of_width(std::integral_constant<Index, 1>{});
@@ -158,8 +178,8 @@ EIGEN_DONT_INLINE void add_product(Scalar* to, Index stride, bool add, const Lef
 /// out += a · b for up to kRows rows and any number of columns. out: strips of kCols columns, `strip_size` apart; b:
 /// strips over `depth`, b_strip apart. Fetches `first`, which is first_strip further on for every strip, and `second`,
 /// of which every strip takes the next piece.
-template <typename Scalar>
-void add_products(Scalar* out, Index out_strip, const LeftOperand<Scalar>& a, const Scalar* b, Index b_strip,
+template <typename Scalar, typename Operand>
+void add_products(Scalar* out, Index out_strip, const LeftOperand<Operand>& a, const Operand* b, Index b_strip,
                   Index rows, Index cols, Index depth, Ahead<Scalar> first, Index first_strip, Ahead<Scalar> second) {
   constexpr Index kCols = Tile<Scalar>::kCols;
   if (depth <= 0) return;

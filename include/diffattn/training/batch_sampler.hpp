@@ -10,9 +10,12 @@
 //   Batch batch;
 //   sampler.next(batch);        batch.inputs and batch.targets: batch_size · length tokens, sequences one after another
 //
-// State    how many windows were drawn: with the same tokens and config, setting `drawn` resumes.
+// Ranks    where several processes or threads share the work, each has a sampler of the same config but for `rank`. A
+//          batch is the same for any number of ranks, and rank r gets the sequences from r · batch_size / num_ranks on.
+// State    how many windows were drawn, by all ranks together: with the same tokens and config, setting `drawn` resumes,
+//          also on another number of ranks.
 // Errors   std::invalid_argument if there are not at least length + 1 tokens, or a count is below 1, or a batch would
-//          be more than memory holds. After std::bad_alloc a sampler is as before.
+//          be more than memory holds or less than a sequence for each rank. After std::bad_alloc a sampler is as before.
 // Memory   one index a window. The tokens stay the caller's (a TokenFile maps them from disk) and have to outlive it: a
 //          temporary container is refused.
 
@@ -31,15 +34,17 @@
 namespace diffattn::inline v0_1 {
 
 struct BatchSamplerConfig {
-  Index length = 0;  ///< inputs in a sequence
-  Index batch_size = 1;
+  Index length = 0;      ///< inputs in a sequence
+  Index batch_size = 1;  ///< sequences of all ranks together
   std::uint64_t seed = 0;
+  Index rank = 0;  ///< from 0 to num_ranks − 1
+  Index num_ranks = 1;
 };
 
 struct Batch {
   std::vector<Index> inputs;
   std::vector<Index> targets;  ///< the token after each input
-  std::vector<Index> lengths;  ///< of the sequences: `length`, batch_size times
+  std::vector<Index> lengths;  ///< of the sequences: `length` for each
 };
 
 template <typename Token>
@@ -52,6 +57,14 @@ class BatchSampler {
           {"BatchSampler: length and batch_size must be at least 1, got ", config.length, " and ", config.batch_size});
     }
     detail::checked_product("BatchSampler", "batch_size·length", {config.batch_size, config.length});
+    if (config.rank < 0 || config.rank >= config.num_ranks) {
+      detail::throw_invalid(
+          {"BatchSampler: rank must be from 0 to num_ranks - 1, got ", config.rank, " of ", config.num_ranks});
+    }
+    if (config.batch_size < config.num_ranks) {
+      detail::throw_invalid({"BatchSampler: a batch must have a sequence for each of ", config.num_ranks,
+                             " ranks, got batch_size ", config.batch_size});
+    }
     const auto count = static_cast<Index>(tokens.size());
     if (count < config.length + 1) {
       detail::throw_invalid({"BatchSampler: a window of ", config.length, " inputs and their targets needs at least ",
@@ -67,6 +80,7 @@ class BatchSampler {
       BatchSampler(Container&& temporary, const BatchSamplerConfig& config)
   = delete;
 
+  /// What the sampler was made with.
   const BatchSamplerConfig& config() const { return config_; }
   /// How many windows an epoch has.
   Index windows_per_epoch() const { return windows_; }
@@ -74,22 +88,31 @@ class BatchSampler {
   /// Fills `batch`, whose memory is used again. Throws std::invalid_argument if `drawn` was set to a negative number.
   void next(Batch& batch) {
     if (drawn < 0) detail::throw_invalid({"BatchSampler: drawn must be 0 or more, got ", drawn});
-    const auto size = static_cast<std::size_t>(config_.batch_size * config_.length);
+    const Index first = first_of_rank(config_.rank), count = first_of_rank(config_.rank + 1) - first;
+    const auto size = static_cast<std::size_t>(count * config_.length);
     batch.inputs.resize(size);
     batch.targets.resize(size);
-    batch.lengths.assign(static_cast<std::size_t>(config_.batch_size), config_.length);
-    for (std::size_t at = 0; at < size; ++drawn) {
-      std::size_t from = static_cast<std::size_t>(window_begin(drawn));
+    batch.lengths.assign(static_cast<std::size_t>(count), config_.length);
+    std::size_t at = 0;
+    for (Index window = drawn + first; at < size; ++window) {
+      std::size_t from = static_cast<std::size_t>(window_begin(window));
       for (Index i = 0; i < config_.length; ++i, ++at, ++from) {
         batch.inputs[at] = static_cast<Index>(tokens_[from]);
         batch.targets[at] = static_cast<Index>(tokens_[from + 1]);
       }
     }
+    drawn += config_.batch_size;
   }
 
-  Index drawn = 0;  ///< windows given out so far
+  Index drawn = 0;  ///< windows given out so far, by all ranks together
 
  private:
+  // Of the sequences of a batch. Not rank · batch_size, which may be more than an Index holds.
+  Index first_of_rank(Index rank) const {
+    const Index each = config_.batch_size / config_.num_ranks, rest = config_.batch_size % config_.num_ranks;
+    return rank * each + rank * rest / config_.num_ranks;
+  }
+
   Index window_begin(Index window) {
     const Index epoch = window / windows_;
     if (epoch != epoch_) begin_epoch(epoch);

@@ -10,6 +10,7 @@
 
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#include "support/scalars.hpp"
 
 using diffattn::Index;
 namespace simd = diffattn::simd;
@@ -78,7 +79,7 @@ TEST_CASE("exp2 is within 2 ulp: double") {
   CHECK(worst_ulp<double>(-1e-9, 50000) <= kMaxUlp);
 }
 
-TEMPLATE_TEST_CASE("exp2 of a product is as good as of the product in more digits", "", float, double) {
+TEMPLATE_TEST_CASE("exp2 of a product is as good as of the product in more digits", "", DIFFATTN_TEST_SCALARS) {
   support::Rng rng = support::make_rng();
   std::uniform_real_distribution<TestType> any(-62, 0), any_scale(1, 2);
   double worst = 0;
@@ -100,7 +101,7 @@ TEMPLATE_TEST_CASE("exp2 of a product is as good as of the product in more digit
 #endif
 }
 
-TEMPLATE_TEST_CASE("exp2 is 0 below the normal numbers whatever the scale", "", float, double) {
+TEMPLATE_TEST_CASE("exp2 is 0 below the normal numbers whatever the scale", "", DIFFATTN_TEST_SCALARS) {
   using Limits = std::numeric_limits<TestType>;
   for (const TestType scale : {TestType(1), TestType(1.442695), TestType(1.9999999)}) {
     Lanes<TestType> x;
@@ -110,7 +111,7 @@ TEMPLATE_TEST_CASE("exp2 is 0 below the normal numbers whatever the scale", "", 
   }
 }
 
-TEMPLATE_TEST_CASE("exp2 is exact where it must be", "", float, double) {
+TEMPLATE_TEST_CASE("exp2 is exact where it must be", "", DIFFATTN_TEST_SCALARS) {
   using Limits = std::numeric_limits<TestType>;
   CHECK(our_exp2(TestType(0)) == 1);
   CHECK(our_exp2(-TestType(0)) == 1);
@@ -118,7 +119,7 @@ TEMPLATE_TEST_CASE("exp2 is exact where it must be", "", float, double) {
   for (int n = -1; n > Limits::min_exponent; --n) CHECK(our_exp2(TestType(n)) == std::ldexp(TestType(1), n));
 }
 
-TEMPLATE_TEST_CASE("exp2 is 0 below the normal numbers", "", float, double) {
+TEMPLATE_TEST_CASE("exp2 is 0 below the normal numbers", "", DIFFATTN_TEST_SCALARS) {
   using Limits = std::numeric_limits<TestType>;
   const auto lowest = static_cast<TestType>(Limits::min_exponent - 1);  // 2^lowest is the smallest normal number
   CHECK(our_exp2(lowest - 1) == 0);
@@ -128,7 +129,7 @@ TEMPLATE_TEST_CASE("exp2 is 0 below the normal numbers", "", float, double) {
   CHECK(our_exp2(-Limits::infinity()) == 0);
 }
 
-TEMPLATE_TEST_CASE("exp2 keeps NaN, in its own lane", "", float, double) {
+TEMPLATE_TEST_CASE("exp2 keeps NaN, in its own lane", "", DIFFATTN_TEST_SCALARS) {
   Lanes<TestType> x;
   for (Index bad = 0; bad < Lanes<TestType>::kCount; ++bad) {
     for (TestType& value : x.values) value = -3;

@@ -7,6 +7,7 @@
 
 #include "diffattn/core/simd.hpp"
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
 using diffattn::CausalMask;
 using diffattn::FullMask;
@@ -94,7 +95,7 @@ TEST_CASE("What is hidden is cleared, by range and by bias", "[kernels]") {
   }
 }
 
-TEMPLATE_TEST_CASE("The parts of a scale multiply to it", "", float, double) {
+TEMPLATE_TEST_CASE("The parts of a scale multiply to it", "", DIFFATTN_TEST_SCALARS) {
   for (const double s : {0.125, -0.3, 1.0, 7.7, 1e-30}) {
     CAPTURE(s);
     const auto scale = static_cast<TestType>(s);

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "support/catch.hpp"
+#include "support/scalars.hpp"
 
 using diffattn::Index;
 namespace detail = diffattn::detail;
@@ -26,7 +27,7 @@ struct Row {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("A row of scores becomes weights relative to its largest", "", float, double) {
+TEMPLATE_TEST_CASE("A row of scores becomes weights relative to its largest", "", DIFFATTN_TEST_SCALARS) {
   using R = Row<TestType>;
   const TestType c = TestType(1.25), hidden = -std::numeric_limits<TestType>::infinity();
   R row(TestType(0.5));
@@ -47,10 +48,11 @@ TEMPLATE_TEST_CASE("A row of scores becomes weights relative to its largest", ""
   }
   CHECK(row.values[R::kBegin] == 0);
   CHECK(sum == Approx(expected_sum).epsilon(1e-6));
-  CHECK(detail::log_sum_exp<TestType>({base, sum}, c) == Approx(c * largest + std::log2(expected_sum)).epsilon(1e-6));
+  CHECK(base == largest);
 }
 
-TEMPLATE_TEST_CASE("A row that sees no key has weights of 0, a sum of 0 and no probability", "", float, double) {
+TEMPLATE_TEST_CASE("A row that sees no key has weights of 0, a sum of 0 and no probability", "",
+                   DIFFATTN_TEST_SCALARS) {
   using R = Row<TestType>;
   R row(TestType(0));
   const TestType hidden = -std::numeric_limits<TestType>::infinity();
@@ -62,10 +64,10 @@ TEMPLATE_TEST_CASE("A row that sees no key has weights of 0, a sum of 0 and no p
   CHECK(detail::normaliser(sum) == 0);
   CHECK(detail::normaliser(sum, TestType(-0.5)) == 0);
   CHECK(detail::normaliser(TestType(4), TestType(-2)) == TestType(-0.5));
-  CHECK(detail::log_sum_exp<TestType>({base, sum}, TestType(1.5)) == hidden);
+  CHECK(base == detail::kNoBase<TestType>);
 }
 
-TEMPLATE_TEST_CASE("Maps are combined, in place and into another row", "", float, double) {
+TEMPLATE_TEST_CASE("Maps are combined, in place and into another row", "", DIFFATTN_TEST_SCALARS) {
   using R = Row<TestType>;
   const R p1(TestType(0.25)), p2(TestType(0.5));
   R to(TestType(1)), in_place = p1;

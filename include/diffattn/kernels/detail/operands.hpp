@@ -4,9 +4,9 @@
 // differential; what it returns answers the drivers with views of one head. Nothing else knows where heads and maps lie
 // in the columns.
 //
-//   auto call = operands_of(where, q, k, v, operand("out", out), heads, mask, options);
+//   auto call = operands_of<Result>(where, q, k, v, operand("out", out), heads, mask, options);
 //   call.in.out = writable_view_of(out);
-//   run_heads<StandardBlock<Scalar>>(call.in, mask, workspace, executor);
+//   run_heads<StandardBlock<Element, Result>>(call.in, mask, workspace, executor);
 // A block of rows takes the call's operands and the rows (RowRange, which knows its head), and asks for what it needs:
 //   in.queries(map, rows.head).middle_rows(rows.first, rows.count)
 
@@ -14,8 +14,12 @@
 #include <type_traits>
 
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
+#include "diffattn/kernels/detail/arithmetic.hpp"
 #include "diffattn/kernels/detail/lambda_view.hpp"
 #include "diffattn/kernels/detail/operand_checks.hpp"
+#include "diffattn/kernels/detail/row_statistics.hpp"
+#include "diffattn/kernels/detail/scalar_checks.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
 
@@ -56,17 +60,20 @@ struct HeadLayout {
 };
 
 /// The operands of all heads and maps, shapes already checked: a view for each map, from its first head on.
-template <typename Scalar, Index kMaps>
+/// Element: what q, k and v hold, whose products are added up in Scalar; Result: what is written.
+template <typename ElementType, Index kNumMaps, typename ResultType = ElementType>
 struct HeadOperands : HeadLayout {
-  StridedView<Scalar> out;             // n_q rows
-  StridedView<const Scalar> q[kMaps];  // n_q rows
-  StridedView<const Scalar> k[kMaps];  // n_k rows
-  StridedView<const Scalar> v;         // n_k rows
-  LambdaView<Scalar> lambda;           // lambda(row, head), n_q x num_heads
-  /// Where to write the log-sum-exp of every row, n_q x num_heads for each map: log2 Σ 2^(score·log2(e)), which is what
-  /// exp2(score·log2(e) − lse) turns back into probabilities; -inf for a row that sees no key. No data: not wanted, as
-  /// for every public function; attention over parts of the keys will merge their results by it.
-  StridedView<Scalar> lse[kMaps];
+  using Element = ElementType;
+  using Result = ResultType;
+  using Scalar = ArithmeticOf<Element>;
+  static constexpr Index kMaps = kNumMaps;
+
+  StridedView<Result> out;                  // n_q rows
+  StridedView<const Element> q[kMaps];      // n_q rows
+  StridedView<const Element> k[kMaps];      // n_k rows
+  StridedView<const Element> v;             // n_k rows
+  LambdaView<Scalar> lambda;                // lambda(row, head), n_q x num_heads
+  RowStatistics<Scalar> statistics[kMaps];  // n_q x num_heads
   Scalar scale = 1;
 
   Index n_q() const { return q[0].rows; }
@@ -74,13 +81,13 @@ struct HeadOperands : HeadLayout {
   Index n_k() const { return k[0].rows; }
 
   /// n_q x d, of a query head.
-  StridedView<const Scalar> queries(Index map, Index head) const { return query_head(q, map, head); }
+  StridedView<const Element> queries(Index map, Index head) const { return query_head(q, map, head); }
   /// n_k x d, of a key head.
-  StridedView<const Scalar> keys(Index map, Index kv_head) const { return key_head(k[map], kv_head); }
+  StridedView<const Element> keys(Index map, Index kv_head) const { return key_head(k[map], kv_head); }
   /// n_k x dv, of a value head.
-  StridedView<const Scalar> values(Index kv_head) const { return value_head(v, kv_head); }
+  StridedView<const Element> values(Index kv_head) const { return value_head(v, kv_head); }
   /// n_q x dv, of a query head.
-  StridedView<Scalar> result(Index head) const { return value_head(out, head); }
+  StridedView<Result> result(Index head) const { return value_head(out, head); }
 
   /// Whether all maps read the same keys, which are then packed and streamed once.
   bool shared_keys() const {
@@ -116,39 +123,39 @@ void spread_maps(StridedView<T> (&to)[kMaps], const StridedView<T>& side_by_side
 }
 
 /// Everything of HeadOperands that sizes and options say.
-template <typename Scalar, Index kMaps>
-HeadOperands<Scalar, kMaps> sized_operands(const CallSizes& sizes, const AttentionOptions& options) {
-  HeadOperands<Scalar, kMaps> in;
+template <typename Operands>
+Operands sized_operands(const CallSizes& sizes, const AttentionOptions& options) {
+  Operands in;
   in.heads = sizes.heads;
   in.d = sizes.d;
   in.dv = sizes.dv;
   in.noise_sharers = sizes.heads.noise_sharers();
   in.q_step = (in.noise_sharers + sizes.query_maps - 1) * sizes.d;
   in.k_step = sizes.key_maps * sizes.d;
-  in.scale = scale_of<Scalar>(options, sizes.d);
+  in.scale = scale_of<typename Operands::Scalar>(options, sizes.d);
   return in;
 }
 
 /// Operands with all heads and maps side by side. Holds the values of those that have no memory of their own, which
 /// `in` looks at: it stays where it was made.
-template <Index kMaps, typename Q, typename K, typename V, typename Lambda>
+template <Index kMaps, typename Result, typename Q, typename K, typename V, typename Lambda>
 class SideBySideOperands {
-  using Scalar = typename Q::Scalar;
+  using Operands = HeadOperands<typename Q::Scalar, kMaps, Result>;
 
  public:
   SideBySideOperands(const CallSizes& call, const Q& q, const K& k, const V& v, const Lambda& lambda,
                      const AttentionOptions& options)
-      : sizes(call), in(sized_operands<Scalar, kMaps>(call, options)), q_(q), k_(k), v_(v), lambda_(lambda) {
+      : sizes(call), in(sized_operands<Operands>(call, options)), q_(q), k_(k), v_(v), lambda_(lambda) {
     spread_queries(in.q, view_of(q_), sizes);
     spread_maps(in.k, view_of(k_), sizes.key_maps, sizes.d);
     in.v = view_of(v_);
-    in.lambda = lambda_view<Scalar>(lambda_);
+    in.lambda = lambda_view<typename Operands::Scalar>(lambda_);
   }
   SideBySideOperands(const SideBySideOperands&) = delete;
   SideBySideOperands& operator=(const SideBySideOperands&) = delete;
 
   CallSizes sizes;
-  HeadOperands<Scalar, kMaps> in;
+  Operands in;
 
  private:
   Readable<Q> q_;
@@ -158,15 +165,15 @@ class SideBySideOperands {
 };
 
 /// Operands of one differential head, each map by itself; otherwise the same.
-template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda>
+template <typename Result, typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda>
 class MapByMapOperands {
-  using Scalar = typename Q1::Scalar;
+  using Operands = HeadOperands<typename Q1::Scalar, 2, Result>;
 
  public:
   MapByMapOperands(const CallSizes& call, const Q1& q1, const K1& k1, const Q2& q2, const K2& k2, const V& v,
                    const Lambda& lambda, const AttentionOptions& options)
       : sizes(call),
-        in(sized_operands<Scalar, 2>(call, options)),
+        in(sized_operands<Operands>(call, options)),
         q1_(q1),
         k1_(k1),
         q2_(q2),
@@ -178,13 +185,13 @@ class MapByMapOperands {
     in.k[0] = view_of(k1_);
     in.k[1] = view_of(k2_);
     in.v = view_of(v_);
-    in.lambda = lambda_view<Scalar>(lambda_);
+    in.lambda = lambda_view<typename Operands::Scalar>(lambda_);
   }
   MapByMapOperands(const MapByMapOperands&) = delete;
   MapByMapOperands& operator=(const MapByMapOperands&) = delete;
 
   CallSizes sizes;
-  HeadOperands<Scalar, 2> in;
+  Operands in;
 
  private:
   Readable<Q1> q1_;
@@ -195,45 +202,12 @@ class MapByMapOperands {
   ReadableLambda<Lambda> lambda_;
 };
 
-/// One scalar type for all operands, and one that the production kernels know. consteval, so that it is instantiated
-/// where it is called: GCC 16 drops what is pending once a later line has failed, and this message with it.
-template <typename Q, typename K, typename V>
-consteval void check_scalars() {
-  using Scalar = typename Q::Scalar;
-  static_assert(std::is_same_v<Scalar, float> || std::is_same_v<Scalar, double>,
-                "diffattn: the kernels take float or double (diffattn::reference takes long double too)");
-  static_assert(std::is_same_v<Scalar, typename K::Scalar>,
-                "diffattn: the keys must have the scalar type of the queries; convert with .template cast<>()");
-  static_assert(std::is_same_v<Scalar, typename V::Scalar>,
-                "diffattn: the values must have the scalar type of the queries; convert with .template cast<>()");
-}
-
-template <typename Q1, typename K1, typename Q2, typename K2>
-consteval void check_second_scalars() {
-  static_assert(std::is_same_v<typename Q1::Scalar, typename Q2::Scalar>,
-                "diffattn: q2 must have the scalar type of q1; convert with .template cast<>()");
-  static_assert(std::is_same_v<typename K1::Scalar, typename K2::Scalar>,
-                "diffattn: k2 must have the scalar type of k1; convert with .template cast<>()");
-}
-
-template <typename Scalar, typename Result>
-consteval void check_result_scalar() {
-  static_assert(std::is_same_v<Scalar, typename Result::Scalar>,
-                "diffattn: the output and all gradients must have the scalar type of the queries");
-}
-
-template <typename Scalar, typename Q>
-consteval void check_gradient_scalar() {
-  static_assert(std::is_same_v<Scalar, typename Q::Scalar>,
-                "diffattn: the gradients must have the scalar type of the queries");
-}
-
-template <typename Scalar, typename Lambda>
-consteval void check_lambda_scalar() {
-  if constexpr (!is_scalar_lambda<Lambda>) {
-    static_assert(std::is_same_v<typename Lambda::Scalar, Scalar>,
-                  "diffattn: lambda must be a number or a matrix of the scalar type of the queries");
-  }
+/// Keys of other ranks would be left out without a word.
+template <typename E>
+consteval void check_keys_are_here() {
+  static_assert(!spreads_sequences<E>,
+                "diffattn: this call cannot spread a sequence over ranks; distributed/sequence_parallel.hpp says which "
+                "can, and has to be included");
 }
 
 /// The checks of what every call has besides q, k and v. `result`: the output, or its gradient.
@@ -251,25 +225,25 @@ void check_lambda(const char* where, const Lambda& lambda, const CallSizes& size
 }
 
 /// Standard attention. Throws ShapeError and std::invalid_argument, before anything is evaluated.
-template <typename Q, typename K, typename V, typename Mask>
-SideBySideOperands<1, Q, K, V, typename Q::Scalar> operands_of(const char* where, const Eigen::MatrixBase<Q>& q,
-                                                               const Eigen::MatrixBase<K>& k,
-                                                               const Eigen::MatrixBase<V>& v, const Operand& result,
-                                                               const Heads& heads, const Mask& mask,
-                                                               const AttentionOptions& options) {
+template <typename Result, typename Q, typename K, typename V, typename Mask>
+SideBySideOperands<1, Result, Q, K, V, double> operands_of(const char* where, const Eigen::MatrixBase<Q>& q,
+                                                           const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
+                                                           const Operand& result, const Heads& heads, const Mask& mask,
+                                                           const AttentionOptions& options) {
   check_scalars<Q, K, V>();
   const CallSizes sizes = checked_sizes(where, heads, 1, operand("q", q), operand("k", k), operand("v", v));
   check_rest(where, sizes, result, mask);
-  constexpr typename Q::Scalar kNoLambda = 0;
+  constexpr double kNoLambda = 0;
   return {sizes, q.derived(), k.derived(), v.derived(), kNoLambda, options};
 }
 
 /// Differential attention, both maps of each head side by side, or with one map of keys for both.
-template <typename Q, typename K, typename V, typename Lambda, typename Mask>
-SideBySideOperands<2, Q, K, V, Lambda> operands_of(const char* where, const Eigen::MatrixBase<Q>& q,
-                                                   const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
-                                                   const Lambda& lambda, const Operand& result, const Heads& heads,
-                                                   const Mask& mask, const AttentionOptions& options) {
+template <typename Result, typename Q, typename K, typename V, typename Lambda, typename Mask>
+SideBySideOperands<2, Result, Q, K, V, Lambda> operands_of(const char* where, const Eigen::MatrixBase<Q>& q,
+                                                           const Eigen::MatrixBase<K>& k, const Eigen::MatrixBase<V>& v,
+                                                           const Lambda& lambda, const Operand& result,
+                                                           const Heads& heads, const Mask& mask,
+                                                           const AttentionOptions& options) {
   check_scalars<Q, K, V>();
   check_lambda_scalar<typename Q::Scalar, Lambda>();
   const CallSizes sizes = checked_sizes(where, heads, 2, operand("q", q), operand("k", k), operand("v", v));
@@ -279,13 +253,12 @@ SideBySideOperands<2, Q, K, V, Lambda> operands_of(const char* where, const Eige
 }
 
 /// One differential head, each map by itself.
-template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename Mask>
-MapByMapOperands<Q1, K1, Q2, K2, V, Lambda> operands_of(const char* where, const Eigen::MatrixBase<Q1>& q1,
-                                                        const Eigen::MatrixBase<K1>& k1,
-                                                        const Eigen::MatrixBase<Q2>& q2,
-                                                        const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v,
-                                                        const Lambda& lambda, const Operand& result, const Mask& mask,
-                                                        const AttentionOptions& options) {
+template <typename Result, typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda,
+          typename Mask>
+MapByMapOperands<Result, Q1, K1, Q2, K2, V, Lambda> operands_of(
+    const char* where, const Eigen::MatrixBase<Q1>& q1, const Eigen::MatrixBase<K1>& k1,
+    const Eigen::MatrixBase<Q2>& q2, const Eigen::MatrixBase<K2>& k2, const Eigen::MatrixBase<V>& v,
+    const Lambda& lambda, const Operand& result, const Mask& mask, const AttentionOptions& options) {
   check_scalars<Q1, K1, V>();
   check_second_scalars<Q1, K1, Q2, K2>();
   check_lambda_scalar<typename Q1::Scalar, Lambda>();

@@ -11,21 +11,21 @@
 namespace diffattn::inline v0_1::detail {
 
 /// Queries and λ; no keys and values. Holds what `in` looks at, as SideBySideOperands does.
-template <Index kMaps, typename Q, typename Lambda>
+template <Index kMaps, typename Result, typename Q, typename Lambda>
 class PagedOperands {
-  using Scalar = typename Q::Scalar;
+  using Operands = HeadOperands<typename Q::Scalar, kMaps, Result>;
 
  public:
   PagedOperands(const CallSizes& call, const Q& q, const Lambda& lambda, const AttentionOptions& options)
-      : sizes(call), in(sized_operands<Scalar, kMaps>(call, options)), q_(q), lambda_(lambda) {
+      : sizes(call), in(sized_operands<Operands>(call, options)), q_(q), lambda_(lambda) {
     spread_queries(in.q, view_of(q_), sizes);
-    in.lambda = lambda_view<Scalar>(lambda_);
+    in.lambda = lambda_view<typename Operands::Scalar>(lambda_);
   }
   PagedOperands(const PagedOperands&) = delete;
   PagedOperands& operator=(const PagedOperands&) = delete;
 
   CallSizes sizes;
-  HeadOperands<Scalar, kMaps> in;
+  Operands in;
 
  private:
   Readable<Q> q_;
@@ -65,29 +65,30 @@ inline CallSizes checked_paged_sizes(const char* where, Heads heads, Index query
 }
 
 /// Standard attention. Throws ShapeError and std::invalid_argument, before anything is evaluated.
-template <typename Q, typename Storage, typename Mask>
-PagedOperands<1, Q, typename Q::Scalar> operands_of(const char* where, const Eigen::MatrixBase<Q>& q,
-                                                    const KeyValuePages<Storage>& pages, const Operand& result,
-                                                    const Heads& heads, const Mask& mask,
-                                                    const AttentionOptions& options) {
-  using Scalar = typename Q::Scalar;
+template <typename Result, typename Q, typename Storage, typename Mask>
+PagedOperands<1, Result, Q, double> operands_of(const char* where, const Eigen::MatrixBase<Q>& q,
+                                                const KeyValuePages<Storage>& pages, const Operand& result,
+                                                const Heads& heads, const Mask& mask, const AttentionOptions& options) {
+  using Scalar = ArithmeticOf<typename Q::Scalar>;
   check_scalars<Q, Q, Q>();
+  check_storage<typename Q::Scalar, Storage>();
   const CallSizes sizes = checked_paged_sizes(where, heads, 1, operand("q", q), pages.shape,
                                               pages.first_key + pages.n_k, Tile<Scalar>::kCols);
   check_rest(where, sizes, result, mask);
-  constexpr Scalar kNoLambda = 0;
+  constexpr double kNoLambda = 0;
   return {sizes, q.derived(), kNoLambda, options};
 }
 
 /// Differential attention.
-template <typename Q, typename Storage, typename Lambda, typename Mask>
-PagedOperands<2, Q, Lambda> operands_of(const char* where, const Eigen::MatrixBase<Q>& q,
-                                        const KeyValuePages<Storage>& pages, const Lambda& lambda,
-                                        const Operand& result, const Heads& heads, const Mask& mask,
-                                        const AttentionOptions& options) {
-  using Scalar = typename Q::Scalar;
+template <typename Result, typename Q, typename Storage, typename Lambda, typename Mask>
+PagedOperands<2, Result, Q, Lambda> operands_of(const char* where, const Eigen::MatrixBase<Q>& q,
+                                                const KeyValuePages<Storage>& pages, const Lambda& lambda,
+                                                const Operand& result, const Heads& heads, const Mask& mask,
+                                                const AttentionOptions& options) {
+  using Scalar = ArithmeticOf<typename Q::Scalar>;
   check_scalars<Q, Q, Q>();
-  check_lambda_scalar<Scalar, Lambda>();
+  check_storage<typename Q::Scalar, Storage>();
+  check_lambda_scalar<typename Q::Scalar, Lambda>();
   const CallSizes sizes = checked_paged_sizes(where, heads, 2, operand("q", q), pages.shape,
                                               pages.first_key + pages.n_k, Tile<Scalar>::kCols);
   check_lambda(where, lambda, sizes);

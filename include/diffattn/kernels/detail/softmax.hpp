@@ -7,6 +7,7 @@
 //   RowSoftmax            a group of rows, one chunk of keys at a time, whose largest score is not known yet (blocks)
 //   normaliser            1 / sum, or λ / sum; 0 for a row that sees no key
 //   combine_maps          P1 − λ·P2, from weights and what makes probabilities of them
+//   round_weights         the same in bfloat16, where the values are
 //
 // The base of a row in RowSoftmax is a score it has seen: the largest of its first chunk, and it moves only when a
 // later score passes it by more than kHeadroom, which is rare, so that next to nothing is ever rescaled and weights
@@ -18,6 +19,7 @@
 #include <limits>
 
 #include "diffattn/core/simd.hpp"
+#include "diffattn/core/simd_pairs.hpp"
 #include "diffattn/kernels/detail/exp2.hpp"
 #include "diffattn/product/register_tile.hpp"
 
@@ -67,12 +69,6 @@ Scalar normaliser(Scalar sum, Scalar numerator = 1) {
   return sum == Scalar(0) ? Scalar(0) : numerator / sum;
 }
 
-/// log2 Σ 2^(c·score) of a row; -inf for one that has seen no key.
-template <typename Scalar>
-Scalar log_sum_exp(const BaseAndSum<Scalar>& row, Scalar c) {
-  return c * row.base + std::log2(row.sum);
-}
-
 /// row = row · factor in columns [begin, end), whole packets.
 template <typename Scalar>
 EIGEN_ALWAYS_INLINE void scale_row(Scalar* row, Index begin, Index end, Scalar factor) {
@@ -91,6 +87,21 @@ EIGEN_ALWAYS_INLINE void combine_maps(Scalar* to, const Scalar* a, Scalar a_fact
 #pragma GCC unroll 4
   for (Index c = begin; c < end; c += simd::kLanes<Scalar>) {
     simd::store(to + c, simd::fma(simd::load(a + c), of_a, simd::mul(simd::load(b + c), of_b)));
+  }
+}
+
+/// Weights in columns [begin, end), whole packets, rounded to bfloat16: what meets values of bfloat16. to: pairs of
+/// neighbours, of which the last may be one packet of weights and one of 0; or floats, which may be `from` itself.
+EIGEN_ALWAYS_INLINE void round_weights(simd::Pair* to, const float* from, Index begin, Index end) {
+  constexpr Index kLanes = simd::kLanes<float>;
+  for (Index c = begin; c < end; c += 2 * kLanes) {
+    const auto second = c + kLanes < end ? simd::load(from + c + kLanes) : simd::broadcast(0.0f);
+    simd::store_pairs(to + c / 2, simd::pairs_of_neighbours(simd::load(from + c), second));
+  }
+}
+EIGEN_ALWAYS_INLINE void round_weights(float* to, const float* from, Index begin, Index end) {
+  for (Index c = begin; c < end; c += simd::kLanes<float>) {
+    simd::store(to + c, simd::round_to_bfloat16(simd::load(from + c)));
   }
 }
 

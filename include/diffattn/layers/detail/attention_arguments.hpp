@@ -40,12 +40,19 @@ class AttentionArguments : public AttentionGradients<Variant> {
     check_width(Variant::kName, "memory", config_.embed_dim, memory.rows(), memory.cols());
   }
 
-  template <typename Y, typename X, typename Mask>
+  template <typename Y, typename X, typename Mask, typename E>
   void check_sequences(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
-                       const SequenceLengths& lengths) const {
-    check_tokens(y, x);
-    check_lengths(Variant::kName, lengths, x.rows());
-    check_mask_of_each(mask, lengths, lengths);
+                       const SequenceLengths& lengths, E& executor) const {
+    check_before(executor, Variant::kName, [&] {
+      check_tokens(y, x);
+      check_lengths(Variant::kName, lengths, x.rows());
+      if constexpr (spreads_sequences<E>) {
+        const Index all = executor.check_sequence(Variant::kName, lengths.size(), x.rows());
+        check_mask(Variant::kName, mask, config_.num_heads, all, all);
+      } else {
+        check_mask_of_each(mask, lengths, lengths);
+      }
+    });
   }
 
   /// The same where keys and values come from a memory.
@@ -100,6 +107,17 @@ class AttentionArguments : public AttentionGradients<Variant> {
     keep(tape.memory, memory);
     copy_lengths(tape.memory_lengths, memory_lengths);
     tape.of_memory = true;
+  }
+
+  template <typename DX, typename DY, typename E>
+  void check_backward(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
+                      const AttentionArguments& grad, E& executor) const {
+    check_before(executor, Variant::kName, [&] {
+      check_backward(dx, dy, tape, grad, false);
+      if constexpr (spreads_sequences<E>) {
+        executor.check_sequence(Variant::kName, static_cast<Index>(tape.lengths.size()), tape.x.rows());
+      }
+    });
   }
 
   template <typename DX, typename DY>

@@ -58,11 +58,13 @@ class AttentionPasses : public Variant {
       : Variant(config),
         config_(config),
         q_proj(config.embed_dim, configured_heads(config).query_heads(Variant::kQueryMaps) * config.head_dim,
-               config.bias),
-        k_proj(config.embed_dim, config.num_kv_heads * Variant::kKeyMaps * config.head_dim, config.bias),
-        v_proj(config.embed_dim, config.num_kv_heads * Variant::value_dim(config), config.bias),
+               config.bias, arithmetic_of(config)),
+        k_proj(config.embed_dim, config.num_kv_heads * Variant::kKeyMaps * config.head_dim, config.bias,
+               arithmetic_of(config)),
+        v_proj(config.embed_dim, config.num_kv_heads * Variant::value_dim(config), config.bias, arithmetic_of(config)),
         rotary_(make_rotary<Scalar>(config.rotary, config.head_dim)) {
     shape_ = {config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, parameter_count(*this)};
+    (this->*Variant::kOutput).arithmetic = arithmetic_of(config);
   }
 
   static constexpr bool kTokenLambda = Variant::kLambda == LambdaSource::token;
@@ -160,9 +162,12 @@ class AttentionPasses : public Variant {
   /// Turns the queries and keys of a sequence, or their gradients back; the first of both stand at `position`.
   template <typename E>
   void turn(Parts& parts, const SequenceRows& rows, Index position, E& executor, Turn turn = Turn::forward) const {
-    const HeadRows<Scalar> q{parts.q, parts.q.cols() / config_.head_dim, rows.first, rows.count};
-    const HeadRows<Scalar> k{parts.k, parts.k.cols() / config_.head_dim, rows.first_key, rows.num_keys};
-    rotate_rows(rotary_, q, k, position, executor, turn);
+    for_each_run(executor, rows.count, position, [&](Index first, Index count, Index at) {
+      const Index keys = spreads_sequences<E> ? count : rows.num_keys;
+      const HeadRows<Scalar> q{parts.q, parts.q.cols() / config_.head_dim, rows.first + first, count};
+      const HeadRows<Scalar> k{parts.k, parts.k.cols() / config_.head_dim, rows.first_key + first, keys};
+      rotate_rows(rotary_, q, k, at, executor, turn);
+    });
   }
 
   /// y = layer(x), each sequence by itself.
@@ -180,6 +185,7 @@ class AttentionPasses : public Variant {
   void attend_to_memory(const Output& y, const Input& x, const Input& memory, const Mask& mask,
                         const SequenceLengths& lengths, const SequenceLengths& memory_lengths, Tape* tape,
                         Workspace& workspace, E& executor) const {
+    static_assert(!spreads_sequences<E>, "diffattn: ranks share the sequence that a layer attends to, not a memory");
     const auto frame = workspace.frame();
     Parts parts = room_for(x.rows(), memory.rows(), tape, workspace);
     project_queries(x, parts, workspace, executor);

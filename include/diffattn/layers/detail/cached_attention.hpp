@@ -33,22 +33,41 @@ class CachedAttention : public AttentionPasses<Variant> {
   template <typename Storage, typename Mask, typename E>
   void attend_to_cache(const Output& y, const Input& x, KvCache<Storage>& cache, const Mask& mask, Workspace& workspace,
                        E& executor) const {
-    const Index n = x.rows();
-    prepare(cache, n);
+    const Index n = x.rows(), kept = kept_of(executor, n);
+    prepare(cache, kept);
     const auto frame = workspace.frame();
     Parts parts = this->room_for(n, n, nullptr, workspace);
     this->project(x, parts, workspace, executor);
-    this->turn(parts, {0, 0, n, 0, n}, cache.position(), executor);
-    cache.write(view_of(parts.k), view_of(parts.v), executor);
+    this->turn(parts, {0, 0, n, 0, n}, position_of(executor, cache), executor);
+    if (kept > 0) cache.write(view_of(parts.k), view_of(parts.v), executor);
     if constexpr (std::is_same_v<Mask, CausalMask>) {
-      decode(parts, cache, n, cache.window_mask(), workspace, executor);  // the same, and compiled once
+      decode(parts, cache, kept, cache.window_mask(), workspace, executor);  // the same, and compiled once
     } else if (cache.options().window) {
-      decode(parts, cache, n, both(MaskReference<Mask>{mask}, cache.window_mask()), workspace, executor);
+      decode(parts, cache, kept, both(MaskReference<Mask>{mask}, cache.window_mask()), workspace, executor);
     } else {
-      decode(parts, cache, n, mask, workspace, executor);
+      decode(parts, cache, kept, mask, workspace, executor);
     }
     this->finish(y, parts.attended, false, workspace, executor);
-    cache.commit(n);
+    cache.commit(kept);
+  }
+
+  /// How many of n tokens this cache keeps, and where the first of them stands: all of them and behind those it has,
+  /// unless ranks share them.
+  template <typename E>
+  static Index kept_of(E& executor, Index n) {
+    if constexpr (spreads_caches<E>) {
+      return executor.keeps() ? n : 0;
+    } else {
+      return n;
+    }
+  }
+  template <typename E, typename Storage>
+  static Index position_of(E& executor, const KvCache<Storage>& cache) {
+    if constexpr (spreads_caches<E>) {
+      return executor.position();
+    } else {
+      return cache.position();
+    }
   }
 
   /// y = layer(x, memory) with the keys and values of a memory that the cache holds.

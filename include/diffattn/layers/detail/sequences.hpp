@@ -57,8 +57,9 @@ inline bool run_side_by_side(const SequenceLengths& lengths, const SequenceLengt
 /// Calls f(sequence, workspace, executor) for each sequence: side by side, each on one worker, which wakes the threads
 /// once; or, if that left some idle, one after another on all of them. Queries and keys have as many sequences.
 template <Executor E, typename F>
-void for_each_sequence(const SequenceLengths& lengths, const SequenceLengths& key_lengths, Workspace& workspace,
-                       E& executor, F&& f) {
+requires(!spreads_sequences<E>) void for_each_sequence(const SequenceLengths& lengths,
+                                                       const SequenceLengths& key_lengths, Workspace& workspace,
+                                                       E& executor, F&& f) {
   const Index count = lengths.size(), workers = executor.concurrency();
   const auto frame = workspace.frame();
   auto* const rows = workspace.take<SequenceRows>(count);
@@ -77,6 +78,14 @@ void for_each_sequence(const SequenceLengths& lengths, const SequenceLengths& ke
     SequenceExecutor<E> alone{nullptr};
     f(rows[s], shares[static_cast<std::size_t>(worker)], alone);
   });
+}
+
+/// The same for the rows that this rank has of the one sequence that ranks share.
+template <Executor E, typename F>
+requires(spreads_sequences<E>) void for_each_sequence(const SequenceLengths& lengths,
+                                                      const SequenceLengths& key_lengths, Workspace& workspace,
+                                                      E& executor, F&& f) {
+  f(SequenceRows{0, 0, lengths[0], 0, key_lengths[0]}, workspace, executor);
 }
 
 /// Throws ShapeError unless x, or what `name` says, has embed_dim columns.
@@ -140,6 +149,17 @@ struct HeadRows {
   Index first;
   Index count;
 };
+
+/// f(first, count, position) for the rows that stand at `position` of their sequence and behind it: all of them, or,
+/// where ranks share the sequence, those of each piece that is here.
+template <typename E, typename F>
+void for_each_run(E& executor, Index count, Index position, const F& f) {
+  if constexpr (spreads_sequences<E> && !spreads_caches<E>) {
+    executor.placement().for_each_piece(f);
+  } else {
+    f(Index{0}, count, position);
+  }
+}
 
 /// Turns the queries and keys of a sequence, whose first ones stand at `position`; or, transposed, their gradients back.
 template <typename Scalar, Executor E>

@@ -15,6 +15,7 @@
 #include "diffattn/kernels/detail/backward/bias_gradient.hpp"
 #include "diffattn/kernels/detail/backward/block_parts.hpp"
 #include "diffattn/kernels/detail/backward/gradient_sums.hpp"
+#include "diffattn/kernels/detail/mask_view.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 
 namespace diffattn::inline v0_1::detail {
@@ -34,13 +35,15 @@ void write_zero_gradients(const HeadGradients<Scalar, kMaps>& grad) {
 /// The gradients of all heads, and D of the second map where grad.d2 points.
 template <typename Scalar, Index kMaps, typename Mask, Executor E>
 void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradients<Scalar, kMaps>& grad,
-                        const Mask& mask, Workspace& workspace, E& executor) {
+                        const Mask& mask_of_call, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
   using Block = BackwardBlock<Scalar, kMaps>;
+  const ViewedMaskOfBackward<Scalar, Mask> mask(mask_of_call);
   const Index n_q = in.n_q(), n_k = in.n_k(), kv_heads = in.heads.num_kv_heads, workers = executor.concurrency();
   if (n_q == 0 || n_k == 0) return write_zero_gradients(grad);
 
   const auto frame = workspace.frame();
-  const BlockParts<Mask> parts(in, mask, n_q, n_k, Block::kBlockRows, workspace);
+  const BlockParts parts(in, mask, n_q, n_k, Block::kBlockRows, workspace);
   const Index wave = std::min(kv_heads, workers);               // key heads packed at a time
   const Index slots = std::min(wave * parts.count(), workers);  // tasks at a time, each with sums of its own
   BackwardPacking<Scalar, kMaps> packing(in, keys_of_any_query(mask, n_q, n_k), wave, workspace);

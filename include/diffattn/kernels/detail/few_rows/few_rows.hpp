@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <iterator>
 #include <span>
+#include <type_traits>
 
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -29,13 +30,15 @@ namespace diffattn::inline v0_1::detail {
 
 /// The rows of one call: queries, weights and sums, and what each row sees. A row is a query of one of the sharers of a
 /// key head, numbered sharer by sharer. Heads that share their second map have one row of it together.
-template <typename Scalar, Index kMaps, typename Mask>
+template <typename Operands, typename Mask>
 struct FewRowsState {
+  using Scalar = typename Operands::Scalar;
+  static constexpr Index kMaps = Operands::kMaps;
   // Rows of weights a power of two apart would fall on the same few lines of the nearest cache.
   static constexpr Index kWeightStride = kChunk + 16;
   static constexpr Index kCols = Tile<Scalar>::kCols;
 
-  const HeadOperands<Scalar, kMaps>& in;
+  const Operands& in;
   const Mask& mask;
   Index n_q;
   Index n_k;
@@ -52,8 +55,7 @@ struct FewRowsState {
   Scalar* all_sums;
 
   /// room: keys that memory is taken for, where there are fewer.
-  FewRowsState(const HeadOperands<Scalar, kMaps>& operands, Index num_keys, Index room, const Mask& visible,
-               Workspace& workspace)
+  FewRowsState(const Operands& operands, Index num_keys, Index room, const Mask& visible, Workspace& workspace)
       : in(operands), mask(visible), n_q(in.n_q()), n_k(num_keys) {
     heads_of_noise = heads_with_one_noise_map(in, mask, n_q);
     rows = n_q * in.heads_per_kv_head();
@@ -122,14 +124,15 @@ struct FewRowsState {
 ///   room()                               keys to take memory for, where there are fewer
 ///   score(state, chunk, heads)           weights(…, map, row)[c] = q · k for the columns that some row sees
 ///   add_values(state, chunk, heads)      sums(…, row) = Σ_c weights(…, 0, row)[c] · v over what each row sees
-template <typename Scalar, Index kMaps, typename Mask, typename Source>
+template <typename Operands, typename Mask, typename Source>
 class FewRows {
-  using State = FewRowsState<Scalar, kMaps, Mask>;
+  using State = FewRowsState<Operands, Mask>;
+  using Scalar = typename Operands::Scalar;
+  static constexpr Index kMaps = Operands::kMaps;
 
  public:
   /// Keeps references to all but the workspace.
-  FewRows(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
-          Workspace& workspace)
+  FewRows(const Operands& in, const Source& source, Index n_k, const Mask& mask, Workspace& workspace)
       : source_(source),
         scale_(split_scale<Mask>(in.scale)),
         exp2_(scale_.of_exponent),
@@ -138,18 +141,19 @@ class FewRows {
         weight_sum_(workspace.take<Scalar>(state_.size())),
         factor_(workspace.take<Scalar>(state_.slots * kMaps * state_.rows)) {}
 
-  /// Attention of all heads; n_k is told apart from `in`, which has no keys when they are in pages.
-  template <Executor E>
-  static void run(const HeadOperands<Scalar, kMaps>& in, const Source& source, Index n_k, const Mask& mask,
-                  Workspace& workspace, E& executor) {
+  /// Attention of all heads; n_k is told apart from `in`, which has no keys when they are in pages. exchange, if it is
+  /// no nullptr, is called once all statistics of `in` have been handed out, and gives it others.
+  template <Executor E, typename Exchange = std::nullptr_t>
+  static void run(const Operands& in, const Source& source, Index n_k, const Mask& mask, Workspace& workspace,
+                  E& executor, const Exchange& exchange = nullptr) {
     const auto frame = workspace.frame();
     FewRows call(in, source, n_k, mask, workspace);
-    run(std::span<FewRows>(&call, 1), executor);
+    run(std::span<FewRows>(&call, 1), executor, exchange);
   }
 
   /// Several calls, whose parts are shared out together.
-  template <Executor E>
-  static void run(std::span<FewRows> calls, E& executor) {
+  template <Executor E, typename Exchange = std::nullptr_t>
+  static void run(std::span<FewRows> calls, E& executor, const Exchange& exchange = nullptr) {
     Index parts = 0, rows = 0;
     for (FewRows& call : calls) {
       call.first_part_ = parts;
@@ -178,10 +182,17 @@ class FewRows {
       for (Index head = 0; head < call.heads(); ++head) call.pack_queries(head);
     });
     for_each_part([](FewRows& call, Index chunk, const KeyRange& heads) { call.score(chunk, heads); });
-    executor.run(rows, [&](Index task, Index /*worker*/) {
-      FewRows& call = call_of(task, &FewRows::first_row_);
-      call.set_factors((task - call.first_row_) / call.state_.rows, (task - call.first_row_) % call.state_.rows);
-    });
+    const auto set_all_factors = [&] {
+      executor.run(rows, [&](Index task, Index /*worker*/) {
+        FewRows& call = call_of(task, &FewRows::first_row_);
+        call.set_factors((task - call.first_row_) / call.state_.rows, (task - call.first_row_) % call.state_.rows);
+      });
+    };
+    set_all_factors();
+    if constexpr (!std::is_null_pointer_v<Exchange>) {
+      exchange();
+      set_all_factors();
+    }
     for_each_part([](FewRows& call, Index chunk, const KeyRange& heads) { call.add_values(chunk, heads); });
     for_each_call([](FewRows& call) {
       for (Index head = 0; head < call.heads(); ++head) call.write(head);
@@ -241,8 +252,8 @@ class FewRows {
         factor(chunk, head, map, row) = relative;
         all.sum += relative * weight_sum_[at];
       }
-      if (s.in.lse[map].data != nullptr) s.in.lse[map](query, query_head) = log_sum_exp(all, scale_.of_exponent);
-      const Scalar of_row = normaliser(all.sum, map == 0 ? Scalar(1) : -s.in.lambda(query, query_head));
+      const Scalar total = s.in.statistics[map].total(query, query_head, all, scale_);
+      const Scalar of_row = normaliser(total, map == 0 ? Scalar(1) : -s.in.lambda(query, query_head));
       for (Index chunk = 0; chunk < s.chunks; ++chunk) factor(chunk, head, map, row) *= of_row;
     }
   }
@@ -265,6 +276,7 @@ class FewRows {
           const Scalar f2 = factor(chunk, head, 1, row);
           combine_maps(p1, s.weights(chunk, head, 1, s.row_of(1, row)), f2, p1, f1, columns.begin, columns.end);
         }
+        if constexpr (is_narrow<typename Operands::Element>) round_weights(p1, p1, columns.begin, columns.end);
       }
     }
     source_.add_values(s, chunk, heads);
@@ -275,11 +287,12 @@ class FewRows {
     const State& s = state_;
     for (Index row = 0; row < s.rows; ++row) {
       const auto out = s.in.result(s.query_head(head, row)).middle_rows(s.query(row), 1);
-      for (Index c = 0; c < s.in.dv; ++c) out(0, c) = s.chunks == 0 ? Scalar(0) : s.sums(0, head, row)[c];
+      Scalar* const all = s.sums(0, head, row);
       for (Index chunk = 1; chunk < s.chunks; ++chunk) {
         const Scalar* const sums = s.sums(chunk, head, row);
-        for (Index c = 0; c < s.in.dv; ++c) out(0, c) += sums[c];
+        for (Index c = 0; c < s.in.dv; ++c) all[c] += sums[c];
       }
+      for (Index c = 0; c < s.in.dv; ++c) out(0, c) = typename Operands::Result(s.chunks == 0 ? Scalar(0) : all[c]);
     }
   }
 

@@ -10,21 +10,24 @@
 
 namespace diffattn::inline v0_1::detail {
 
-template <typename Scalar, Index kMaps>
+template <typename Operands>
 struct InPlaceSource {
+  using Scalar = typename Operands::Scalar;
+  using Element = typename Operands::Element;
+  static constexpr Index kMaps = Operands::kMaps;
   static constexpr Index kLanes = simd::kLanes<Scalar>;
 
   static Index heads_of_task(Index heads, Index /*maps*/) { return heads; }
   static Index room() { return 0; }
 
   /// Whether the rows of a key head are few enough, and keys and values contiguous.
-  static bool suits(const HeadOperands<Scalar, kMaps>& in) {
+  static bool suits(const Operands& in) {
     return in.n_q() * in.heads_per_kv_head() <= kFewRows && in.k[0].col_stride == 1 &&
            in.k[kMaps - 1].col_stride == 1 && in.v.col_stride == 1;
   }
 
   template <typename Mask>
-  void score(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
+  void score(const FewRowsState<Operands, Mask>& s, Index chunk, const KeyRange& heads) const {
     // Scores of a packet of keys are gathered where sums of values will be (those are at least as many), so that rows
     // of weights are written a packet at a time.
     Scalar* const tile = s.sums(chunk, heads.begin, 0);
@@ -35,10 +38,10 @@ struct InPlaceSource {
         Scalar* to = tile + i;
         for (Index head = heads.begin; head < heads.end; ++head) {
           for (Index map = 0; map < kMaps; ++map) {
-            const Scalar* const k = &s.in.keys(map, head)(s.first_key(chunk) + c + i, 0);
+            const Element* const k = &s.in.keys(map, head)(s.first_key(chunk) + c + i, 0);
             const Index rows = s.rows_of(map);
             for (Index row = 0; row < rows; ++row, to += kLanes) {
-              *to = dot(s.q(head, map) + row * s.in.d, k, s.in.d);
+              *to = dot<Scalar>(s.q(head, map) + row * s.in.d, k, s.in.d);
             }
             prefetch(k + s.in.k[map].row_stride, s.in.d);
           }
@@ -54,7 +57,7 @@ struct InPlaceSource {
   }
 
   template <typename Mask>
-  void add_values(const FewRowsState<Scalar, kMaps, Mask>& s, Index chunk, const KeyRange& heads) const {
+  void add_values(const FewRowsState<Operands, Mask>& s, Index chunk, const KeyRange& heads) const {
     constexpr Index kKeys = 4;  // whose values are added together
     const KeyRange columns = s.columns_of_any(chunk);
     std::fill(s.sums(chunk, heads.begin, 0), s.sums(chunk, heads.end - 1, 0) + s.rows * s.width, Scalar(0));
@@ -64,7 +67,7 @@ struct InPlaceSource {
           const Index query_head = s.query_head(head, row);
           const KeyRange seen = s.columns_of(chunk, s.query(row));
           const Index begin = std::max(c, seen.begin), end = std::min({c + kKeys, columns.end, seen.end});
-          const Scalar* const v = &s.in.values(head)(s.first_key(chunk) + c, 0);
+          const Element* const v = &s.in.values(head)(s.first_key(chunk) + c, 0);
           Scalar* const sums = s.sums(chunk, head, row);
           const Scalar* const weights = s.weights(chunk, head, 0, row);
           if (!HasBias<Mask> && end - begin == kKeys) {
@@ -84,25 +87,25 @@ struct InPlaceSource {
  private:
   /// Asks for the same head's next key: with heads side by side, one key of one head is too short a run of memory for
   /// the hardware to see where it goes on.
-  static void prefetch(const Scalar* k, Index depth) {
-    constexpr Index kLine = 64 / sizeof(Scalar);
+  static void prefetch(const Element* k, Index depth) {
+    constexpr Index kLine = 64 / sizeof(Element);
     for (Index c = 0; c < depth; c += kLine) simd::prefetch(k + c);
   }
 
   /// to += Σ w_i · v_i over kKeys rows of v.
   template <Index kKeys>
-  static void add_rows(Scalar* to, const Scalar* w, const Scalar* v, Index stride, Index width) {
+  static void add_rows(Scalar* to, const Scalar* w, const Element* v, Index stride, Index width) {
     simd::Packet<Scalar> weights[kKeys];
     for (Index i = 0; i < kKeys; ++i) weights[i] = simd::broadcast(w[i]);
     Index c = 0;
     for (; c + kLanes <= width; c += kLanes) {
       auto sum = simd::load(to + c);
 #pragma GCC unroll 4
-      for (Index i = 0; i < kKeys; ++i) sum = simd::fma(weights[i], simd::loadu(v + i * stride + c), sum);
+      for (Index i = 0; i < kKeys; ++i) sum = simd::fma(weights[i], simd::load_as<Scalar>(v + i * stride + c), sum);
       simd::store(to + c, sum);
     }
     for (; c < width; ++c) {
-      for (Index i = 0; i < kKeys; ++i) to[c] += w[i] * v[i * stride + c];
+      for (Index i = 0; i < kKeys; ++i) to[c] += w[i] * static_cast<Scalar>(v[i * stride + c]);
     }
   }
 };

@@ -18,8 +18,12 @@
 namespace diffattn::inline v0_1::detail {
 
 /// One query head of such a problem, or all that share their second map.
-template <typename Scalar, Index kMaps, typename Mask>
+template <typename Operands, typename Mask>
 class SmallProblem {
+  using Scalar = typename Operands::Scalar;
+  using Element = typename Operands::Element;
+  using Result = typename Operands::Result;
+  static constexpr Index kMaps = Operands::kMaps;
   static constexpr Index kLanes = simd::kLanes<Scalar>;
   static constexpr Index kKeys = 4;  // scored side by side
   static constexpr Index kRows = 4;  // given values side by side
@@ -27,8 +31,6 @@ class SmallProblem {
   static_assert(kMostSmallWeights % kLanes == 0, "the weights of the second map must begin at a packet");
 
  public:
-  using Operands = HeadOperands<Scalar, kMaps>;
-
   /// The wider contiguous rows are, the more packing would cost: up to 6, 8 or 17 queries and as many keys.
   static bool suits(const Operands& in) {
     const Index n_q = in.n_q(), n_k = in.n_k();
@@ -49,6 +51,7 @@ class SmallProblem {
       for (Index i = 0; i < together; ++i) {
         problem.rows_.head = head + i;
         problem.run(i == 0 ? kMaps : 1);
+        if (i > 0) in.statistics[kMaps - 1].copy_head(head, head + i);
       }
     };
     if (in.n_q() * in.n_k() > kTinyPairs) {
@@ -81,6 +84,10 @@ class SmallProblem {
       }
     }
     Index row = 0;
+    if constexpr (is_narrow<Element>) {
+      for (; row < rows_.count; ++row) round_weights(weights(0, row), weights(0, row), 0, width_);
+      row = 0;
+    }
     for (; row + kRows <= rows_.count; row += kRows) add_values<kRows>(row);
     for (; row < rows_.count; ++row) add_values<1>(row);
   }
@@ -104,8 +111,8 @@ class SmallProblem {
 
   /// q · k for kCount rows, which read what any of them sees of the keys together.
   template <Index kCount>
-  EIGEN_ALWAYS_INLINE void set_products(Scalar* products, const StridedView<const Scalar>& q,
-                                        const StridedView<const Scalar>& k, Index row) const {
+  EIGEN_ALWAYS_INLINE void set_products(Scalar* products, const StridedView<const Element>& q,
+                                        const StridedView<const Element>& k, Index row) const {
     Index key = rows_.keys_of(row).begin;
     const Index end = rows_.keys_of(row + kCount - 1).end;
     if (q.col_stride == 1 && k.col_stride == 1) {
@@ -113,13 +120,13 @@ class SmallProblem {
         dot_products<kCount>(products + key, width_, &q(row, 0), q.row_stride, &k(key, 0), k.row_stride, q.cols);
       }
       for (; key < end; ++key) {
-        for (Index r = 0; r < kCount; ++r) products[r * width_ + key] = dot(&q(row + r, 0), &k(key, 0), q.cols);
+        for (Index r = 0; r < kCount; ++r) products[r * width_ + key] = dot<Scalar>(&q(row + r, 0), &k(key, 0), q.cols);
       }
     }
     for (; key < end; ++key) {
       for (Index r = 0; r < kCount; ++r) {
         Scalar sum = 0;
-        for (Index c = 0; c < q.cols; ++c) sum += q(row + r, c) * k(key, c);
+        for (Index c = 0; c < q.cols; ++c) sum += static_cast<Scalar>(q(row + r, c)) * static_cast<Scalar>(k(key, c));
         products[r * width_ + key] = sum;
       }
     }
@@ -127,8 +134,8 @@ class SmallProblem {
 
   /// to(r, i) = (row r of q) · (row i of k), for kCount and kKeys rows.
   template <Index kCount>
-  static EIGEN_DONT_INLINE void dot_products(Scalar* to, Index to_stride, const Scalar* q, Index q_stride,
-                                             const Scalar* k, Index k_stride, Index depth) {
+  static EIGEN_DONT_INLINE void dot_products(Scalar* to, Index to_stride, const Element* q, Index q_stride,
+                                             const Element* k, Index k_stride, Index depth) {
     simd::Packet<Scalar> sums[kCount][kKeys];
     for (auto& row : sums) {
       for (auto& sum : row) sum = simd::broadcast(Scalar(0));
@@ -136,10 +143,10 @@ class SmallProblem {
     Index c = 0;
     for (; c + kLanes <= depth; c += kLanes) {
       simd::Packet<Scalar> left[kCount];
-      for (Index r = 0; r < kCount; ++r) left[r] = simd::loadu(q + r * q_stride + c);
+      for (Index r = 0; r < kCount; ++r) left[r] = simd::load_as<Scalar>(q + r * q_stride + c);
 #pragma GCC unroll 4
       for (Index i = 0; i < kKeys; ++i) {
-        const auto right = simd::loadu(k + i * k_stride + c);
+        const auto right = simd::load_as<Scalar>(k + i * k_stride + c);
 #pragma GCC unroll 2
         for (Index r = 0; r < kCount; ++r) sums[r][i] = simd::fma(left[r], right, sums[r][i]);
       }
@@ -147,7 +154,9 @@ class SmallProblem {
     for (Index r = 0; r < kCount; ++r) {
       for (Index i = 0; i < kKeys; ++i) {
         Scalar sum = c == 0 ? Scalar(0) : simd::reduce_add(sums[r][i]);
-        for (Index rest = c; rest < depth; ++rest) sum += q[r * q_stride + rest] * k[i * k_stride + rest];
+        for (Index rest = c; rest < depth; ++rest) {
+          sum += static_cast<Scalar>(q[r * q_stride + rest]) * static_cast<Scalar>(k[i * k_stride + rest]);
+        }
         to[r * to_stride + i] = sum;
       }
     }
@@ -159,8 +168,8 @@ class SmallProblem {
     const ScaledExp2<Scalar> exp2 = exp2_;  // a copy, for which stores to weights need no reload
     for (Index row = 0; row < rows_.count; ++row) {
       const auto base_and_sum = exponentiate_row(weights(map, row), 0, width, exp2);
-      if (in_.lse[map].data != nullptr) in_.lse[map](row, rows_.head) = log_sum_exp(base_and_sum, scale_.of_exponent);
-      scale_row(weights(map, row), 0, width, normaliser(base_and_sum.sum));
+      const Scalar total = in_.statistics[map].total(row, rows_.head, base_and_sum, scale_);
+      scale_row(weights(map, row), 0, width, normaliser(total));
     }
   }
 
@@ -193,8 +202,8 @@ class SmallProblem {
   template <Index kPresent>
   void add_values(Index row) {
     const SeenKeys<kPresent> seen = seen_from<kPresent>(row);
-    const StridedView<const Scalar> v = in_.values(in_.kv_head(rows_.head));
-    const StridedView<Scalar> out = in_.result(rows_.head).middle_rows(row, kPresent);
+    const StridedView<const Element> v = in_.values(in_.kv_head(rows_.head));
+    const StridedView<Result> out = in_.result(rows_.head).middle_rows(row, kPresent);
     Index c = 0;
     if (v.col_stride == 1 && out.col_stride == 1) {
       for (; c + 2 * kLanes <= in_.dv; c += 2 * kLanes) add_columns<2, true>(out, v, seen, row, c);
@@ -207,7 +216,7 @@ class SmallProblem {
   /// what a row sees is touched. kWhole: packets lie in the rows of v and out as they are; else they are gathered, so
   /// that the arithmetic is the same whatever the strides.
   template <Index kPackets, bool kWhole, Index kPresent>
-  EIGEN_ALWAYS_INLINE void add_columns(const StridedView<Scalar>& out, const StridedView<const Scalar>& v,
+  EIGEN_ALWAYS_INLINE void add_columns(const StridedView<Result>& out, const StridedView<const Element>& v,
                                        const SeenKeys<kPresent>& seen, Index row, Index c) {
     simd::Packet<Scalar> sums[kPresent][kPackets];
     const Scalar* const weights = this->weights(0, row);
@@ -239,24 +248,24 @@ class SmallProblem {
 
   /// Columns [col, col + kLanes) of a row; past the end of a row that is gathered, its last value.
   template <bool kWhole>
-  static EIGEN_ALWAYS_INLINE simd::Packet<Scalar> values_at(const StridedView<const Scalar>& v, Index row, Index col) {
+  static EIGEN_ALWAYS_INLINE simd::Packet<Scalar> values_at(const StridedView<const Element>& v, Index row, Index col) {
     if constexpr (kWhole) {
-      return simd::loadu(&v(row, col));
+      return simd::load_as<Scalar>(&v(row, col));
     } else {
       alignas(simd::kMostAlignment) Scalar gathered[kLanes];
-      for (Index i = 0; i < kLanes; ++i) gathered[i] = v(row, std::min(col + i, v.cols - 1));
+      for (Index i = 0; i < kLanes; ++i) gathered[i] = static_cast<Scalar>(v(row, std::min(col + i, v.cols - 1)));
       return simd::load(gathered);
     }
   }
   template <bool kWhole>
-  static EIGEN_ALWAYS_INLINE void store_at(const StridedView<Scalar>& out, Index row, Index col,
+  static EIGEN_ALWAYS_INLINE void store_at(const StridedView<Result>& out, Index row, Index col,
                                            const simd::Packet<Scalar>& values) {
     if constexpr (kWhole) {
-      simd::storeu(&out(row, col), values);
+      simd::store_as(&out(row, col), values);
     } else {
       alignas(simd::kMostAlignment) Scalar gathered[kLanes];
       simd::store(gathered, values);
-      for (Index i = 0; i < std::min(kLanes, out.cols - col); ++i) out(row, col + i) = gathered[i];
+      for (Index i = 0; i < std::min(kLanes, out.cols - col); ++i) out(row, col + i) = static_cast<Result>(gathered[i]);
     }
   }
 

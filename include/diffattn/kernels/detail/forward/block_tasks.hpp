@@ -17,10 +17,12 @@
 namespace diffattn::inline v0_1::detail {
 
 /// The blocks of a call with n_k keys. Block: StandardBlock or DifferentialBlock.
-template <typename Block, typename Scalar, typename Mask>
+template <typename Block, typename Mask>
 class BlockTasks {
+  using Operands = typename Block::Operands;
+  using Scalar = typename Operands::Scalar;
+
  public:
-  using Operands = HeadOperands<Scalar, Block::kMaps>;
 
   BlockTasks(const Operands& in, const Mask& mask, Index n_k)
       : in_(in),
@@ -44,7 +46,8 @@ class BlockTasks {
   }
 
   /// Takes scratch for every worker, for blocks that see up to max_keys keys.
-  void take_scratch(const PackedHead<Scalar>& shape, Index max_keys, Workspace& workspace, Index workers) {
+  template <typename Packed>
+  void take_scratch(const PackedHead<Packed>& shape, Index max_keys, Workspace& workspace, Index workers) {
     scratch_ = workspace.take<Block>(workers);
     for (Index worker = 0; worker < workers; ++worker) {
       new (scratch_ + worker) Block(workspace, shape, max_keys, std::min(in_.n_q(), kBlockRows));

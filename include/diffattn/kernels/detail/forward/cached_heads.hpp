@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <new>
 #include <span>
 #include <type_traits>
 
@@ -14,40 +15,56 @@
 #include "diffattn/kernels/detail/few_rows/few_rows_packed.hpp"
 #include "diffattn/kernels/detail/forward/block_tasks.hpp"
 #include "diffattn/kernels/detail/forward/packed_heads.hpp"
+#include "diffattn/kernels/detail/mask_view.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 #include "diffattn/kernels/detail/shifted_mask.hpp"
 #include "diffattn/kernels/key_value_pages.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
-/// `count` values of strips, widened to Scalar.
-template <typename Scalar, typename Storage>
-void widen(Scalar* to, const Storage* from, Index count) {
-  for (Index i = 0; i < count; i += simd::kLanes<Scalar>) simd::store(to + i, simd::load_as<Scalar>(from + i));
+/// `count` rows of a strip, or the rows of pairs that they are in, as what tiles multiply: copied, or widened to
+/// floats.
+template <Index kCols, typename Packed, typename Stored>
+void copy_strip(Packed* to, const Stored* from, Index count) {
+  constexpr Index kLanes = simd::kLanes<SumOf<Packed>>;
+  if constexpr (std::is_same_v<Packed, Stored>) {
+    std::copy_n(from, steps_of<Packed>(count) * kCols, to);
+  } else if constexpr (kStepDepth<Stored> == 1) {
+    for (Index i = 0; i < count * kCols; i += kLanes) simd::store(to + i, simd::load_as<Packed>(from + i));
+  } else {
+    for (Index k = 0; k < count; k += 2, to += 2 * kCols, from += kCols) {
+      for (Index c = 0; c < kCols; c += kLanes) {
+        const auto pairs = simd::load_operand(from + c);
+        simd::store(to + c, simd::first_of_pairs(pairs));
+        if (k + 1 < count) simd::store(to + kCols + c, simd::second_of_pairs(pairs));
+      }
+    }
+  }
 }
 
 /// The pages of one key head at a time, as row blocks read them, a chunk in one piece: where they are, or copied, when
 /// they are stored in a narrower type or a page is less than a chunk.
-template <typename Scalar, typename Storage, Index kMaps>
+template <typename Packed, typename Storage, Index kMaps>
 class HeadOfPages {
-  static constexpr bool kNarrow = !std::is_same_v<Scalar, Storage>;
-  static constexpr Index kCols = Tile<Scalar>::kCols;
+  static constexpr bool kWidened = !std::is_same_v<Packed, StoredAs<Storage>>;
+  static constexpr Index kCols = Tile<SumOf<Packed>>::kCols;
 
  public:
-  HeadOfPages(const KeyValuePages<Storage>& cache, Workspace& workspace)
+  /// dv: columns of the values that are wanted, all of them or none.
+  HeadOfPages(const KeyValuePages<Storage>& cache, Index dv, Workspace& workspace)
       : cache_(cache),
         end_(cache.lead() + cache.n_k),
         count_(divide_up(end_, kChunk)),
         key_maps_(cache.shape.key_maps),
         values_width_(round_up(cache.shape.dv, kCols)) {
     const Index most = std::max(count_, divide_up(cache.room(std::max(cache.shape.page_size, kChunk)), kChunk));
-    chunks_ = workspace.take<PackedPart<Scalar>>(most);
-    if (copied()) copies_ = workspace.take<Scalar>(most * copy_size());
+    chunks_ = workspace.take<PackedPart<Packed>>(most);
+    if (copied()) copies_ = workspace.take<Packed>(most * copy_size());
     head_.pages = chunks_;
-    head_.value_stride = copied() ? kChunk : cache.shape.page_size;
+    head_.value_stride = steps_of<Packed>(copied() ? kChunk : cache.shape.page_size);
     head_.n_k = end_;
     head_.d = cache.shape.d;
-    head_.dv = cache.shape.dv;
+    head_.dv = dv;
   }
 
   /// Turns to another key head.
@@ -55,7 +72,7 @@ class HeadOfPages {
   void select(Index head, E& executor) {
     executor.run(count_, [&](Index chunk, Index /*worker*/) {
       if (copied()) return copy_chunk(chunk, head);
-      if constexpr (!kNarrow) {
+      if constexpr (!kWidened) {
         for (Index map = 0; map < kMaps; ++map) {
           chunks_[chunk].keys[map] = cache_.key_strip(chunk * kChunk, head, std::min(map, key_maps_ - 1));
         }
@@ -65,30 +82,35 @@ class HeadOfPages {
     head_.finite_values = cache_.finite_values_of(0, end_, head);
   }
 
-  const PackedHead<Scalar>& operator[](Index /*i*/) const { return head_; }
+  const PackedHead<Packed>& operator[](Index /*i*/) const { return head_; }
 
  private:
-  bool copied() const { return kNarrow || cache_.shape.page_size < kChunk; }
-  /// Numbers in the copy of a chunk.
-  Index copy_size() const { return kChunk * (key_maps_ * cache_.shape.d + values_width_); }
+  bool copied() const { return kWidened || cache_.shape.page_size < kChunk; }
+  /// Numbers, or pairs, in the copy of a chunk.
+  Index copy_size() const { return key_maps_ * keys_size() + steps_of<Packed>(kChunk) * values_width_; }
+  Index keys_size() const { return kChunk * steps_of<Packed>(cache_.shape.d); }
 
   void copy_chunk(Index chunk, Index head) {
     const Index d = cache_.shape.d, page_size = cache_.shape.page_size, first = chunk * kChunk;
-    Scalar* const keys = copies_ + chunk * copy_size();
-    Scalar* const values = keys + key_maps_ * kChunk * d;
+    Packed* const keys = copies_ + chunk * copy_size();
+    Packed* const values = keys + key_maps_ * keys_size();
     for (Index map = 0; map < kMaps; ++map) {
-      chunks_[chunk].keys[map] = keys + std::min(map, key_maps_ - 1) * kChunk * d;
+      chunks_[chunk].keys[map] = keys + std::min(map, key_maps_ - 1) * keys_size();
     }
     chunks_[chunk].values = values;
     const Index count = std::min(page_size, kChunk);  // of keys that are copied together
     for (Index key = std::max(first, cache_.lead()); key < std::min(first + kChunk, end_); key += count) {
       const Index row = key - first;
       for (Index map = 0; map < key_maps_; ++map) {
-        widen(keys + (map * kChunk + row) * d, cache_.key_strip(key, head, map), count * d);
+        for (Index strip = 0; strip < count; strip += kCols) {
+          copy_strip<kCols>(keys + map * keys_size() + (row + strip) * steps_of<Packed>(d),
+                            cache_.key_strip(key + strip, head, map), d);
+        }
       }
-      const Storage* const from = cache_.value_row(key, head);
+      const auto* const from = cache_.value_row(key, head);
       for (Index column = 0; column < values_width_; column += kCols) {
-        widen(values + column * kChunk + row * kCols, from + column * page_size, count * kCols);
+        copy_strip<kCols>(values + column * steps_of<Packed>(kChunk) + steps_of<Packed>(row) * kCols,
+                          from + column * cache_.value_stride(), count);
       }
     }
   }
@@ -98,17 +120,17 @@ class HeadOfPages {
   Index count_;         // of chunks
   Index key_maps_;      // in the cache
   Index values_width_;  // whole strips
-  PackedPart<Scalar>* chunks_;
-  Scalar* copies_ = nullptr;
-  PackedHead<Scalar> head_;
+  PackedPart<Packed>* chunks_;
+  Packed* copies_ = nullptr;
+  PackedHead<Packed> head_;
 };
 
 /// The operands of one query row.
-template <typename Scalar, Index kMaps>
-HeadOperands<Scalar, kMaps> row_of(HeadOperands<Scalar, kMaps> in, Index row) {
-  for (Index map = 0; map < kMaps; ++map) {
+template <typename Operands>
+Operands row_of(Operands in, Index row) {
+  for (Index map = 0; map < Operands::kMaps; ++map) {
     in.q[map] = in.q[map].middle_rows(row, 1);
-    if (in.lse[map].data != nullptr) in.lse[map] = in.lse[map].middle_rows(row, 1);
+    in.statistics[map] = in.statistics[map].of_row(row);
   }
   in.out = in.out.middle_rows(row, 1);
   if (in.lambda.values.data != nullptr) in.lambda.values = in.lambda.values.middle_rows(row, 1);
@@ -116,18 +138,23 @@ HeadOperands<Scalar, kMaps> row_of(HeadOperands<Scalar, kMaps> in, Index row) {
 }
 
 /// Attention of all heads against a cache; `in` has no keys and values. Block: StandardBlock or DifferentialBlock.
-template <typename Block, typename Scalar, typename Storage, typename Mask, Executor E>
-void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyValuePages<Storage>& cache,
-                      const Mask& mask, Workspace& workspace, E& executor) {
+/// exchange: as FewRows has it, for calls that it takes.
+template <typename Block, typename Storage, typename Mask, Executor E, typename Exchange = std::nullptr_t>
+void run_cached_heads(const typename Block::Operands& in, const KeyValuePages<Storage>& cache, const Mask& mask,
+                      Workspace& workspace, E& executor, const Exchange& exchange = nullptr) {
+  check_keys_are_here<E>();
+  using Operands = typename Block::Operands;
   if (in.n_q() == 0) return;
   const Index n_k = cache.lead() + cache.n_k;
+  const ViewedMask<typename Operands::Scalar, Mask> seen(mask);
+  using Seen = std::remove_cvref_t<decltype(seen)>;
   if (in.n_q() <= kFewRows || cache.n_k == 0) {
     const PackedSource<Storage> source{cache};
-    return FewRows<Scalar, Block::kMaps, Mask, PackedSource<Storage>>::run(in, source, n_k, mask, workspace, executor);
+    return FewRows<Operands, Seen, PackedSource<Storage>>::run(in, source, n_k, seen, workspace, executor, exchange);
   }
   const auto frame = workspace.frame();
-  BlockTasks<Block, Scalar, Mask> tasks(in, mask, n_k);
-  HeadOfPages<Scalar, Storage, Block::kMaps> pages(cache, workspace);
+  BlockTasks<Block, Seen> tasks(in, seen, n_k);
+  HeadOfPages<PackedOf<typename Operands::Element>, Storage, Operands::kMaps> pages(cache, in.dv, workspace);
   tasks.take_scratch(pages[0], std::max(tasks.most_keys(), cache.room(kChunk)), workspace, executor.concurrency());
   for (Index head = 0; head < in.heads.num_kv_heads; ++head) {
     pages.select(head, executor);
@@ -137,15 +164,17 @@ void run_cached_heads(const HeadOperands<Scalar, Block::kMaps>& in, const KeyVal
 
 /// One query against each of several caches: row i of `in`, which has no keys and values, against caches[i] under
 /// masks[i]. What run_cached_heads computes of each row alone, bit for bit, shared out together.
-template <typename Scalar, Index kMaps, typename Storage, typename Mask, Executor E>
-void run_cached_rows(const HeadOperands<Scalar, kMaps>& in, std::span<const KeyValuePages<Storage>> caches,
-                     std::span<const Mask> masks, Workspace& workspace, E& executor) {
-  using Shifted = ShiftedMask<Mask>;
-  using Call = FewRows<Scalar, kMaps, Shifted, PackedSource<Storage>>;
+template <typename Operands, typename Storage, typename Mask, Executor E>
+void run_cached_rows(const Operands& in, std::span<const KeyValuePages<Storage>> caches, std::span<const Mask> masks,
+                     Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
+  using Seen = MaskView<typename Operands::Scalar, HasBias<Mask>>;
+  using Call = FewRows<Operands, Seen, PackedSource<Storage>>;
   struct Row {
-    HeadOperands<Scalar, kMaps> in;
+    Operands in;
     PackedSource<Storage> source;
-    Shifted mask;
+    ShiftedMask<Mask> mask;
+    Seen seen{mask};
   };
   const auto frame = workspace.frame();
   const auto n = static_cast<Index>(caches.size());
@@ -153,9 +182,10 @@ void run_cached_rows(const HeadOperands<Scalar, kMaps>& in, std::span<const KeyV
   auto* const calls = workspace.take<Call>(n);
   for (Index i = 0; i < n; ++i) {
     const KeyValuePages<Storage>& cache = caches[static_cast<std::size_t>(i)];
-    const Row& row = *std::construct_at(
-        rows + i, Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.origin(), cache.lead()}});
-    std::construct_at(calls + i, row.in, row.source, cache.lead() + cache.n_k, row.mask, workspace);
+    // Made in its place: its view points at its mask.
+    const Row& row =
+        *new (rows + i) Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.origin(), cache.lead()}};
+    std::construct_at(calls + i, row.in, row.source, cache.lead() + cache.n_k, row.seen, workspace);
   }
   Call::run(std::span<Call>(calls, static_cast<std::size_t>(n)), executor);
 }

@@ -18,28 +18,33 @@
 
 namespace diffattn::inline v0_1::detail {
 
-template <typename Scalar>
+template <typename Element, typename Result = Element>
 class DifferentialBlock {
+ public:
+  using Operands = HeadOperands<Element, 2, Result>;
+
+ private:
+  using Scalar = ArithmeticOf<Element>;
+  using Packed = PackedOf<Element>;
   static constexpr Index kRows = Tile<Scalar>::kRows;
   static constexpr Index kCols = Tile<Scalar>::kCols;
   static constexpr Index kPaddedRows = RowSoftmax<Scalar>::kPaddedRows;
   static constexpr Index kTile = kRows * kChunk;
 
  public:
-  static constexpr Index kMaps = 2;
-
   /// Takes the scratch of one worker, for blocks of up to max_rows. No block will see more than max_keys keys, counted
   /// from the start of the chunk that the first is in.
-  DifferentialBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index max_keys, Index max_rows = kBlockRows)
+  DifferentialBlock(Workspace& workspace, const PackedHead<Packed>& shape, Index max_keys, Index max_rows = kBlockRows)
       : groups_(divide_up(max_rows, kRows)),
         group_sums_(kRows * round_up(shape.dv, kCols)),
         sums_(workspace.take<Scalar>(groups_ * group_sums_)) {
     const Index chunks = divide_up(max_keys, kChunk);
     scores_ = workspace.take<Scalar>(kTile);
+    if constexpr (is_narrow<Element>) rounded_ = workspace.take<Packed>(kRows * steps_of<Packed>(kChunk));
     panel_ = workspace.take<Scalar>(chunks * 2 * groups_ * kTile);
     chunk_base_ = workspace.take<Scalar>(chunks * 2 * groups_ * kPaddedRows);
     for (Index map = 0; map < 2; ++map) {
-      q_[map] = workspace.take<Scalar>(groups_ * kRows * shape.d);
+      q_[map] = workspace.take<Packed>(groups_ * kRows * steps_of<Packed>(shape.d));
       softmax_[map] = workspace.take<RowSoftmax<Scalar>>(groups_);
     }
     factors_ = workspace.take<Scalar>(2 * groups_ * kPaddedRows);
@@ -48,7 +53,7 @@ class DifferentialBlock {
   /// Computes `rows` of the result, of `heads` heads that share their second map. head: the keys and values that they
   /// read.
   template <typename Mask>
-  void run(const HeadOperands<Scalar, 2>& in, const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index heads,
+  void run(const Operands& in, const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index heads,
            const ScoreScale<Scalar>& scale) {
     for (Index i = 0; i < heads; ++i) run_head(in, head, rows.of_head(rows.head + i), i == 0 ? 2 : 1, scale);
   }
@@ -56,12 +61,12 @@ class DifferentialBlock {
  private:
   /// One head. maps: 1 where the panel holds the second map already.
   template <typename Mask>
-  void run_head(const HeadOperands<Scalar, 2>& in, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
-                Index maps, const ScoreScale<Scalar>& scale) {
+  void run_head(const Operands& in, const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index maps,
+                const ScoreScale<Scalar>& scale) {
     const Index groups = divide_up(rows.count, kRows);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
     for (Index map = 0; map < maps; ++map) {
-      copy_rows(q_[map], in.queries(map, rows.head).middle_rows(rows.first, rows.count), scale.of_queries);
+      copy_queries(q_[map], in.queries(map, rows.head).middle_rows(rows.first, rows.count), scale.of_queries);
       for (Index g = 0; g < groups; ++g) softmax_[map][g].reset();
     }
     std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
@@ -76,14 +81,14 @@ class DifferentialBlock {
         }
       }
     });
-    for (Index g = 0; g < groups; ++g) set_factors(in, group(g), g);
+    for (Index g = 0; g < groups; ++g) set_factors(in, group(g), g, scale);
     for_each_chunk(rows.keys_of_any(), [&](const BlockChunk& chunk) {
       for (Index g = 0; g < groups; ++g) {
         rows_ahead.fetch_some();
         add_values(head, group(g), g, chunk, exp2);
       }
     });
-    for (Index g = 0; g < groups; ++g) write(in, group(g), g, scale);
+    for (Index g = 0; g < groups; ++g) write(in, group(g), g);
   }
 
   Index slot(Index chunk, Index map, Index g) const { return (chunk * groups_ + g) * 2 + map; }
@@ -92,18 +97,18 @@ class DifferentialBlock {
   /// Scores of one group, map and chunk, turned into weights relative to the base so far. The scores stay in the
   /// nearest cache, while the place of the weights is fetched.
   template <typename Mask>
-  void score(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index map, bool last_map, Index g,
+  void score(const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index map, bool last_map, Index g,
              const BlockChunk& chunk, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel(chunk.number, map, g);
     // The keys of the map after this one come next, then the first's of the next chunk.
-    ChunkAhead<Scalar> ahead{nullptr, g, groups_, weights, kTile};
+    ChunkAhead<Packed> ahead{nullptr, g, groups_, weights, kTile};
     if (head.fetch_ahead()) {
       if (!last_map) ahead.chunk = head.chunk_keys(map + 1, chunk.first_key);
       if (last_map && !chunk.last) ahead.chunk = head.chunk_keys(0, chunk.first_key + kChunk);
     }
-    const LeftOperand<Scalar> q{q_[map] + g * kRows * head.d, head.d, 1};
+    const LeftOperand<Packed> q = query_group(q_[map], g, head.d);
     score_chunk(scores_, q, head.chunk_keys(map, chunk.first_key), head.d, rows, chunk.first_key, columns, scale,
                 ahead);
     RowSoftmax<Scalar>& softmax = softmax_[map][g];
@@ -114,10 +119,12 @@ class DifferentialBlock {
 
   /// 1/l1 and −λ/l2 for the rows of a group.
   template <typename Mask>
-  void set_factors(const HeadOperands<Scalar, 2>& in, const RowRange<Mask>& rows, Index g) {
+  void set_factors(const Operands& in, const RowRange<Mask>& rows, Index g, const ScoreScale<Scalar>& scale) {
+    set_normalisers(factors(0, g), in.statistics[0], rows, softmax_[0][g], scale);
     for (Index r = 0; r < rows.count; ++r) {
-      factors(0, g)[r] = normaliser(softmax_[0][g].sum(r));
-      factors(1, g)[r] = normaliser(softmax_[1][g].sum(r), -in.lambda(rows.first + r, rows.head));
+      const BaseAndSum<Scalar> second = softmax_[1][g].base_and_sum(r);
+      const Scalar total = in.statistics[1].total(rows.first + r, rows.head, second, scale);
+      factors(1, g)[r] = normaliser(total, -in.lambda(rows.first + r, rows.head));
     }
     for (Index map = 0; map < 2; ++map)
       std::fill(factors(map, g) + rows.count, factors(map, g) + kPaddedRows, Scalar(0));
@@ -127,7 +134,7 @@ class DifferentialBlock {
 
   /// Combines both maps of one group and chunk, in the place of the first, and multiplies by V.
   template <typename Mask>
-  void add_values(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, const BlockChunk& chunk,
+  void add_values(const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index g, const BlockChunk& chunk,
                   const ScaledExp2<Scalar>& exp2) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
     if (columns.begin >= columns.end) return;
@@ -136,19 +143,22 @@ class DifferentialBlock {
 
     Scalar* const p1 = panel(chunk.number, 0, g);
     const Scalar* const p2 = panel(chunk.number, 1, g);
+    // Where they are to be rounded, scores_ is nearer than the panel.
+    Scalar* const combined = is_narrow<Element> ? scores_ : p1;
     for (Index r = 0; r < rows.count; ++r) {
-      Scalar* const row = p1 + r * kChunk;
-      combine_maps(row, row, factor[0][r], p2 + r * kChunk, factor[1][r], columns.begin, columns.end);
+      combine_maps(combined + r * kChunk, p1 + r * kChunk, factor[0][r], p2 + r * kChunk, factor[1][r], columns.begin,
+                   columns.end);
     }
     // Of the panel, what the next group reads; the first group's of the next chunk follow the last's of this one.
-    ChunkAhead<Scalar> ahead{nullptr, g, groups_};
+    ChunkAhead<Packed> ahead{nullptr, g, groups_};
     const bool last_group = g + 1 == groups_;
     if (!chunk.last && head.fetch_ahead()) ahead.chunk = head.chunk_values(chunk.first_key + kChunk);
     if (!chunk.last || !last_group) {
       ahead.panel = last_group ? panel(chunk.number + 1, 0, 0) : p1 + 2 * kTile;
       ahead.panel_size = 2 * kTile;
     }
-    add_weighted_values(sums_ + g * group_sums_, p1, head, rows, chunk.first_key, columns, ahead);
+    const Packed* const weights = weights_of_values<Element>(rounded_, combined, rows.count, columns);
+    add_weighted_values(sums_ + g * group_sums_, weights, head, rows, chunk.first_key, columns, ahead);
   }
 
   /// What turns the weights of a chunk into probabilities: 2^(c·(its base − the last))/l, with −λ for the second map.
@@ -162,23 +172,23 @@ class DifferentialBlock {
   }
 
   template <typename Mask>
-  void write(const HeadOperands<Scalar, 2>& in, const RowRange<Mask>& rows, Index g, const ScoreScale<Scalar>& scale) {
+  void write(const Operands& in, const RowRange<Mask>& rows, Index g) {
     constexpr auto ones = [] {
       std::array<Scalar, kRows> values{};
       values.fill(Scalar(1));
       return values;
     }();
     write_rows(in.result(rows.head).middle_rows(rows.first, rows.count), sums_ + g * group_sums_, ones.data());
-    for (Index map = 0; map < 2; ++map) write_log_sum_exp(in.lse[map], rows, softmax_[map][g], scale);
   }
 
   Index groups_;                    // in a block
   Index group_sums_;                // values in the sums of one group
   Scalar* sums_;                    // [group][strip of dv][kRows][kCols]
   Scalar* scores_;                  // [kRows][kChunk]
+  Packed* rounded_ = nullptr;       // [kRows][steps of kChunk], where the operands are narrow
   Scalar* panel_;                   // [chunk][group][map][kRows][kChunk]
   Scalar* chunk_base_;              // [chunk][group][map][kPaddedRows]: what a chunk's weights are relative to
-  Scalar* q_[2];                    // [row][d], multiplied by scale.of_queries
+  Packed* q_[2];                    // [row][steps of d], multiplied by scale.of_queries
   RowSoftmax<Scalar>* softmax_[2];  // [group]
   Scalar* factors_;                 // [map][group][kPaddedRows]
 };

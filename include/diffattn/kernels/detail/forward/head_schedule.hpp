@@ -13,18 +13,19 @@
 #include "diffattn/kernels/detail/forward/block_tasks.hpp"
 #include "diffattn/kernels/detail/forward/packed_heads.hpp"
 #include "diffattn/kernels/detail/forward/row_block.hpp"
+#include "diffattn/kernels/detail/mask_view.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
 /// Attention in row blocks, for any number of queries and keys, at least one of each.
-template <typename Block, typename Scalar, typename Mask, Executor E>
-void run_blocks(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, Workspace& workspace, E& executor) {
+template <typename Block, typename Mask, Executor E>
+void run_blocks(const typename Block::Operands& in, const Mask& mask, Workspace& workspace, E& executor) {
   const auto frame = workspace.frame();
   const Index kv_heads = in.heads.num_kv_heads, workers = executor.concurrency();
-  BlockTasks<Block, Scalar, Mask> tasks(in, mask, in.n_k());
+  BlockTasks<Block, Mask> tasks(in, mask, in.n_k());
   const Index wave = workers == 1 ? 1 : std::min(kv_heads, divide_up(kTasksPerWorker * workers, tasks.of_key_head()));
-  HeadPacking<Scalar, Block::kMaps> packing(in, keys_of_any_query(mask, in.n_q(), in.n_k()), wave, workspace);
+  HeadPacking<typename Block::Operands> packing(in, keys_of_any_query(mask, in.n_q(), in.n_k()), wave, workspace);
   tasks.take_scratch(packing.shape(), tasks.most_keys(), workspace, workers);
   for (Index first = 0; first < kv_heads; first += wave) {
     const Index count = std::min(wave, kv_heads - first);
@@ -34,20 +35,24 @@ void run_blocks(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, 
 }
 
 /// Attention of all heads, by whichever way is the fastest for its sizes. Block: StandardBlock or DifferentialBlock.
-template <typename Block, typename Scalar, typename Mask, Executor E>
-void run_heads(const HeadOperands<Scalar, Block::kMaps>& in, const Mask& mask, Workspace& workspace, E& executor) {
+template <typename Block, typename Mask, Executor E>
+void run_heads(const typename Block::Operands& in, const Mask& mask, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
+  using Operands = typename Block::Operands;
   if (in.n_q() == 0) return;
   if (in.n_k() == 0) {
-    for (const auto& lse : in.lse) write_constant(lse, kMinusInfinity<Scalar>);
-    return write_constant(in.out, Scalar(0));
+    for (const auto& statistics : in.statistics) statistics.clear();
+    return write_constant(in.out, typename Operands::Result(0));
   }
-  using Small = SmallProblem<Scalar, Block::kMaps, Mask>;
-  if (Small::suits(in)) return Small::run(in, mask, executor);
-  using InPlace = InPlaceSource<Scalar, Block::kMaps>;
+  const ViewedMask<typename Operands::Scalar, Mask> seen(mask);
+  using Seen = std::remove_cvref_t<decltype(seen)>;
+  using Small = SmallProblem<Operands, Seen>;
+  if (Small::suits(in)) return Small::run(in, seen, executor);
+  using InPlace = InPlaceSource<Operands>;
   if (InPlace::suits(in)) {
-    return FewRows<Scalar, Block::kMaps, Mask, InPlace>::run(in, {}, in.n_k(), mask, workspace, executor);
+    return FewRows<Operands, Seen, InPlace>::run(in, {}, in.n_k(), seen, workspace, executor);
   }
-  run_blocks<Block>(in, mask, workspace, executor);
+  run_blocks<Block>(in, seen, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1::detail

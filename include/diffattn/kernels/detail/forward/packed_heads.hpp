@@ -8,25 +8,29 @@
 
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/kernels/detail/arithmetic.hpp"
 #include "diffattn/kernels/detail/blocking.hpp"
 #include "diffattn/kernels/detail/operands.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/product/packed.hpp"
+#include "diffattn/product/packed_pairs.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
 /// Where keys and values of one head, or of one chunk of it, are packed.
-template <typename Scalar>
+template <typename Packed>
 struct PackedPart {
-  const Scalar* keys[2] = {nullptr, nullptr};  // one for each map; the same twice when the maps share their keys
-  const Scalar* values = nullptr;
+  const Packed* keys[2] = {nullptr, nullptr};  // one for each map; the same twice when the maps share their keys
+  const Packed* values = nullptr;
 };
 
 /// Keys and values of one head: in one piece, or in the pages of a cache, each chunk in a place of its own.
-template <typename Scalar>
-struct PackedHead : PackedPart<Scalar> {
-  const PackedPart<Scalar>* pages = nullptr;  // of every chunk
-  Index value_stride = 0;                     // rows from a strip of values to the next: n_k, or those of a page
+template <typename Packed>
+struct PackedHead : PackedPart<Packed> {
+  static constexpr Index kCols = Tile<SumOf<Packed>>::kCols;
+
+  const PackedPart<Packed>* pages = nullptr;  // of every chunk
+  Index value_stride = 0;  // steps of depth from a strip of values to the next: those of n_k, or of a page
   Index n_k = 0;
   Index d = 0;
   Index dv = 0;
@@ -35,25 +39,29 @@ struct PackedHead : PackedPart<Scalar> {
   /// Whether blocks fetch the chunk that comes next (kNearBytes, blocking.hpp).
   bool fetch_ahead() const {
     const Index key_maps = this->keys[1] == nullptr || this->keys[1] == this->keys[0] ? 1 : 2;
-    return pages != nullptr || n_k * (key_maps * d + dv) * static_cast<Index>(sizeof(Scalar)) > kNearBytes;
+    const Index bytes = steps_of<Packed>(n_k) * (key_maps * d + dv) * static_cast<Index>(sizeof(Packed));
+    return pages != nullptr || bytes > kNearBytes;
   }
 
   /// Keys and values of the chunk that begins at `first_key`.
-  const Scalar* chunk_keys(Index map, Index first_key) const {
-    if (pages == nullptr) return this->keys[map] + first_key * d;
+  const Packed* chunk_keys(Index map, Index first_key) const {
+    if (pages == nullptr) return this->keys[map] + first_key * steps_of<Packed>(d);
     return pages[first_key / kChunk].keys[map];
   }
-  const Scalar* chunk_values(Index first_key) const {
-    if (pages == nullptr) return this->values + first_key * Tile<Scalar>::kCols;
+  const Packed* chunk_values(Index first_key) const {
+    if (pages == nullptr) return this->values + steps_of<Packed>(first_key) * kCols;
     return pages[first_key / kChunk].values;
   }
 };
 
 /// The packed copies of a wave of key heads, one wave after the other in the same memory.
-template <typename Scalar, Index kMaps>
+template <typename Operands>
 class HeadPacking {
+  using Packed = PackedOf<typename Operands::Element>;
+  using Sum = SumOf<Packed>;
+  static constexpr Index kMaps = Operands::kMaps;
+
  public:
-  using Operands = HeadOperands<Scalar, kMaps>;
 
   /// Takes memory for `wave` key heads. seen: keys that some query sees; no others are packed.
   HeadPacking(const Operands& in, const KeyRange& seen, Index wave, Workspace& workspace)
@@ -62,17 +70,18 @@ class HeadPacking {
         key_maps_(in.shared_keys() ? 1 : kMaps),
         first_piece_(seen.begin / kPieceKeys),
         pieces_(divide_up(seen.end, kPieceKeys) - first_piece_),
-        keys_size_(packed_strips_size<Scalar>(seen.end, in.d)),
-        values_size_(packed_strips_size<Scalar>(in.dv, seen.end)),
-        heads_(workspace.take<PackedHead<Scalar>>(wave)),
+        keys_size_(packed_strips_size<Sum>(seen.end, steps_of<Packed>(in.d))),
+        values_size_(packed_strips_size<Sum>(in.dv, steps_of<Packed>(seen.end))),
+        heads_(workspace.take<PackedHead<Packed>>(wave)),
         finite_(workspace.take<bool>(wave * pieces_)),
-        keys_(workspace.take<Scalar>(wave * key_maps_ * keys_size_)),
-        values_(workspace.take<Scalar>(wave * values_size_)) {}
+        keys_(workspace.take<Packed>(wave * key_maps_ * keys_size_)),
+        values_(workspace.take<Packed>(wave * values_size_)) {}
 
   /// A head of these sizes, packed nowhere.
-  PackedHead<Scalar> shape() const {
-    PackedHead<Scalar> head;
-    head.value_stride = head.n_k = seen_.end;
+  PackedHead<Packed> shape() const {
+    PackedHead<Packed> head;
+    head.n_k = seen_.end;
+    head.value_stride = steps_of<Packed>(seen_.end);
     head.d = in_.d;
     head.dv = in_.dv;
     return head;
@@ -95,17 +104,17 @@ class HeadPacking {
   }
 
   /// The i-th of the heads that were packed last.
-  const PackedHead<Scalar>& operator[](Index i) const { return heads_[i]; }
+  const PackedHead<Packed>& operator[](Index i) const { return heads_[i]; }
 
  private:
-  Scalar* keys(Index i, Index map) const { return keys_ + (i * key_maps_ + map) * keys_size_; }
-  Scalar* values(Index i) const { return values_ + i * values_size_; }
+  Packed* keys(Index i, Index map) const { return keys_ + (i * key_maps_ + map) * keys_size_; }
+  Packed* values(Index i) const { return values_ + i * values_size_; }
 
   /// Packs `count` keys of a key head from `row` on, as the i-th of the wave. Returns whether the values are finite.
   bool pack_piece(Index i, Index head, Index row, Index count) const {
     for (Index map = 0; map < key_maps_; ++map) pack_transposed(keys(i, map), in_.keys(map, head), row, count);
-    return pack_columns(values(i) + row * Tile<Scalar>::kCols, seen_.end, in_.values(head).middle_rows(row, count),
-                        true);
+    return pack_columns(values(i) + steps_of<Packed>(row) * Tile<Sum>::kCols, steps_of<Packed>(seen_.end),
+                        in_.values(head).middle_rows(row, count), true);
   }
 
   const Operands& in_;
@@ -115,10 +124,10 @@ class HeadPacking {
   Index pieces_;       // from there on, in a head
   Index keys_size_;    // of one head and map
   Index values_size_;  // of one head
-  PackedHead<Scalar>* heads_;
+  PackedHead<Packed>* heads_;
   bool* finite_;    // of every head and piece
-  Scalar* keys_;    // [head][map][strip of keys][d][kCols]
-  Scalar* values_;  // [head][strip of dv][key][kCols]
+  Packed* keys_;    // [head][map][strip of keys][d][kCols]
+  Packed* values_;  // [head][strip of dv][key][kCols]
 };
 
 }  // namespace diffattn::inline v0_1::detail

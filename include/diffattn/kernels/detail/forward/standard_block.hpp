@@ -10,29 +10,35 @@
 
 namespace diffattn::inline v0_1::detail {
 
-template <typename Scalar>
+template <typename Element, typename Result = Element>
 class StandardBlock {
+ public:
+  using Operands = HeadOperands<Element, 1, Result>;
+
+ private:
+  using Scalar = ArithmeticOf<Element>;
+  using Packed = PackedOf<Element>;
   static constexpr Index kRows = Tile<Scalar>::kRows;
   static constexpr Index kCols = Tile<Scalar>::kCols;
 
  public:
-  static constexpr Index kMaps = 1;
 
   /// Takes the scratch of one worker, for blocks of up to max_rows.
-  StandardBlock(Workspace& workspace, const PackedHead<Scalar>& shape, Index /*max_keys*/, Index max_rows = kBlockRows)
+  StandardBlock(Workspace& workspace, const PackedHead<Packed>& shape, Index /*max_keys*/, Index max_rows = kBlockRows)
       : group_sums_(kRows * round_up(shape.dv, kCols)),
-        q_(workspace.take<Scalar>(round_up(max_rows, kRows) * shape.d)),
+        q_(workspace.take<Packed>(round_up(max_rows, kRows) * steps_of<Packed>(shape.d))),
         weights_(workspace.take<Scalar>(kRows * kChunk)),
+        rounded_(is_narrow<Element> ? workspace.take<Packed>(kRows * steps_of<Packed>(kChunk)) : nullptr),
         sums_(workspace.take<Scalar>(divide_up(max_rows, kRows) * group_sums_)),
         softmax_(workspace.take<RowSoftmax<Scalar>>(divide_up(max_rows, kRows))) {}
 
   /// Computes `rows` of the result, of one head. head: the keys and values that rows.head reads.
   template <typename Mask>
-  void run(const HeadOperands<Scalar, 1>& in, const PackedHead<Scalar>& head, const RowRange<Mask>& rows,
+  void run(const Operands& in, const PackedHead<Packed>& head, const RowRange<Mask>& rows,
            Index /*heads*/, const ScoreScale<Scalar>& scale) {
     const Index groups = divide_up(rows.count, kRows);
     const ScaledExp2<Scalar> exp2(scale.of_exponent);
-    copy_rows(q_, in.queries(0, rows.head).middle_rows(rows.first, rows.count), scale.of_queries);
+    copy_queries(q_, in.queries(0, rows.head).middle_rows(rows.first, rows.count), scale.of_queries);
     std::fill(sums_, sums_ + groups * group_sums_, Scalar(0));
     for (Index g = 0; g < groups; ++g) softmax_[g].reset();
 
@@ -49,13 +55,13 @@ class StandardBlock {
  private:
   /// Scores of one group and chunk become weights and meet V.
   template <typename Mask>
-  void add_chunk(const PackedHead<Scalar>& head, const RowRange<Mask>& rows, Index g, Index groups,
+  void add_chunk(const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index g, Index groups,
                  const BlockChunk& chunk, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
     const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
     if (columns.begin >= columns.end) return;
     const Index next = chunk.first_key + kChunk;
     const bool fetch = head.fetch_ahead() && !chunk.last;
-    const LeftOperand<Scalar> q{q_ + g * kRows * head.d, head.d, 1};
+    const LeftOperand<Packed> q = query_group(q_, g, head.d);
     score_chunk(weights_, q, head.chunk_keys(0, chunk.first_key), head.d, rows, chunk.first_key, columns, scale,
                 {fetch ? head.chunk_keys(0, next) : nullptr, g, groups});
     Scalar growth[kRows];
@@ -63,17 +69,16 @@ class StandardBlock {
     if (softmax_[g].add_chunk(weights_, weights_, kChunk, rows.count, columns.begin, columns.end, exp2, growth)) {
       rescale(sums, growth);
     }
-    add_weighted_values(sums, weights_, head, rows, chunk.first_key, columns,
-                        {fetch ? head.chunk_values(next) : nullptr, g, groups});
+    add_weighted_values(sums, weights_of_values<Element>(rounded_, weights_, rows.count, columns), head, rows,
+                        chunk.first_key, columns, {fetch ? head.chunk_values(next) : nullptr, g, groups});
   }
 
   /// Divides the sums of a group by those of its weights.
   template <typename Mask>
-  void write(const HeadOperands<Scalar, 1>& in, const RowRange<Mask>& rows, Index g, const ScoreScale<Scalar>& scale) {
+  void write(const Operands& in, const RowRange<Mask>& rows, Index g, const ScoreScale<Scalar>& scale) {
     Scalar factors[kRows];
-    for (Index r = 0; r < kRows; ++r) factors[r] = normaliser(softmax_[g].sum(r));
+    set_normalisers(factors, in.statistics[0], rows, softmax_[g], scale);
     write_rows(in.result(rows.head).middle_rows(rows.first, rows.count), sums_ + g * group_sums_, factors);
-    write_log_sum_exp(in.lse[0], rows, softmax_[g], scale);
   }
 
   void rescale(Scalar* sums, const Scalar* growth) const {
@@ -90,8 +95,9 @@ class StandardBlock {
   }
 
   Index group_sums_;             // values in the sums of one group
-  Scalar* q_;                    // [row][d], multiplied by scale.of_queries
+  Packed* q_;                    // [row][steps of d], multiplied by scale.of_queries
   Scalar* weights_;              // [kRows][kChunk]
+  Packed* rounded_;              // [kRows][steps of kChunk], where the operands are narrow
   Scalar* sums_;                 // [group][strip of dv][kRows][kCols]
   RowSoftmax<Scalar>* softmax_;  // [group]
 };

@@ -1,0 +1,69 @@
+// Which rows of a sequence are on which rank.
+
+#include "diffattn/distributed/sequence_placement.hpp"
+
+#include "support/catch.hpp"
+#include "support/throws.hpp"
+
+using diffattn::Index;
+using diffattn::Matrix;
+using diffattn::SequencePlacement;
+
+TEST_CASE("Pieces cover the sequence, and every rank has an early and a late one", "[distributed]") {
+  for (Index ranks = 1; ranks <= 7; ++ranks) {
+    for (Index rows = ranks; rows <= 5 * ranks; ++rows) {
+      INFO(rows << " rows on " << ranks << " ranks");
+      std::vector<Index> owners(static_cast<std::size_t>(rows), -1);
+      for (Index rank = 0; rank < ranks; ++rank) {
+        const SequencePlacement placement(rows, ranks, rank);
+        CHECK(placement.first_of_piece(2 * ranks) == rows);
+        CHECK(placement.mine() >= 1);
+        CHECK(placement.mine() <= rows / ranks + 2);
+        Index before = -1;
+        for (Index row = 0; row < placement.mine(); ++row) {
+          const Index position = placement.position(row);
+          CHECK(position > before);
+          REQUIRE(position < rows);
+          Index& owner = owners[static_cast<std::size_t>(position)];
+          CHECK(owner == -1);
+          owner = rank;
+          before = position;
+        }
+        placement.for_each_piece([&](Index first, Index count, Index position) {
+          for (Index i = 0; i < count; ++i) CHECK(placement.position(first + i) == position + i);
+        });
+      }
+      CHECK(std::count(owners.begin(), owners.end(), -1) == 0);
+    }
+  }
+}
+
+TEST_CASE("Under a causal mask all ranks see about as many pairs", "[distributed]") {
+  for (const Index ranks : {2, 4, 8}) {
+    for (Index rank = 0; rank < ranks; ++rank) {
+      const SequencePlacement placement(1600, ranks, rank);
+      Index pairs = 0;
+      for (Index row = 0; row < placement.mine(); ++row) pairs += placement.position(row) + 1;
+      const double share = static_cast<double>(pairs * ranks) / (1600.0 * 1601.0 / 2);
+      CHECK(share == Approx(1).margin(0.01));
+    }
+  }
+}
+
+TEST_CASE("The rows and elements of a rank", "[distributed]") {
+  const SequencePlacement placement(9, 2, 1);  // pieces of 3, 2, 2, 2
+  Matrix<float> x(9, 2);
+  for (Index i = 0; i < 9; ++i) x.row(i).setConstant(static_cast<float>(i));
+  Matrix<float> mine(4, 2);
+  mine << 3, 3, 4, 4, 5, 5, 6, 6;
+  CHECK(placement.rows_of(x) == mine);
+  CHECK(placement.elements_of(std::vector<int>{0, 1, 2, 3, 4, 5, 6, 7, 8}) == std::vector<int>{3, 4, 5, 6});
+  CHECK(support::thrown_by<diffattn::ShapeError>([&] { placement.rows_of(mine); }) ==
+        "SequencePlacement: x must be 9 x 2, got 4 x 2");
+  CHECK(support::thrown_by<diffattn::ShapeError>([&] { placement.elements_of(std::vector<int>{1}); }) ==
+        "SequencePlacement: the elements must be 9 x 1, got 1 x 1");
+  CHECK(support::thrown_by<std::invalid_argument>([] { SequencePlacement(3, 4, 0); }) ==
+        "SequencePlacement: a sequence of 3 rows cannot be spread over 4 ranks: each must have one row at least");
+  CHECK(support::thrown_by<std::invalid_argument>([] { SequencePlacement(3, 2, 2); }) ==
+        "SequencePlacement: rank must be from 0 to 1, got 2");
+}
