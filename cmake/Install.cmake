@@ -6,8 +6,8 @@ set(package_dir ${CMAKE_INSTALL_DATADIR}/cmake/diffattn)
 install(TARGETS diffattn EXPORT diffattn_targets FILE_SET HEADERS)
 install(EXPORT diffattn_targets FILE diffattnTargets.cmake NAMESPACE diffattn:: DESTINATION ${package_dir})
 
-# diffattn::io has an export of its own, loaded only when the component `io` is asked for.
 set(diffattn_components "")
+# diffattn::io has an export of its own, loaded only when the component `io` is asked for.
 if(TARGET diffattn_io)
   list(APPEND diffattn_components io)
   install(TARGETS diffattn_io EXPORT diffattn_io_targets FILE_SET HEADERS)
@@ -16,6 +16,7 @@ endif()
 
 # So has diffattn::mpi, for the component `mpi`.
 if(TARGET diffattn_mpi)
+  list(APPEND diffattn_components mpi)
   install(TARGETS diffattn_mpi EXPORT diffattn_mpi_targets FILE_SET HEADERS)
   install(EXPORT diffattn_mpi_targets FILE diffattnMpiTargets.cmake NAMESPACE diffattn:: DESTINATION ${package_dir})
 endif()

@@ -14,7 +14,8 @@ set(CPACK_DEBIAN_FILE_NAME libdiffattn-dev_${PROJECT_VERSION}_all.deb)
 set(CPACK_DEBIAN_PACKAGE_ARCHITECTURE all)
 set(CPACK_DEBIAN_PACKAGE_SECTION libdevel)
 set(CPACK_DEBIAN_PACKAGE_DEPENDS "libeigen3-dev (>= 3.4)")
-# Only diffattn::io needs it.
+# Only diffattn::io and diffattn::mpi need them.
 set(CPACK_DEBIAN_PACKAGE_RECOMMENDS "nlohmann-json3-dev (>= 3.9)")
+set(CPACK_DEBIAN_PACKAGE_SUGGESTS "libopenmpi-dev | libmpich-dev")
 install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/libdiffattn-dev RENAME copyright)
 include(CPack)

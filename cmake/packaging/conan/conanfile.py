@@ -46,8 +46,8 @@ class Diffattn(ConanFile):
 
     def generate(self):
         toolchain = CMakeToolchain(self)
-        for part in ("TESTS", "EXAMPLES", "BENCH"):
-            toolchain.cache_variables[f"DIFFATTN_BUILD_{part}"] = False
+        for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_BENCH", "MPI"):
+            toolchain.cache_variables[f"DIFFATTN_{part}"] = False
         toolchain.cache_variables["DIFFATTN_IO"] = bool(self.options.io)
         toolchain.cache_variables["CMAKE_DISABLE_FIND_PACKAGE_nlohmann_json"] = not self.options.io
         toolchain.cache_variables["FETCHCONTENT_FULLY_DISCONNECTED"] = True
