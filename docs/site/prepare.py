@@ -115,8 +115,7 @@ class Site:
         self.root, self.out = root, out
         others = {str(p.relative_to(root)) for p in (root / "docs").rglob("*.md")} - {*FIRST_PAGES, *LAST_PAGES}
         self.pages = FIRST_PAGES + sorted(others) + LAST_PAGES
-        self.examples = sorted(str(p.relative_to(root)) for p in (root / "examples").rglob("*.cpp")
-                               if p.parent.name != "support" and p.name != "all.cpp")
+        self.examples = sorted(str(p.relative_to(root)) for p in (root / "examples").rglob("[0-9][0-9]_*.cpp"))
 
     def target(self, page, link):
         """Where a link of a page leads on the site; None for what the site does not have."""
@@ -133,7 +132,7 @@ class Site:
         if path in self.pages:
             return self.html(path) + (f"#{page_identifier(path)}-{anchor}" if anchor else "")
         if path in self.examples:
-            return pathlib.Path(path).stem + "_8cpp-example.html"
+            return path.removeprefix("examples/").replace("/", "_2").replace(".", "_8") + "-example.html"
         if path == "examples":
             return self.html("examples/README.md")
         header = path.removeprefix("include/diffattn/")
