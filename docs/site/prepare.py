@@ -17,7 +17,7 @@ import sys
 # The order of the pages on the site; those of docs/ that are not named here stand before the last ones.
 FIRST_PAGES = ["README.md"] + [f"docs/{guide}.md" for guide in ("use-it", "in-your-model", "from-pytorch", "choose", "fast", "rules")]
 LAST_PAGES = ["examples/README.md", "docs/architecture.md", "bench/README.md", "bench/JOURNAL.md", "CONTRIBUTING.md",
-              "tests/mutations/README.md", "CHANGELOG.md"]
+              "CHANGELOG.md"]
 LABEL = re.compile(r"^([^\s.,:;()]+(?: [^\s.,:;()]+)?)\s{2,}(\S.*)$")
 
 
@@ -106,7 +106,7 @@ def prepare_header(source, room, path):
 def page_identifier(path):
     """docs/choose.md → choose; README.md → index; bench/README.md → bench"""
     name = path.removesuffix(".md")
-    return {"README": "readme", "examples/README": "path", "bench/README": "bench", "tests/mutations/README": "mutations"}.get(
+    return {"README": "readme", "examples/README": "path", "bench/README": "bench"}.get(
         name, name.split("/")[-1].lower())
 
 
