@@ -1,4 +1,4 @@
-# The programs in our pages have to be true: what stands in fences of `cpp` becomes one source, which a test compiles and runs.
+# The programs in our pages have to be true: fences of `cpp` become one source, which a test compiles and runs.
 
 # code_of(PAGE OUT): the fenced `cpp` of a page together with what it hides from readers in comments `<!-- code … -->`
 # (the functions around the blocks, and what must hold behind them), in the order of the page.

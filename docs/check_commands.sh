@@ -47,6 +47,8 @@ for block in "$work"/*; do
   rm -f "$work.log"
 done
 
+[ "$(wc -w < README.md)" -lt 1000 ] || fault "README.md has 1,000 words or more: the guides have room"
+
 # CONTRIBUTING.md has a table of all presets.
 workflows=$(sed -n '/"workflowPresets"/,$s/^      "name": "\(.*\)",$/\1/p' CMakePresets.json | sort)
 told=$(sed -n '/^| preset /,/^$/p' CONTRIBUTING.md | cut -d'|' -f2 | grep -o '`[^`]*`' | tr -d '`' | sort)

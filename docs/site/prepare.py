@@ -17,7 +17,7 @@ import sys
 # The order of the pages on the site; those of docs/ that are not named here stand before the last ones.
 FIRST_PAGES = ["README.md"] + [f"docs/{guide}.md" for guide in ("use-it", "in-your-model", "from-pytorch", "choose", "fast", "rules")]
 LAST_PAGES = ["examples/README.md", "docs/architecture.md", "bench/README.md", "bench/JOURNAL.md", "CONTRIBUTING.md",
-              "tests/mutations/README.md", "CHANGELOG.md"]
+              "CHANGELOG.md"]
 LABEL = re.compile(r"^([^\s.,:;()]+(?: [^\s.,:;()]+)?)\s{2,}(\S.*)$")
 
 
@@ -106,7 +106,7 @@ def prepare_header(source, room, path):
 def page_identifier(path):
     """docs/choose.md → choose; README.md → index; bench/README.md → bench"""
     name = path.removesuffix(".md")
-    return {"README": "readme", "examples/README": "path", "bench/README": "bench", "tests/mutations/README": "mutations"}.get(
+    return {"README": "readme", "examples/README": "path", "bench/README": "bench"}.get(
         name, name.split("/")[-1].lower())
 
 
@@ -115,8 +115,7 @@ class Site:
         self.root, self.out = root, out
         others = {str(p.relative_to(root)) for p in (root / "docs").rglob("*.md")} - {*FIRST_PAGES, *LAST_PAGES}
         self.pages = FIRST_PAGES + sorted(others) + LAST_PAGES
-        self.examples = sorted(str(p.relative_to(root)) for p in (root / "examples").rglob("*.cpp")
-                               if p.parent.name != "support" and p.name != "all.cpp")
+        self.examples = sorted(str(p.relative_to(root)) for p in (root / "examples").rglob("[0-9][0-9]_*.cpp"))
 
     def target(self, page, link):
         """Where a link of a page leads on the site; None for what the site does not have."""
@@ -133,7 +132,7 @@ class Site:
         if path in self.pages:
             return self.html(path) + (f"#{page_identifier(path)}-{anchor}" if anchor else "")
         if path in self.examples:
-            return pathlib.Path(path).stem + "_8cpp-example.html"
+            return path.removeprefix("examples/").replace("/", "_2").replace(".", "_8") + "-example.html"
         if path == "examples":
             return self.html("examples/README.md")
         header = path.removeprefix("include/diffattn/")

@@ -74,6 +74,7 @@ class CacheParallel {
   /// The same on one thread a rank.
   explicit CacheParallel(C& communicator) requires std::is_same_v<E, Serial> : CacheParallel(communicator, serial()) {}
 
+  /// The ranks that share the cache.
   C& communicator() const { return communicator_; }
   /// What this rank computes with.
   E& local() const { return executor_; }

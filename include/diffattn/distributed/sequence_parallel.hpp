@@ -73,9 +73,11 @@ class SequenceParallel {
 
   /// Which rows are here.
   const SequencePlacement& placement() const { return placement_; }
+  /// The ranks that share the sequence.
   C& communicator() const { return communicator_; }
   /// What this rank computes with.
   E& local() const { return executor_; }
+  /// How many heads of keys and values are gathered at a time.
   Index key_heads_at_a_time() const { return key_heads_; }
 
   /// This rank's workers: what rows do not need each other for is spread over them alone.

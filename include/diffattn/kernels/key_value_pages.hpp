@@ -151,6 +151,7 @@ struct KeyValuePages {
   const Stored* value_row(Index key, Index head) const {
     return values(page_of(key), head) + row_of(key) / detail::kStepDepth<Stored> * shape.strip;
   }
+  /// Rows from one strip of values in a page to the next.
   Index value_stride() const { return detail::steps_of<Stored>(shape.page_size); }
   /// Whether the values of the pages are finite which hold some of the `count` keys from `key` on, counted from
   /// origin(); none stands for those that are not there.
