@@ -2,7 +2,7 @@
 # the name of a function or class, `Class::function`, that name stands in the file it leads to.
 cmake_minimum_required(VERSION 3.25)
 set(root ${CMAKE_CURRENT_LIST_DIR}/..)
-file(GLOB pages ${root}/*.md ${root}/bench/*.md ${root}/docs/*.md ${root}/tests/mutations/*.md)
+file(GLOB pages ${root}/*.md ${root}/bench/*.md ${root}/docs/*.md ${root}/docs/*/*.md ${root}/examples/*.md ${root}/tests/mutations/*.md)
 set(faults "")
 foreach(page IN LISTS pages)
   file(READ ${page} text)

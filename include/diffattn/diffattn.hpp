@@ -8,6 +8,8 @@
 //   diff_attention, multihead_diff_attention                eq. (1)                 kernels/diff_attention
 //   attention, multihead_attention                          standard attention      kernels/attention
 //   attention_backward, diff_attention_backward, …          gradients               kernels/backward, gradients
+//   partial_attention, merge; SoftmaxStatistics, log_sum_exp    some of the keys    kernels/partial_attention, …
+//   multihead_diff_attention_in_phases_into                 shares that add up      kernels/attention_in_phases
 //   FullMask, CausalMask, SlidingWindowMask, both, …        who sees whom           kernels/mask
 //   with_bias, AlibiBias, MatrixBias                        a bias for each head    kernels/bias
 //   RelativeBias, IndexedBias                               a bias that is learned  kernels/learned_bias
@@ -59,6 +61,8 @@
 //   Communicator, SelfCommunicator, check_on_all            ranks                   distributed/communicator, …
 //   run_ranks, ThreadCommunicator                           ranks that are threads  distributed/thread_communicator
 //   MpiCommunicator (CMake: diffattn::mpi)                  ranks by MPI            distributed/mpi
+//   SequenceParallel, SequencePlacement                     one long sequence       distributed/sequence_parallel, …
+//   CacheParallel                                           a cache over ranks      distributed/cache_parallel
 //   average_gradients, broadcast_parameters, on_rank_0      data parallel           distributed/data_parallel
 //
 // Read and write files **
@@ -78,6 +82,7 @@
 #include "diffattn/core/version.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/attention.hpp"
+#include "diffattn/kernels/attention_in_phases.hpp"
 #include "diffattn/kernels/backward.hpp"
 #include "diffattn/kernels/bias.hpp"
 #include "diffattn/kernels/decode.hpp"
@@ -87,7 +92,9 @@
 #include "diffattn/kernels/learned_bias.hpp"
 #include "diffattn/kernels/mask.hpp"
 #include "diffattn/kernels/options.hpp"
+#include "diffattn/kernels/partial_attention.hpp"
 #include "diffattn/kernels/reference.hpp"
+#include "diffattn/kernels/softmax_statistics.hpp"
 #include "diffattn/layers/attention_layer.hpp"
 #include "diffattn/layers/attention_variant.hpp"
 #include "diffattn/layers/batched_attention.hpp"

@@ -3,9 +3,12 @@
 #include <span>
 #include <vector>
 
+#include "diffattn/core/parallel_threads.hpp"
+#include "diffattn/distributed/cache_parallel.hpp"
 #include "diffattn/distributed/collective_check.hpp"
 #include "diffattn/distributed/communicator.hpp"
 #include "diffattn/distributed/data_parallel.hpp"
+#include "diffattn/distributed/sequence_parallel.hpp"
 #include "diffattn/distributed/thread_communicator.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
 #include "diffattn/training/batch_sampler.hpp"
@@ -43,6 +46,31 @@ void data_parallel_calls(C& communicator, std::span<const std::uint8_t> tokens) 
   on_rank_0(communicator, "report", [&] { static_cast<void>(loss); });
 }
 
+template <Communicator C>
+void sequence_parallel_calls(C& communicator, const Matrix<float>& x, Matrix<float>& y) {
+  ThreadPool pool(2);
+  const SequenceParallel on_pool(communicator, 64, pool);
+  SequenceParallel ranks(communicator, 64);
+  const SequencePlacement& placement = ranks.placement();
+  y = placement.rows_of(x);
+  const std::vector<Index> tokens = placement.elements_of(std::vector<Index>(64));
+  Workspace workspace;
+  attention_into(y, x, x, x, CausalMask{}, {}, workspace, ranks);
+  multihead_attention_into(y, x, x, x, Heads{2, 1}, CausalMask{}, {}, workspace, ranks);
+  diff_attention_into(y, x, x, x, x, x, 0.5f, CausalMask{}, {}, workspace, ranks);
+  multihead_diff_attention_into(y, x, x, x, x, Heads{2, 1}, CausalMask{}, {}, workspace, ranks);
+  multihead_attention_backward_into({y, y, y}, x, x, x, x, Heads{2, 1}, CausalMask{}, {}, workspace, ranks);
+  multihead_diff_attention_backward_into({y, y, y, y}, x, x, x, x, x, Heads{2, 1}, CausalMask{}, {}, workspace, ranks);
+  const MultiheadDiffAttention<float> layer({.embed_dim = 16, .num_heads = 2});
+  layer.forward_into(y, x, CausalMask{}, workspace, ranks);
+  y = ranks.gather(y);
+  CacheParallel caches(communicator);
+  KvCache<float> cache;
+  caches.feed(1);
+  layer.forward_into(y, x, cache, workspace, caches);
+  caches.take_back();
+}
+
 void ranks(std::span<const std::uint8_t> tokens) {
   SelfCommunicator self;
   communicator_calls(self);
@@ -50,6 +78,8 @@ void ranks(std::span<const std::uint8_t> tokens) {
   run_ranks(4, [&](ThreadCommunicator& communicator) {
     communicator_calls(communicator);
     data_parallel_calls(communicator, tokens);
+    Matrix<float> x(16, 16), y = x;
+    sequence_parallel_calls(communicator, x, y);
   });
 }
 

@@ -4,9 +4,11 @@
 #include <vector>
 
 #include "diffattn/diffattn.hpp"
+#include "diffattn/kernels/attention_in_phases.hpp"
 #include "diffattn/kernels/backward.hpp"
 #include "diffattn/kernels/bias.hpp"
 #include "diffattn/kernels/decode.hpp"
+#include "diffattn/kernels/partial_attention.hpp"
 #include "diffattn/kernels/reference.hpp"
 
 namespace api {
@@ -36,6 +38,22 @@ void kernels_under(const Mask& mask, const M& x, const Matrix<float>& column) {
 }
 
 template <typename Mask>
+void parts_under(const Mask& mask, const KeyValuePages<float>& pages, const M& x) {
+  PartialAttention<float> part =
+      merge(partial_attention(x, x, x, mask), multihead_partial_attention(x, x, x, Heads{2, 1}, mask));
+  const PartialDiffAttention<float> maps = partial_diff_attention(x, x, x, x, x, mask);
+  M out = merge(maps, multihead_partial_diff_attention(x, x, x, Heads{2, 1}, mask)).difference(0.5f);
+  out += log_sum_exp(merge(part.statistics, reference::softmax_statistics(x, x, mask)));
+  Workspace workspace;
+  DiffSoftmaxStatistics<float> statistics;
+  const auto exchange = [](DiffSoftmaxStatistics<float>& own) { own.first = merge(own.first, own.first); };
+  multihead_partial_attention_into(part, x, x, x, Heads{2, 1}, mask, {}, workspace, Serial{});
+  multihead_diff_attention_in_phases_into(out, statistics, x, x, x, 0.5f, Heads{2, 1}, exchange, mask, {}, workspace);
+  decode_diff_attention_in_phases_into(out, statistics, x, pages, x, Heads{2, 1}, exchange, mask, {}, workspace);
+  decode_partial_attention_into(part, x, pages, Heads{2, 1}, mask, {}, workspace, Serial{});
+}
+
+template <typename Mask>
 void decode_under(const Mask& mask, const KeyValuePages<float>& pages, const M& q) {
   Workspace workspace;
   M out = decode_diff_attention(q, pages, 0.5f, Heads{2, 1}, mask) + decode_attention(q, pages, Heads{2, 1}, mask);
@@ -60,6 +78,7 @@ void kernels(const M& x, const Matrix<double>& biases, const KeyValuePages<float
     return static_cast<double>(head + query - key + n_q - n_k);
   };
   const auto nested = with_bias(both(PrefixMask{3}, PaddingMask{40}), AlibiBias{slopes});
+  parts_under(CausalMask{}, pages, x);
   kernels_under(FullMask{}, x, x);
   kernels_under(CausalMask{}, x, x);
   kernels_under(SlidingWindowMask{5}, x, x);

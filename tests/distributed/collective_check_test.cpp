@@ -6,7 +6,7 @@
 #include "support/allocations.hpp"
 #include "support/throws.hpp"
 
-TEST_CASE("What is wrong on one rank is an error on all", "[distributed][collective_check]") {
+TEST_CASE("A check that fails on one rank fails on all", "[distributed][collective_check]") {
   support::on_thread_ranks([](auto& communicator) { collective_check_cases::all_of_them(communicator); });
 }
 

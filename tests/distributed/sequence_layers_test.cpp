@@ -7,9 +7,9 @@
 #include "diffattn/layers/multihead_diff_attention_v2.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/models/decoder.hpp"
+#include "distributed/expect.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
-#include "support/throws.hpp"
 
 using namespace support;
 using diffattn::CausalMask;
@@ -141,11 +141,8 @@ TEST_CASE("What is wrong with a layer's or a model's arguments on one rank is an
     diffattn::run_ranks(2, [&](ThreadCommunicator& communicator) {
       SequenceParallel ranks(communicator, 6);
       Workspace workspace;
-      try {
-        call(ranks, communicator.rank() == 1, workspace);
-      } catch (const std::exception& error) {
-        errors[static_cast<std::size_t>(communicator.rank())] = error.what();
-      }
+      errors[static_cast<std::size_t>(communicator.rank())] =
+          said_by([&] { call(ranks, communicator.rank() == 1, workspace); });
     });
     return errors;
   };

@@ -6,9 +6,9 @@
 
 #include "diffattn/core/parallel_threads.hpp"
 #include "diffattn/distributed/thread_communicator.hpp"
+#include "distributed/expect.hpp"
 #include "kernels/parts.hpp"
 #include "support/catch.hpp"
-#include "support/throws.hpp"
 #include "support/tolerances.hpp"
 
 using namespace support;
@@ -215,11 +215,7 @@ std::vector<std::string> errors_of_ranks(const Call& call) {
   std::vector<std::string> errors(3);
   diffattn::run_ranks(3, [&](ThreadCommunicator& communicator) {
     SequenceParallel ranks(communicator, 12);
-    try {
-      call(ranks, communicator.rank() == 1);
-    } catch (const std::exception& error) {
-      errors[static_cast<std::size_t>(communicator.rank())] = error.what();
-    }
+    errors[static_cast<std::size_t>(communicator.rank())] = said_by([&] { call(ranks, communicator.rank() == 1); });
   });
   return errors;
 }
@@ -260,8 +256,7 @@ TEST_CASE("What is wrong on one rank is an error on all", "[distributed]") {
 TEST_CASE("A sequence with fewer rows than ranks is refused", "[distributed]") {
   std::vector<std::string> errors(3);
   diffattn::run_ranks(3, [&](ThreadCommunicator& communicator) {
-    errors[static_cast<std::size_t>(communicator.rank())] =
-        thrown_by<std::invalid_argument>([&] { SequenceParallel(communicator, 2); });
+    errors[static_cast<std::size_t>(communicator.rank())] = said_by([&] { SequenceParallel(communicator, 2); });
   });
   CHECK(errors[0] ==
         "SequencePlacement: a sequence of 2 rows cannot be spread over 3 ranks: each must have one row at least");

@@ -22,7 +22,7 @@ TEMPLATE_TEST_CASE("dot is the sum of the products, of any length and from any a
       const TestType* const b = &values(1, offset);
       TestType expected = 0;
       for (Index k = 0; k < depth; ++k) expected += a[k] * b[k];
-      CHECK(diffattn::detail::dot(a, b, depth) == expected);
+      CHECK(diffattn::detail::dot<TestType>(a, b, depth) == expected);
     }
   }
 }
@@ -33,10 +33,10 @@ TEMPLATE_TEST_CASE("dot with a NaN anywhere is NaN", "[product]", DIFFATTN_TEST_
     const std::vector<TestType> b = a;
     for (TestType& value : a) {
       value = std::numeric_limits<TestType>::quiet_NaN();
-      const TestType sum = diffattn::detail::dot(a.data(), b.data(), depth);
+      const TestType sum = diffattn::detail::dot<TestType>(a.data(), b.data(), depth);
       CHECK(sum != sum);
       value = 0;
     }
-    CHECK(diffattn::detail::dot(a.data(), b.data(), depth) == 0);
+    CHECK(diffattn::detail::dot<TestType>(a.data(), b.data(), depth) == 0);
   }
 }

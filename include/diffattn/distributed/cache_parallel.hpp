@@ -43,6 +43,24 @@
 
 namespace diffattn::inline v0_1 {
 
+namespace detail {
+
+/// What a call needs of a CacheParallel besides its public members.
+struct CacheAccess {
+  /// Where the keys of this rank stand.
+  template <typename Ranks>
+  static const CachedPositions& positions(const Ranks& ranks) {
+    return ranks.positions_;
+  }
+  /// What this rank has of a call, kept from one to the next.
+  template <typename Scalar, typename Ranks>
+  static PartScratch<Scalar>& scratch(Ranks& ranks) {
+    return std::get<PartScratch<Scalar>>(ranks.scratch_);
+  }
+};
+
+}  // namespace detail
+
 /// An executor whose calls attend to the caches of all ranks. Holds references to the communicator and to the executor
 /// that this rank computes with, and says where the keys of this rank's cache stand: one for each sequence.
 template <Communicator C, Executor E = Serial>
@@ -90,16 +108,10 @@ class CacheParallel {
   Index position() const { return before_; }
   /// Whether this rank keeps the keys and values of the last feed().
   bool keeps() const { return keeper_ == communicator_.rank(); }
-  /// Where this rank's keys stand.
-  const detail::CachedPositions& positions() const { return positions_; }
-
-  /// Scratch for the parts of a call.
-  template <typename Scalar>
-  detail::PartScratch<Scalar>& scratch() {
-    return std::get<detail::PartScratch<Scalar>>(scratch_);
-  }
 
  private:
+  friend detail::CacheAccess;
+
   static E& serial() {
     static E executor;
     return executor;
@@ -124,8 +136,8 @@ void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Matri
                            const AttentionOptions& options, Workspace& workspace, CacheParallel<C, E>& ranks) {
   constexpr const char* kName = "decode_attention";
   using Scalar = typename Q::Scalar;
-  const detail::CachedMask<Mask> here{mask, ranks.positions(), ranks.tokens()};
-  PartialAttention<Scalar>& part = ranks.template scratch<Scalar>().part;
+  const detail::CachedMask<Mask> here{mask, detail::CacheAccess::positions(ranks), ranks.tokens()};
+  PartialAttention<Scalar>& part = detail::CacheAccess::scratch<Scalar>(ranks).part;
   detail::PartExchange<Scalar, C> exchange(ranks.communicator(), kName, out.rows(), heads.num_heads, workspace);
   exchange.run_one_phase(part, out.cols(), [&] {
     detail::check_shape(kName, "out", out, q.rows(), heads.num_heads * pages.shape.dv);
@@ -143,8 +155,8 @@ void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::
                                 CacheParallel<C, E>& ranks) {
   constexpr const char* kName = "decode_diff_attention";
   using Scalar = typename Q::Scalar;
-  const detail::CachedMask<Mask> here{mask, ranks.positions(), ranks.tokens()};
-  DiffSoftmaxStatistics<Scalar>& statistics = ranks.template scratch<Scalar>().statistics;
+  const detail::CachedMask<Mask> here{mask, detail::CacheAccess::positions(ranks), ranks.tokens()};
+  DiffSoftmaxStatistics<Scalar>& statistics = detail::CacheAccess::scratch<Scalar>(ranks).statistics;
   detail::PartExchange<Scalar, C> exchange(ranks.communicator(), kName, out.rows(), heads.num_heads, workspace);
   const auto frame = workspace.frame();
   MatrixMap<Scalar> share(workspace.take<Scalar>(out.size()), out.rows(), out.cols());

@@ -3,6 +3,7 @@
 // DiffLlama: the checkpoints of Hugging Face's DiffLlamaForCausalLM, read, run and written.
 //
 //   auto model = DiffLlama<float>::load("DiffLlama-0.3B-handcut");
+//   auto fast = DiffLlama<float>::load(directory, {.arithmetic = Arithmetic::bfloat16});         (arithmetic.hpp)
 //   Matrix<float> logits = model.logits(tokens);                          (tokens x vocab_size)
 //   std::vector<Index> text = model.generate(prompt, {.max_new_tokens = 100});
 //   auto cache = model.make_cache();  model.logits(prompt, cache);        then token by token
@@ -13,11 +14,12 @@
 // Reads    what transformers 5 reads of config.json, generation_config.json and model.safetensors or its sharded form
 //          (diffllama_config.hpp, diffllama_checkpoint.hpp): F64, F32, F16 and BF16; a tied or free head; biases; any
 //          number of key and value heads that divides the query heads.
-// Weights  stay as the file has them, 16 bits included, and are multiplied in Scalar. They are mapped, not copied, but
+// Weights  stay as the file has them, 16 bits included, and are multiplied in Scalar, or those of bfloat16 in bfloat16.
+//          They are mapped, not copied, but
 //          for q, k and v (about a tenth of a model), whose heads are put into our order (diffllama_layout.hpp), and
 //          for what is not aligned. The model keeps the files alive.
 // Errors   FormatError naming the file and the field or tensors that do not fit (diffllama_checkpoint.hpp), before
-//          anything is read. std::invalid_argument for a token id outside the vocabulary and for a sequence longer than
+//          anything is read. std::invalid_argument for an arithmetic that the weights are not for, a token id outside the vocabulary and for a sequence longer than
 //          DiffLlamaConfig::max_tokens.
 // Const functions may be called from several threads, each with a workspace and a cache of its own.
 
@@ -27,6 +29,7 @@
 #include <iterator>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -43,6 +46,7 @@
 #include "diffattn/hugging_face/diffllama_layout.hpp"
 #include "diffattn/io/safetensors.hpp"
 #include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/arithmetic.hpp"
 #include "diffattn/layers/cache_batch.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
@@ -53,6 +57,11 @@
 
 namespace diffattn::inline v0_1 {
 
+/// How a DiffLlama is run.
+struct DiffLlamaOptions {
+  Arithmetic arithmetic = Arithmetic::scalar;  ///< Arithmetic::bfloat16: weights of BF16 alone, with Scalar = float
+};
+
 template <typename Scalar>
 class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
   using Calls = LanguageModel<DiffLlama, Scalar>;
@@ -62,15 +71,19 @@ class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
   using Attention = MultiheadDiffAttention<Scalar, FrozenMatrix>;
   using Model = Decoder<Scalar, Attention>;
 
-  /// The model in `directory`. Reads what it does not map; a model that does not load leaves nothing behind.
-  static DiffLlama load(const std::filesystem::path& directory) {
+  /// The model in `directory`. Reads what it does not map; a model that does not load leaves nothing behind. Throws
+  /// std::invalid_argument naming the tensor if Arithmetic::bfloat16 is asked of weights of another type.
+  static DiffLlama load(const std::filesystem::path& directory, const DiffLlamaOptions& options = {}) {
     const DiffLlamaCheckpoint checkpoint(directory);
-    DiffLlama model(checkpoint);
+    DiffLlama model(checkpoint, options);
+    if (options.arithmetic == Arithmetic::bfloat16) model.check_bfloat16(checkpoint);
     model.read(checkpoint);
     return model;
   }
 
+  /// What config.json says.
   const DiffLlamaConfig& config() const { return config_; }
+  /// The model itself, whose weights are those of the file.
   const Model& decoder() const { return decoder_; }
 
   using Calls::logits, Calls::logits_into;  // language_model.hpp describes them
@@ -142,8 +155,8 @@ class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
   }
 
  private:
-  explicit DiffLlama(const DiffLlamaCheckpoint& checkpoint)
-      : config_(checkpoint.config), decoder_(detail::decoder_config_of<Attention>(checkpoint)) {}
+  DiffLlama(const DiffLlamaCheckpoint& checkpoint, const DiffLlamaOptions& options)
+      : config_(checkpoint.config), decoder_(detail::decoder_config_of<Attention>(checkpoint, options.arithmetic)) {}
 
   /// Calls f(name in a checkpoint, parameter, heads) for every parameter: a FrozenMatrix or a Vector. heads says which
   /// head of the checkpoint each of ours is; null where the order is the same.
@@ -177,6 +190,23 @@ class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
     }
     f("model.norm.weight", decoder.norm.weight, nullptr);
     if (decoder.head) f(DiffLlamaCheckpoint::kHead, decoder.head->weight, nullptr);
+  }
+
+  /// Throws std::invalid_argument unless all weights are multiplied in bfloat16.
+  void check_bfloat16(const DiffLlamaCheckpoint& checkpoint) const {
+    if constexpr (!std::is_same_v<Scalar, float>) {
+      detail::check_arithmetic<Scalar, Eigen::bfloat16>(kName, Arithmetic::bfloat16);
+    }
+    for_each_parameter(*this, [&](const std::string& known_name, const auto& parameter, const std::vector<Index>*) {
+      const std::string name = checkpoint.stored_name(known_name);
+      const Dtype dtype = checkpoint.tensors.info(name).dtype;
+      if (!std::is_same_v<std::remove_cvref_t<decltype(parameter)>, FrozenMatrix> || dtype == Dtype::BF16) return;
+      throw std::invalid_argument(checkpoint.tensors.path() +
+                                  ": Arithmetic::bfloat16 multiplies weights of BF16, but " + detail::in_quotes(name) +
+                                  " is " + std::string(detail::describe(dtype).name) +
+                                  ": save the model as bfloat16 (save_diffllama(model, directory, {.dtype = "
+                                  "Dtype::BF16})), or leave arithmetic at Arithmetic::scalar");
+    });
   }
 
   void read(const DiffLlamaCheckpoint& checkpoint) {

@@ -54,6 +54,7 @@ class DiffLlamaCheckpoint {
   // Names of tensors.
   static constexpr const char* kEmbedding = "model.embed_tokens.weight";
   static constexpr const char* kHead = "lm_head.weight";
+  /// What the names of a layer's tensors begin with: `model.layers.3.`
   static std::string layer_prefix(Index layer) { return "model.layers." + std::to_string(layer) + "."; }
 
   explicit DiffLlamaCheckpoint(const std::filesystem::path& directory)

@@ -28,6 +28,7 @@
 #include "diffattn/hugging_face/diffllama_config.hpp"
 #include "diffattn/hugging_face/diffllama_layout.hpp"
 #include "diffattn/io/safetensors_reader.hpp"
+#include "diffattn/layers/arithmetic.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
 #include "diffattn/layers/parameters.hpp"
 #include "diffattn/models/decoder.hpp"
@@ -42,7 +43,8 @@ inline DiffLlamaHeads heads_of(const DiffLlamaConfig& config) {
 
 /// What a Decoder with this attention must be to be a checkpoint's model.
 template <typename Attention>
-DecoderConfig<Attention> decoder_config_of(const DiffLlamaCheckpoint& checkpoint) {
+DecoderConfig<Attention> decoder_config_of(const DiffLlamaCheckpoint& checkpoint,
+                                           Arithmetic arithmetic = Arithmetic::scalar) {
   const DiffLlamaConfig& config = checkpoint.config;
   // Every layer has a table of its own: at most 4M angles.
   const Index most = std::max<Index>(1, (Index{1} << 22) / config.head_dim);
@@ -62,6 +64,7 @@ DecoderConfig<Attention> decoder_config_of(const DiffLlamaCheckpoint& checkpoint
           .attention = attention,
           .tied_head = config.tie_word_embeddings,
           .norm_eps = config.rms_norm_eps,
+          .arithmetic = arithmetic,
           .origin = checkpoint.origin};
 }
 

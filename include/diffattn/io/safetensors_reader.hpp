@@ -43,11 +43,13 @@ class Safetensors {
         file_(std::make_shared<const detail::FileBytes>(path)),
         header_(detail::SafetensorsHeaderParser(file_->data(), file_->size(), path_).parse()) {}
 
+  /// Where the file is.
   const std::string& path() const { return path_; }
   /// The strings stored beside the tensors.
   const std::map<std::string, std::string>& metadata() const { return header_.metadata; }
   /// Every tensor's element type, shape and place, by name.
   const std::map<std::string, TensorInfo>& tensors() const { return header_.tensors; }
+  /// Whether there is a tensor of this name.
   bool contains(const std::string& name) const { return header_.tensors.count(name) != 0; }
 
   /// One tensor's. Throws FormatError if there is none of this name.

@@ -122,11 +122,13 @@ class ShardedSafetensors {
     }
   }
 
+  /// Where the index is.
   const std::string& path() const { return path_; }
   /// Every tensor and the number of its file in files().
   const std::map<std::string, std::size_t>& tensors() const { return file_of_; }
   /// The files, in the order in which they were opened.
   const std::vector<Safetensors>& files() const { return files_; }
+  /// Whether there is a tensor of this name, in any file.
   bool contains(const std::string& name) const { return file_of_.count(name) != 0; }
 
   /// The file that has a tensor. Throws FormatError if none has.
@@ -135,6 +137,7 @@ class ShardedSafetensors {
     if (found == file_of_.end()) throw FormatError(path_ + ": has no tensor " + detail::in_quotes(name));
     return files_[found->second];
   }
+  /// Type and shape of a tensor. Throws FormatError for a name that no file has.
   const TensorInfo& info(const std::string& name) const { return file_of(name).info(name); }
 
  private:

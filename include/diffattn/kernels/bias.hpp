@@ -43,6 +43,7 @@ class AlibiBias {
     if (slopes_.empty()) detail::throw_invalid({"AlibiBias: slopes must hold one for every head, got none"});
   }
 
+  /// The slope of a query head.
   double slope(Index head) const { return slopes_.empty() ? slope_ : slopes_[static_cast<std::size_t>(head)]; }
 
   double operator()(Index head, Index query, Index key, Index n_q, Index n_k) const {

@@ -50,24 +50,27 @@ struct PageShape {
 
   bool operator==(const PageShape&) const = default;
 
-  /// What the following count: numbers, or pairs of them where Stored is one.
+  /// The keys of one map of a head in a page: numbers, or pairs of them where Stored is one; so do the others count.
   template <typename Stored = float>
   Index keys_size() const {
     return page_size * detail::steps_of<Stored>(d);
   }
+  /// The values of a head in a page.
   template <typename Stored = float>
   Index values_size() const {
     return detail::steps_of<Stored>(page_size) * detail::round_up(dv, strip);
   }
-  /// Of a page.
+  /// All of a page.
   template <typename Stored = float>
   Index size() const {
     return heads * (key_maps * keys_size<Stored>() + values_size<Stored>());
   }
+  /// Where in a page the keys of a head and map begin.
   template <typename Stored = float>
   Index keys_offset(Index head, Index map) const {
     return (head * key_maps + map) * keys_size<Stored>();
   }
+  /// Where in a page the values of a head begin.
   template <typename Stored = float>
   Index values_offset(Index head) const {
     return heads * key_maps * keys_size<Stored>() + head * values_size<Stored>();
@@ -126,12 +129,15 @@ struct KeyValuePages {
   /// The place of a key in its page.
   Index row_of(Index key) const { return (key - lead()) & (shape.page_size - 1); }
 
+  /// The keys of a head and map in a page.
   const Stored* keys(Index page, Index head, Index map) const {
     return pages[page]->data.get() + shape.keys_offset<Stored>(head, map);
   }
+  /// The values of a head in a page.
   const Stored* values(Index page, Index head) const {
     return pages[page]->data.get() + shape.values_offset<Stored>(head);
   }
+  /// Whether all values of a head in a page are finite.
   bool finite_values(Index page, Index head) const {
     return pages[page]->finite_values[static_cast<std::size_t>(head)] != 0;
   }
@@ -162,8 +168,8 @@ namespace detail {
 
 /// Whether packed.hpp or packed_pairs.hpp has a way to pack the one as the other.
 template <typename Scalar, typename Stored>
-inline constexpr bool is_packed_at_once =
-    kStepDepth<Stored> == 2 || (std::is_same_v<Scalar, Stored> && !is_narrow<Stored>);
+inline constexpr bool is_packed_at_once = kStepDepth<Stored> == 2 ||
+                                          (std::is_same_v<Scalar, Stored> && !is_narrow<Stored>);
 
 /// Packs the keys of one map into rows [first, …) of a page: strip by strip, transposed.
 template <typename Scalar, typename Stored>
@@ -184,7 +190,8 @@ void pack_keys_into_page(Stored* to, Index first, const StridedView<const Scalar
       Stored* const column = strip + at + r;
       for (Index c = 0; c < d; ++c) {
         if constexpr (kStepDepth<Stored> == 1) column[c * kCols] = static_cast<Stored>(keys(row + r, c));
-        if constexpr (kStepDepth<Stored> == 2) column[c * kCols] = pair_at(&keys(row + r, 0), keys.col_stride, keys.cols, c);
+        if constexpr (kStepDepth<Stored> == 2)
+          column[c * kCols] = pair_at(&keys(row + r, 0), keys.col_stride, keys.cols, c);
       }
     }
   }

@@ -113,7 +113,9 @@ class RelativeBias {
 
   /// The largest distance that has an entry of its own.
   Index reach() const { return table_.cols / 2; }
+  /// Rows of the table, and of its gradient.
   Index table_rows() const { return table_.rows; }
+  /// Columns of the table, and of its gradient.
   Index table_cols() const { return table_.cols; }
 
   /// The column of the table that a pair reads.
@@ -182,7 +184,9 @@ class IndexedBias {
   template <typename Derived>
   IndexedBias(const Eigen::PlainObjectBase<Derived>&& temporary, Column column_of) = delete;
 
+  /// Rows of the table, and of its gradient.
   Index table_rows() const { return table_.rows; }
+  /// Columns of the table, and of its gradient.
   Index table_cols() const { return table_.cols; }
 
   /// The column of the table that a pair reads. Throws ShapeError if the table does not have it.

@@ -121,6 +121,7 @@ Matrix<Scalar> apply_map(const Matrix<Scalar>& a, const Eigen::MatrixBase<V>& v,
   return out;
 }
 
+/// P V: q (n_q x d), k (n_k x d), v (n_k x dv) → n_q x dv. Throws ShapeError.
 template <typename Q, typename K, typename V, typename Mask = FullMask>
 Matrix<typename Q::Scalar> attention(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
                                      const Eigen::MatrixBase<V>& v, const Mask& mask = {},
@@ -130,6 +131,7 @@ Matrix<typename Q::Scalar> attention(const Eigen::MatrixBase<Q>& q, const Eigen:
   return apply_map(attention_map(q, k, mask, options), v, mask);
 }
 
+/// (P1 − λ·P2) V, eq. (1): shapes as diff_attention() in kernels/diff_attention.hpp. Throws ShapeError.
 template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename Mask = FullMask>
 Matrix<typename Q1::Scalar> diff_attention(const Eigen::MatrixBase<Q1>& q1, const Eigen::MatrixBase<K1>& k1,
                                            const Eigen::MatrixBase<Q2>& q2, const Eigen::MatrixBase<K2>& k2,
@@ -201,6 +203,7 @@ Vector<Scalar> softmax_backward(Matrix<Scalar>& dq, Matrix<Scalar>& dk, const Ei
   return sum;
 }
 
+/// dQ, dK and dV of attention() from dout (n_q x dv). Throws ShapeError.
 template <typename Q, typename K, typename V, typename G, typename Mask = FullMask>
 AttentionGradients<typename Q::Scalar> attention_backward(const Eigen::MatrixBase<Q>& q, const Eigen::MatrixBase<K>& k,
                                                           const Eigen::MatrixBase<V>& v,
@@ -218,6 +221,7 @@ AttentionGradients<typename Q::Scalar> attention_backward(const Eigen::MatrixBas
   return grad;
 }
 
+/// dQ1, dK1, dQ2, dK2, dV and dλ of diff_attention() from dout (n_q x dv). Throws ShapeError.
 template <typename Q1, typename K1, typename Q2, typename K2, typename V, typename Lambda, typename G,
           typename Mask = FullMask>
 DiffAttentionGradients<typename Q1::Scalar, Lambda> diff_attention_backward(

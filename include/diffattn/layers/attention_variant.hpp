@@ -19,7 +19,8 @@
 //                                     embed_dim x num_heads · value_dim (declare the member before)
 //
 // Its Config has the fields embed_dim, num_heads, num_kv_heads, head_dim, rotary, bias and seed, and what else it
-// wants. A differential one whose heads may share their second map has num_noise_heads too (Heads, options.hpp).
+// wants. With a field `arithmetic` (arithmetic.hpp) the projections q, k, v and kOutput multiply in it. A differential
+// one whose heads may share their second map has num_noise_heads too (Heads, options.hpp).
 //
 // How λ comes about: kLambda
 //
@@ -38,6 +39,7 @@
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/kernels/options.hpp"
 // What variants are made of.
+#include "diffattn/layers/arithmetic.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/parameters.hpp"

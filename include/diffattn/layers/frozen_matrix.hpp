@@ -40,8 +40,11 @@ class FrozenMatrix {
     check_size();
   }
 
+  /// Rows: of a linear layer, what goes out.
   Index rows() const { return rows_; }
+  /// Columns: of a linear layer, what comes in.
   Index cols() const { return cols_; }
+  /// Rows times columns.
   Index size() const { return rows_ * cols_; }
 
   /// Calls f with a view of the values in the type that they have.
@@ -68,6 +71,7 @@ class FrozenMatrix {
     });
   }
 
+  /// A copy, in Scalar.
   template <typename Scalar>
   Matrix<Scalar> to_matrix() const {
     Matrix<Scalar> result(rows_, cols_);

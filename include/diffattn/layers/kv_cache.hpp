@@ -87,6 +87,7 @@ class KvCache {
   Index position() const { return position_; }
   /// How many of them are still there to be seen: all, or at most the window.
   Index size() const { return std::min(position_, options_.window.value_or(position_)); }
+  /// Whether no token was ever fed.
   bool empty() const { return position_ == 0; }
   /// Bytes of keys and values held, room that is not yet used and pages shared with forks included.
   std::size_t memory_bytes() const {
@@ -117,6 +118,7 @@ class KvCache {
   /// Until release() is called as often, a window keeps what it passes, so that truncate() finds it: for what consists
   /// of several calls, one of which may fail.
   void hold() noexcept { ++holds_; }
+  /// Ends what hold() began.
   void release() noexcept {
     --holds_;
     drop_passed();

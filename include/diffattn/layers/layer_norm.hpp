@@ -37,6 +37,7 @@ class LayerNorm {
     if (with_bias) bias.setZero(width);
   }
 
+  /// How many columns it norms.
   Index width() const { return width_; }
 
   /// y (n x width) = norm(x) for x (n x width), row by row. Throws ShapeError.
@@ -183,6 +184,7 @@ class LayerNorm {
   struct Moments {
     Scalar mean, rest, scale;
 
+    /// x without the mean, divided by the deviation.
     Scalar normalized(Scalar x) const { return (x - mean - rest) * scale; }
   };
 

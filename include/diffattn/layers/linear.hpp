@@ -4,10 +4,12 @@
 //
 // The weight is a Matrix<Scalar>, which can be trained; or a Matrix<Eigen::bfloat16> or Matrix<Eigen::half>, or a
 // FrozenMatrix, which is read-only and can be a mapped file. Whatever it holds, arithmetic is done in Scalar: 16-bit
-// weights are widened as they are read, so that decoding, which is bound by reading them, takes half the time.
+// weights are widened as they are read, so that decoding, which is bound by reading them, takes half the time. With
+// Arithmetic::bfloat16 and weights of bfloat16, x is rounded to it once, and CPUs that multiply it take half the time
+// for many rows, too (arithmetic.hpp).
 //
 // Shapes   x (n x in) → y (n x out), n >= 0. Any strides; contiguous rows are fastest.
-// Errors   ShapeError before any work.
+// Errors   ShapeError before any work; std::invalid_argument for an arithmetic that the weight is not for.
 // Memory   from the workspace: a packed copy of x and, for each thread, 1 MB at most for a block of y and of W; nothing
 //          for up to 4 rows, which read W once where it is, as up to 64 do.
 
@@ -21,32 +23,56 @@
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/layers/arithmetic.hpp"
 #include "diffattn/layers/frozen_matrix.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/parameters.hpp"
+#include "diffattn/product/bfloat16_product.hpp"
 #include "diffattn/product/matmul.hpp"
+#include "diffattn/product/product_tasks.hpp"
 
 namespace diffattn::inline v0_1 {
 
+namespace detail {
+
+/// Calls f with a view of a weight's values, in the type that they have.
+template <typename Weight, typename F>
+void visit_weight(const Weight& weight, F&& f) {
+  if constexpr (std::is_same_v<Weight, FrozenMatrix>) {
+    weight.visit(f);
+  } else {
+    f(view_of(weight));
+  }
+}
+
+}  // namespace detail
+
 /// y (n x out) = x (n x in) · weight (out x in)ᵀ, shapes already checked: for a weight without a Linear of its own,
-/// such as an embedding that is a head too.
+/// such as an embedding that is a head too. Throws std::invalid_argument for an arithmetic that the weight is not for.
 template <typename Scalar, typename Y, typename X, typename Weight, Executor E>
 void linear_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Weight& weight,
-                 Workspace& workspace, E& executor, const Scalar* bias = nullptr) {
+                 Workspace& workspace, E& executor, const Scalar* bias = nullptr,
+                 Arithmetic arithmetic = Arithmetic::scalar) {
   const detail::Readable<X> x_read(x.derived());
-  const auto multiply = [&]<typename Stored>(const StridedView<const Stored>& view) {
+  const auto y_view = detail::writable_view_of(y);
+  const auto x_view = detail::view_of(x_read);
+  detail::visit_weight(weight, [&]<typename Stored>(const StridedView<const Stored>& view) {
+    detail::check_arithmetic<Scalar, Stored>("Linear", arithmetic);
+    if constexpr (std::is_same_v<Scalar, float>) {  // by itself: clang looks at what does not depend on Stored
+      if constexpr (detail::kMultipliesBfloat16<Scalar, Stored>) {
+        if (arithmetic == Arithmetic::bfloat16) {
+          const detail::Bfloat16Output output{y_view, view, bias};
+          return detail::multiply_bfloat16(std::span<const detail::Bfloat16Output>(&output, 1), x_view, workspace,
+                                           executor);
+        }
+      }
+    }
     if constexpr (sizeof(Stored) <= sizeof(Scalar)) {
-      detail::matmul_transposed<Scalar>(detail::writable_view_of(y), detail::view_of(x_read), view, bias, workspace,
-                                        executor);
+      detail::matmul_transposed<Scalar>(y_view, x_view, view, bias, workspace, executor);
     } else {
       detail::throw_invalid({"Linear: the weight is of a wider type than the arithmetic; convert it once"});
     }
-  };
-  if constexpr (std::is_same_v<Weight, FrozenMatrix>) {
-    weight.visit(multiply);
-  } else {
-    multiply(detail::view_of(weight));
-  }
+  });
 }
 
 /// The gradients of linear_into: dx = dy · weight, or dx += …, and dweight += dyᵀ · x. Shapes already checked.
@@ -67,9 +93,14 @@ void linear_backward_into(const Eigen::MatrixBase<DX>& dx, Weight& dweight, cons
 template <typename Scalar, typename Weight = Matrix<Scalar>>
 class Linear {
  public:
-  /// All 0. Throws std::invalid_argument for sizes that are negative or that no memory holds, std::bad_alloc.
-  Linear(Index in, Index out, bool with_bias = false) : weight(checked(out, in), in), bias(with_bias ? out : 0) {
-    if constexpr (!kFrozen) weight.setZero();
+  /// All 0. Throws std::invalid_argument for sizes that are negative or that no memory holds, and for an arithmetic
+  /// that a Matrix of its type is not for; std::bad_alloc.
+  Linear(Index in, Index out, bool with_bias = false, Arithmetic what = Arithmetic::scalar)
+      : weight(checked(out, in), in), bias(with_bias ? out : 0), arithmetic(what) {
+    if constexpr (!kFrozen) {
+      detail::check_arithmetic<Scalar, typename Weight::Scalar>("Linear", arithmetic);
+      weight.setZero();
+    }
     bias.setZero();
   }
 
@@ -86,7 +117,7 @@ class Linear {
                     E&& executor = {}) const {
     detail::check_shape("Linear", "x", x, x.rows(), weight.cols());
     detail::check_shape("Linear", "y", y, x.rows(), weight.rows());
-    linear_into<Scalar>(y, x, weight, workspace, executor, bias.size() == 0 ? nullptr : bias.data());
+    linear_into<Scalar>(y, x, weight, workspace, executor, bias_data(), arithmetic);
   }
 
   /// What backward(dy, tape, grad) needs of forward(x, tape).
@@ -154,6 +185,9 @@ class Linear {
 
   static constexpr bool kFrozen = std::is_same_v<Weight, FrozenMatrix>;
 
+  /// The bias, or null if there is none.
+  const Scalar* bias_data() const { return bias.size() == 0 ? nullptr : bias.data(); }
+
  private:
   /// out, once it is known that out x in values can be.
   static Index checked(Index out, Index in) {
@@ -164,6 +198,7 @@ class Linear {
  public:
   Weight weight;        ///< out x in
   Vector<Scalar> bias;  ///< out, or empty
+  Arithmetic arithmetic = Arithmetic::scalar;
 };
 
 namespace detail {
@@ -174,6 +209,31 @@ struct LinearOutput {
   const Linear<Scalar, Weight>& linear;
   MatrixMap<Scalar> y;  ///< n x out
 };
+
+/// The same in bfloat16, of those that ask for it; x is rounded and packed once. Returns which they are.
+template <typename Weight, std::size_t kCount, typename X, Executor E>
+std::array<bool, kCount> bfloat16_forward_all(const std::array<LinearOutput<float, Weight>, kCount>& outputs,
+                                              const Eigen::MatrixBase<X>& x, Workspace& workspace, E& executor) {
+  std::array<Bfloat16Output, kCount> all;
+  std::array<bool, kCount> done{};
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < kCount; ++i) {
+    const auto& linear = outputs[i].linear;
+    if (linear.arithmetic != Arithmetic::bfloat16) continue;
+    done[i] = true;
+    visit_weight(linear.weight, [&]<typename Stored>(const StridedView<const Stored>& view) {
+      check_arithmetic<float, Stored>("Linear", linear.arithmetic);
+      if constexpr (kMultipliesBfloat16<float, Stored>) {
+        all[count++] = {writable_view_of(outputs[i].y), view, linear.bias_data()};
+      }
+    });
+  }
+  if (count != 0) {
+    const Readable<X> x_read(x.derived());
+    multiply_bfloat16(std::span<const Bfloat16Output>(all).first(count), view_of(x_read), workspace, executor);
+  }
+  return done;
+}
 
 /// Linear::forward_into of all of them: the same values, with x packed and threads woken once. Shapes already checked.
 template <typename Scalar, typename Weight, std::size_t kCount, typename X, Executor E>
@@ -187,8 +247,7 @@ void linear_forward_all(const std::array<LinearOutput<Scalar, Weight>, kCount>& 
         std::array<ThinOutput<Scalar, Scalar>, kCount> thin;
         for (std::size_t i = 0; i < kCount; ++i) {
           const auto& [linear, y] = outputs[i];
-          thin[i] = {writable_view_of(y), view_of(linear.weight),
-                     linear.bias.size() == 0 ? nullptr : linear.bias.data()};
+          thin[i] = {writable_view_of(y), view_of(linear.weight), linear.bias_data()};
         }
         return multiply_thin(std::span<const ThinOutput<Scalar, Scalar>>(thin), x_view, workspace, executor);
       }
@@ -196,14 +255,19 @@ void linear_forward_all(const std::array<LinearOutput<Scalar, Weight>, kCount>& 
         std::array<Product<Scalar>, kCount> products;
         for (std::size_t i = 0; i < kCount; ++i) {
           const auto& [linear, y] = outputs[i];
-          products[i] = {writable_view_of(y), x_view, view_of(linear.weight).transposed(),
-                         linear.bias.size() == 0 ? nullptr : linear.bias.data()};
+          products[i] = {writable_view_of(y), x_view, view_of(linear.weight).transposed(), linear.bias_data()};
         }
         return multiply_all(std::span<const Product<Scalar>>(products), workspace, executor);
       }
     }
   }
-  for (const auto& [linear, y] : outputs) linear.forward_into(y, x, workspace, executor);
+  std::array<bool, kCount> done{};
+  if constexpr (!std::is_same_v<Weight, Matrix<Scalar>> && std::is_same_v<Scalar, float>) {
+    done = bfloat16_forward_all(outputs, x, workspace, executor);
+  }
+  for (std::size_t i = 0; i < kCount; ++i) {
+    if (!done[i]) outputs[i].linear.forward_into(outputs[i].y, x, workspace, executor);
+  }
 }
 
 /// A Linear, the gradient of its y, and where its parameters' gradients are added to.

@@ -25,6 +25,7 @@ struct MultiheadAttentionConfig {
   std::optional<RotaryConfig> rotary = std::nullopt;  ///< no position embedding if left out
   bool bias = false;                                  ///< biases on the four projections
   std::uint64_t seed = 0;                             ///< of the initial parameters
+  Arithmetic arithmetic = Arithmetic::scalar;         ///< of the projections
 };
 
 /// One softmax a head, and nothing after it.

@@ -39,9 +39,10 @@ struct MultiheadDiffAttentionConfig {
   std::optional<double> lambda_init = std::nullopt;   ///< overrides what depth gives
   std::optional<RotaryConfig> rotary = std::nullopt;  ///< no position embedding if left out
   double norm_eps = 1e-5;
-  bool norm_weight = true;  ///< whether the head norm has a learned weight
-  bool bias = false;        ///< biases on the four projections
-  std::uint64_t seed = 0;   ///< of the initial parameters
+  bool norm_weight = true;                     ///< whether the head norm has a learned weight
+  bool bias = false;                           ///< biases on the four projections
+  std::uint64_t seed = 0;                      ///< of the initial parameters
+  Arithmetic arithmetic = Arithmetic::scalar;  ///< of the projections
 };
 
 /// One λ for the layer, and a norm of every head.

@@ -27,6 +27,7 @@ struct MultiheadDiffAttentionV2Config {
   std::optional<RotaryConfig> rotary = std::nullopt;  ///< no position embedding if left out
   bool bias = false;                                  ///< biases on the five projections
   std::uint64_t seed = 0;                             ///< of the initial parameters
+  Arithmetic arithmetic = Arithmetic::scalar;         ///< of the projections, but for that of λ
 };
 
 /// A λ for every token and head, and nothing after a head.

@@ -26,6 +26,7 @@ class RmsNorm {
     if (with_weight) weight.setOnes(width);
   }
 
+  /// How many columns it norms.
   Index width() const { return width_; }
 
   /// Normalises one row of `width()` contiguous values in place and multiplies it by `factor`.

@@ -266,7 +266,7 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
     detail::check_shape(kName, "x", x, x.rows(), embedding.cols());
     detail::check_shape(kName, "logits", y, x.rows(), embedding.rows());
     if (head) return head->forward_into(y, x, workspace, executor);
-    linear_into<Scalar>(y, x, embedding, workspace, executor);
+    linear_into<Scalar>(y, x, embedding, workspace, executor, nullptr, config().arithmetic);
   }
 };
 

@@ -28,9 +28,10 @@ struct DecoderBlock : TransformerBlock<Scalar, Attention, RmsNorm<Scalar>> {
   using Base = TransformerBlock<Scalar, Attention, RmsNorm<Scalar>>;
   using typename Base::Weight;
 
-  DecoderBlock(const typename Attention::Config& config, Index hidden_dim, double norm_eps)
+  DecoderBlock(const typename Attention::Config& config, Index hidden_dim, double norm_eps,
+               Arithmetic arithmetic = Arithmetic::scalar)
       : Base(config, RmsNorm<Scalar>(config.embed_dim, norm_eps),
-             FeedForward<Scalar, Weight>(config.embed_dim, hidden_dim)) {}
+             FeedForward<Scalar, Weight>(config.embed_dim, hidden_dim, Activation::swiglu, false, arithmetic)) {}
 
   template <typename Self, typename Visitor>
   static void visit(Self& self, Visitor& visitor) {

@@ -12,6 +12,7 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/sizes.hpp"
+#include "diffattn/layers/arithmetic.hpp"
 #include "diffattn/models/transformer_block.hpp"
 
 namespace diffattn::inline v0_1 {
@@ -20,17 +21,18 @@ template <typename Attention>
 struct DecoderConfig {
   Index vocab_size = 0;
   Index num_layers = 0;
-  Index hidden_dim = 0;                    ///< inner width of the feed-forward layers
-  typename Attention::Config attention{};  ///< of every layer; depth and seed are set for each
-  bool tied_head = false;                  ///< the logits are products with the embedding
-  double norm_eps = 1e-5;                  ///< of the norms before attention, before feed-forward, before the head
-  std::uint64_t seed = 0;                  ///< of the initial parameters
+  Index hidden_dim = 0;                        ///< inner width of the feed-forward layers
+  typename Attention::Config attention{};      ///< of every layer; depth and seed are set for each
+  bool tied_head = false;                      ///< the logits are products with the embedding
+  double norm_eps = 1e-5;                      ///< of the norms before attention, before feed-forward, before the head
+  std::uint64_t seed = 0;                      ///< of the initial parameters
+  Arithmetic arithmetic = Arithmetic::scalar;  ///< of all products with weights; or attention.arithmetic, of its own
   /// What a checkpoint says beside all this, kept for who writes the model back: load_diffllama puts it here.
   std::any origin{};
 
   /// The attention of layer `layer`, from 0: its depth, which λ_init follows, and a seed of its own.
   typename Attention::Config attention_of(Index layer) const {
-    return detail::attention_of_layer<Attention>(attention, seed, layer);
+    return detail::attention_of_layer<Attention>(attention, seed, layer, arithmetic);
   }
 };
 

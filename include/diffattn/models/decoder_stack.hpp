@@ -41,7 +41,9 @@ class DecoderStack {
   using Weight = typename Attention::WeightMatrix;
   using Tape = DecoderTape<Scalar, Attention>;
 
+  /// The configuration, with what was left to its default filled in.
   const Config& config() const { return config_; }
+  /// How many blocks there are.
   Index num_layers() const { return config_.num_layers; }
 
   /// Throws std::invalid_argument, naming `where`, unless all tokens are in the vocabulary.
@@ -93,11 +95,11 @@ class DecoderStack {
     if constexpr (!kFrozen) random.normal(embedding, 0.02);
     blocks.reserve(static_cast<std::size_t>(config_.num_layers));
     for (Index layer = 0; layer < config_.num_layers; ++layer) {
-      blocks.emplace_back(config_.attention_of(layer), config_.hidden_dim, config_.norm_eps);
+      blocks.emplace_back(config_.attention_of(layer), config_.hidden_dim, config_.norm_eps, config_.arithmetic);
       blocks.back().feed_forward.initialize(random);
     }
     if (!config_.tied_head) {
-      head.emplace(config_.attention.embed_dim, config_.vocab_size);
+      head.emplace(config_.attention.embed_dim, config_.vocab_size, false, config_.arithmetic);
       head->initialize(random);
     }
   }

@@ -20,7 +20,8 @@ struct EncoderBlock : TransformerBlock<Scalar, Attention, Norm<Scalar>> {
   /// Layer `layer` of an encoder, from 0.
   EncoderBlock(const EncoderConfig<Attention>& config, Index layer)
       : Base(config.attention_of(layer), Norm<Scalar>(config.norm, config.attention.embed_dim, config.norm_eps),
-             FeedForward<Scalar, Weight>(config.attention.embed_dim, config.hidden_dim, config.activation, config.bias),
+             FeedForward<Scalar, Weight>(config.attention.embed_dim, config.hidden_dim, config.activation, config.bias,
+                                         config.arithmetic),
              config.norm_placement) {}
 
   template <typename Self, typename Visitor>

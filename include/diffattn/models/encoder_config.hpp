@@ -12,6 +12,7 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/sizes.hpp"
+#include "diffattn/layers/arithmetic.hpp"
 #include "diffattn/models/activation.hpp"
 #include "diffattn/models/norm.hpp"
 #include "diffattn/models/transformer_block.hpp"
@@ -28,11 +29,12 @@ struct EncoderConfig {
   NormKind norm = NormKind::layer_norm;
   NormPlacement norm_placement = NormPlacement::before;  ///< before each layer and at the end, or behind each layer
   double norm_eps = 1e-5;
-  std::uint64_t seed = 0;  ///< of the initial parameters
+  std::uint64_t seed = 0;                      ///< of the initial parameters
+  Arithmetic arithmetic = Arithmetic::scalar;  ///< of all products with weights; or attention.arithmetic, of its own
 
   /// The attention of layer `layer`, from 0: its depth, which λ_init follows, and a seed of its own.
   typename Attention::Config attention_of(Index layer) const {
-    return detail::attention_of_layer<Attention>(attention, seed, layer);
+    return detail::attention_of_layer<Attention>(attention, seed, layer, arithmetic);
   }
 };
 

@@ -22,6 +22,7 @@
 #include "diffattn/core/row_blocks.hpp"
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
+#include "diffattn/layers/arithmetic.hpp"
 #include "diffattn/layers/initialization.hpp"
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/parameters.hpp"
@@ -33,15 +34,18 @@ namespace diffattn::inline v0_1 {
 template <typename Scalar, typename Weight = Matrix<Scalar>>
 class FeedForward {
  public:
-  /// Weights are not set: initialize() or load them. Throws std::invalid_argument for a width below 1.
-  FeedForward(Index embed_dim, Index hidden_dim, Activation activation = Activation::swiglu, bool bias = false)
+  /// Weights are not set: initialize() or load them. Throws std::invalid_argument for a width below 1, and for an
+  /// arithmetic that the weights are not for.
+  FeedForward(Index embed_dim, Index hidden_dim, Activation activation = Activation::swiglu, bool bias = false,
+              Arithmetic arithmetic = Arithmetic::scalar)
       : up_proj(detail::checked_positive(kName, "embed_dim", embed_dim),
-                detail::checked_positive(kName, "hidden_dim", hidden_dim), bias),
-        down_proj(hidden_dim, embed_dim, bias),
+                detail::checked_positive(kName, "hidden_dim", hidden_dim), bias, arithmetic),
+        down_proj(hidden_dim, embed_dim, bias, arithmetic),
         activation_(activation) {
-    if (is_gated()) gate_proj = Linear<Scalar, Weight>(embed_dim, hidden_dim, bias);
+    if (is_gated()) gate_proj = Linear<Scalar, Weight>(embed_dim, hidden_dim, bias, arithmetic);
   }
 
+  /// What stands between the two products.
   Activation activation() const { return activation_; }
 
   /// The default of nn.Linear.

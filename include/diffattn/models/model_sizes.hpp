@@ -26,6 +26,7 @@ struct ModelSize {
   Index hidden_dim;
   Index vocab_size = 100288;
 
+  /// Width of one map's queries and keys.
   constexpr Index head_dim() const { return embed_dim / (2 * num_heads); }
 
   /// Weights of the linear layers, the head among them: what a token is multiplied with.

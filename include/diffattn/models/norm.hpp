@@ -28,6 +28,7 @@ class Norm {
     if (kind == NormKind::rms_norm) norm_ = RmsNorm<Scalar>(width, eps);
   }
 
+  /// Which norm it is.
   NormKind kind() const { return norm_.index() == 0 ? NormKind::layer_norm : NormKind::rms_norm; }
 
   /// y = norm(x) for `rows` rows, one after another in memory; y may be x.

@@ -23,6 +23,7 @@
 #include "diffattn/core/row_blocks.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/mask.hpp"
+#include "diffattn/layers/arithmetic.hpp"
 #include "diffattn/layers/sequences.hpp"
 #include "diffattn/models/feed_forward.hpp"
 
@@ -32,10 +33,15 @@ enum class NormPlacement { before, after };
 
 namespace detail {
 
-/// The attention of layer `layer` of a model, from 0: its depth, which λ_init follows, and a seed of its own.
+/// The attention of layer `layer` of a model, from 0: its depth, which λ_init follows, and a seed of its own. It
+/// multiplies in bfloat16 if it or the model says so.
 template <typename Attention>
-typename Attention::Config attention_of_layer(typename Attention::Config config, std::uint64_t seed, Index layer) {
+typename Attention::Config attention_of_layer(typename Attention::Config config, std::uint64_t seed, Index layer,
+                                              Arithmetic arithmetic) {
   if constexpr (requires { config.depth; }) config.depth = layer;
+  if constexpr (requires { config.arithmetic; }) {
+    if (arithmetic != Arithmetic::scalar) config.arithmetic = arithmetic;
+  }
   config.seed = seed + 1 + static_cast<std::uint64_t>(layer);
   return config;
 }

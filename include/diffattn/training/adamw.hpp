@@ -122,6 +122,7 @@ class AdamW {
     });
   }
 
+  /// What the optimiser was made with.
   const AdamWConfig& config() const { return config_; }
 
   /// Updates `model` by `gradient`, which has the same parameters, at the configured learning rate. Throws ShapeError

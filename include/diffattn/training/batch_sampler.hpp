@@ -80,6 +80,7 @@ class BatchSampler {
       BatchSampler(Container&& temporary, const BatchSamplerConfig& config)
   = delete;
 
+  /// What the sampler was made with.
   const BatchSamplerConfig& config() const { return config_; }
   /// How many windows an epoch has.
   Index windows_per_epoch() const { return windows_; }

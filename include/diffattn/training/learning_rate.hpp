@@ -63,6 +63,7 @@ class LearningRate {
     return final + (peak - final) * left;
   }
 
+  /// What the schedule was made with.
   const LearningRateConfig& config() const { return config_; }
 
  private:

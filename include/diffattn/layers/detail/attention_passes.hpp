@@ -58,11 +58,13 @@ class AttentionPasses : public Variant {
       : Variant(config),
         config_(config),
         q_proj(config.embed_dim, configured_heads(config).query_heads(Variant::kQueryMaps) * config.head_dim,
-               config.bias),
-        k_proj(config.embed_dim, config.num_kv_heads * Variant::kKeyMaps * config.head_dim, config.bias),
-        v_proj(config.embed_dim, config.num_kv_heads * Variant::value_dim(config), config.bias),
+               config.bias, arithmetic_of(config)),
+        k_proj(config.embed_dim, config.num_kv_heads * Variant::kKeyMaps * config.head_dim, config.bias,
+               arithmetic_of(config)),
+        v_proj(config.embed_dim, config.num_kv_heads * Variant::value_dim(config), config.bias, arithmetic_of(config)),
         rotary_(make_rotary<Scalar>(config.rotary, config.head_dim)) {
     shape_ = {config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, parameter_count(*this)};
+    (this->*Variant::kOutput).arithmetic = arithmetic_of(config);
   }
 
   static constexpr bool kTokenLambda = Variant::kLambda == LambdaSource::token;

@@ -1,0 +1,66 @@
+#pragma once
+
+// Arithmetic: what a layer multiplies in.
+//
+//   MultiheadDiffAttention<float, FrozenMatrix> layer({…, .arithmetic = Arithmetic::bfloat16});
+//   DiffLlama<float>::load(directory, {.arithmetic = Arithmetic::bfloat16});
+//
+// scalar    the layer's own type, float or double, whatever the weights are stored as.
+// bfloat16  weights of bfloat16 alone, activations of float: each is rounded to bfloat16 once before it is multiplied,
+//           products are added up in float, and results are float. Norms, softmax, λ and residual sums stay float. A CPU
+//           with AVX512_BF16 does twice the work; on others it takes as long as float and gives the same up to the order
+//           of additions. Activations keep 8 bits of their fraction, which changes logits by about a hundredth of their
+//           spread. Infinities and NaN keep their rules; the instruction takes subnormal numbers for 0.
+// Errors    std::invalid_argument for bfloat16 asked of other weights or of double, naming both types: when a layer is
+//           made, or by its first call where a FrozenMatrix alone knows its type.
+
+#include <type_traits>
+
+#include "diffattn/core/error.hpp"
+#include "diffattn/core/matrix.hpp"
+
+namespace diffattn::inline v0_1 {
+
+/// What a layer multiplies in.
+enum class Arithmetic {
+  scalar,    ///< its own scalar: float or double
+  bfloat16,  ///< bfloat16, added up in float
+};
+
+namespace detail {
+
+/// What messages call a type of weights or activations.
+template <typename T>
+constexpr const char* type_name() {
+  if constexpr (std::is_same_v<T, Eigen::bfloat16>) return "bfloat16";
+  if constexpr (std::is_same_v<T, Eigen::half>) return "float16";
+  if constexpr (std::is_same_v<T, float>) return "float";
+  return "double";
+}
+
+/// Whether weights of Stored and activations of Scalar can be multiplied in bfloat16.
+template <typename Scalar, typename Stored>
+inline constexpr bool kMultipliesBfloat16 = std::is_same_v<Scalar, float>&& std::is_same_v<Stored, Eigen::bfloat16>;
+
+/// Throws std::invalid_argument if bfloat16 is asked of weights and activations that it is not for.
+template <typename Scalar, typename Stored>
+void check_arithmetic(const char* where, Arithmetic arithmetic) {
+  if (arithmetic == Arithmetic::scalar || kMultipliesBfloat16<Scalar, Stored>) return;
+  throw_invalid({where,
+                 ": Arithmetic::bfloat16 multiplies weights of bfloat16 with activations of float, not weights of ",
+                 type_name<Stored>(), " with activations of ", type_name<Scalar>(),
+                 ": convert the weights once, or leave arithmetic at Arithmetic::scalar"});
+}
+
+/// What a configuration that may not have the field asks for.
+template <typename Config>
+Arithmetic arithmetic_of(const Config& config) {
+  if constexpr (requires { config.arithmetic; }) {
+    return config.arithmetic;
+  } else {
+    return Arithmetic::scalar;
+  }
+}
+
+}  // namespace detail
+}  // namespace diffattn::inline v0_1
