@@ -10,8 +10,8 @@ using lab::Index;
 /// Operations of the training so far: those of the forward pass, counted as ModelSize::flop_per_token does, three times.
 double flop_of(const lab::Model& model, const lab::LanguageSize& size, double tokens, Index length) {
   const double context = 0.5 * static_cast<double>(length + 1);
-  const double of_token = 2.0 * static_cast<double>(model.parameters()) +
-                          4.0 * static_cast<double>(size.layers * size.width) * context;
+  const double of_token =
+      2.0 * static_cast<double>(model.parameters()) + 4.0 * static_cast<double>(size.layers * size.width) * context;
   return 3.0 * of_token * tokens;
 }
 

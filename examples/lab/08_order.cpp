@@ -33,7 +33,9 @@ struct OrderOptions : Options {
     app.add_option("--groups", task.groups, "of items")->check(up_to(1024))->capture_default_str();
     app.add_option("--members", task.members, "items of a group")->check(up_to(1024))->capture_default_str();
     app.add_option("--labels", task.labels)->check(up_to(1024))->capture_default_str();
-    app.add_option("--shots", task.shots, "examples of a sequence")->check(CLI::Range(2L, 4096L))->capture_default_str();
+    app.add_option("--shots", task.shots, "examples of a sequence")
+        ->check(CLI::Range(2L, 4096L))
+        ->capture_default_str();
     app.add_option("--noise", task.noise, "part of the examples that show a label at random")
         ->check(CLI::Range(0.0, 1.0))
         ->capture_default_str();
@@ -53,11 +55,10 @@ struct OrderOptions : Options {
 
   Fields configuration() const {
     const auto text = [](Index number) { return std::to_string(number); };
-    return {{"layers", text(layers)},           {"width", text(width)},
-            {"head_dim", text(head_dim)},       {"steps", text(steps)},
-            {"batch", text(batch)},             {"groups", text(task.groups)},
-            {"members", text(task.members)},    {"labels", text(task.labels)},
-            {"of_shots", text(task.shots)},     {"noise", text_of(task.noise)}};
+    return {{"layers", text(layers)},        {"width", text(width)},        {"head_dim", text(head_dim)},
+            {"steps", text(steps)},          {"batch", text(batch)},        {"groups", text(task.groups)},
+            {"members", text(task.members)}, {"labels", text(task.labels)}, {"of_shots", text(task.shots)},
+            {"noise", text_of(task.noise)}};
   }
 };
 

@@ -73,11 +73,13 @@ int main(int argc, char** argv) {
         std::vector<lab::Run> runs;
         std::vector<std::unique_ptr<lab::Model>> models;
         for (const std::string& name : options.models) {
-          runs.push_back({name, seed, {{"layers", std::to_string(size.layers)}, {"width", std::to_string(size.width)}}});
+          runs.push_back(
+              {name, seed, {{"layers", std::to_string(size.layers)}, {"width", std::to_string(size.width)}}});
           models.push_back(make_model(options.plan(size, runs.back(), options.learning_rates.front()).model));
         }
         if (file.has(runs.back())) continue;
-        if (budget.used_up() || example::interrupted != 0) budget.stop("what was measured is in " + file.path().string());
+        if (budget.used_up() || example::interrupted != 0)
+          budget.stop("what was measured is in " + file.path().string());
         std::vector<std::map<std::string, std::vector<double>>> times(models.size());
         for (Index round = -1; round < rounds; ++round) {  // the first is for caches and memory
           for (std::size_t i = 0; i < models.size(); ++i) {
@@ -96,5 +98,6 @@ int main(int argc, char** argv) {
       }
     }
   };
-  return lab::run_program("Question 10 of the lab: what the models of question 4 cost.", argc, argv, declare, experiment);
+  return lab::run_program("Question 10 of the lab: what the models of question 4 cost.", argc, argv, declare,
+                          experiment);
 }
