@@ -107,7 +107,7 @@ int needle_program(const char* about, const std::string& experiment, NeedleOptio
         for (const std::string& name : options.models) {
           const Run run{.model = name, .seed = seed, .fields = {{"learning_rate", text_of(rate)}}};
           if (file.has(run)) continue;
-          const Plan plan = plan_of(options, name, task.vocab_size(), seed, rate, joined(options.configuration()));
+          Plan plan = plan_of(options, name, task.vocab_size(), seed, rate, joined(options.configuration()));
           plan.measure_every = std::max<Index>(1, options.steps / 6);
           train(plan, task, budget, pool, [&](Model& model, const Progress& progress) {
             if (progress.step == 0) {
