@@ -4,7 +4,8 @@
 
 namespace lab {
 
-const std::vector<std::string> kControls = {"plain", "norm", "wide", "wide-norm", "wide-value", "sign", "wide-sign-norm"};
+const std::vector<std::string> kControls = {"plain",      "norm", "wide",          "wide-norm",
+                                            "wide-value", "sign", "wide-sign-norm"};
 
 std::unique_ptr<Model> make_control(const ModelSpec& spec, const std::string& variant) {
   const auto has = [&](const char* word) { return variant.find(word) != variant.npos; };

@@ -58,8 +58,9 @@ RecallTask::RecallTask(const RecallConfig& config) : config_(config) { config.ch
 void RecallTask::draw(TaskBatch& batch, std::uint64_t seed, Index number) {
   clear(batch);
   diffattn::SplitMix64 random = generator(seed, number);
-  const auto choice = random.below(static_cast<Index>(config_.contexts.size()));
-  const Index context = config_.contexts[static_cast<std::size_t>(choice)];
+  auto open = static_cast<Index>(config_.contexts.size());
+  if (config_.grow_every > 0) open = std::min(open, 1 + number / config_.grow_every);
+  const Index context = config_.contexts[static_cast<std::size_t>(random.below(open))];
   const Index length = context + config_.needle_tokens() * config_.asked;
   for (Index s = 0; s < std::max<Index>(1, config_.tokens / length); ++s) draw_sequence(batch, context, random);
 }

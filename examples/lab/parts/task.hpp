@@ -53,8 +53,9 @@ class Task {
 /// Keys of a sequence differ; values are drawn freely, so that chance is 1 / value_kinds.
 struct RecallConfig {
   /// Tokens before the questions. Every batch has one of these, drawn anew: short ones teach what is to be done, long
-  /// ones to do it well.
+  /// ones to do it well. A stream begins with the first alone, and the next joins every `grow_every` batches.
   std::vector<Index> contexts = {64};
+  Index grow_every = 0;
   Index keys = 8;        ///< planted
   Index asked = 8;       ///< of them
   Index tokens = 1280;   ///< of a batch, about: as many sequences as make them, one at least
