@@ -13,7 +13,7 @@ namespace {
 using lab::Index;
 using lab::Matrix;
 
-constexpr Index kSequences = 12;  // of each context
+constexpr Index kSequences = 6;  // of each context
 constexpr Index kDepths = 5;
 
 /// Sums over questions and heads.
@@ -66,7 +66,7 @@ std::vector<OfLayer> sums_of(const lab::NeedlePoint& at, Index context) {
 
 void measure(const lab::NeedlePoint& at) {
   if (at.progress.step != 0 && !at.progress.last()) return;
-  for (const Index context : at.options.tested()) {
+  for (const Index context : at.options.recall.contexts) {
     const std::vector<OfLayer> layers = sums_of(at, context);
     for (std::size_t layer = 0; layer < layers.size(); ++layer) {
       for (const auto& [map, sums] : layers[layer]) {
