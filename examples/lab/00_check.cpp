@@ -5,9 +5,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <diffattn/training/cross_entropy.hpp>
+#include <stdexcept>
 
 #include "parts/model.hpp"
 #include "parts/model_makers.hpp"
+#include "parts/order_measures.hpp"
 #include "parts/task.hpp"
 #include "parts/variants.hpp"
 
@@ -136,6 +138,68 @@ void check_recall(bool carried) {
   }
 }
 
+/// Plain loops and kernels give the same logits, and every score and hidden value is seen.
+void check_rounding() {
+  const std::vector<Index> tokens = {7, 1, 250, 3, 3, 99, 0, 12, 7};
+  const auto n = static_cast<Index>(tokens.size());
+  diffattn::ThreadPool pool(1);
+  for (const char* name : {"transformer", "differential", "grouped"}) {
+    const auto model = lab::make_model({.name = name});
+    const lab::Matrix<float> logits = model->logits({tokens, tokens, {n}, {}}, pool);
+    lab::InnerValues seen;
+    const auto error = [&](int bits) {
+      return (model->rounded(tokens, bits, bits == 0 ? &seen : nullptr) - logits).cwiseAbs().maxCoeff();
+    };
+    expect(error(0) < 1e-5f, std::string(name) + ": without rounding the logits are the model's");
+    expect(error(12) < error(8) && error(8) < error(3), std::string(name) + ": fewer bits, larger errors");
+    // Two layers of four heads, of two with two maps, of four with two maps.
+    const std::size_t maps = std::string(name) == "grouped" ? 16 : 8;
+    expect(seen.scores.size() == maps * static_cast<std::size_t>(n * (n + 1) / 2), "every score is seen");
+    expect(seen.hidden.size() == static_cast<std::size_t>(2 * 64 * n), "every hidden value is seen");
+  }
+  bool refused = false;
+  try {
+    lab::make_model({.name = "v2"})->rounded(tokens, 4, nullptr);
+  } catch (const std::runtime_error&) {
+    refused = true;
+  }
+  expect(refused, "rounded says of which models it knows nothing");
+}
+
+/// Items of a group share a label, the examples are asked before they are shown, and other orders hold the same examples.
+void check_order() {
+  const lab::OrderConfig config{.groups = 3, .members = 2, .labels = 5, .shots = 40, .batch = 3, .noise = 0.3};
+  lab::OrderTask task(config);
+  lab::TaskBatch batch;
+  task.draw(batch, 3, 8);
+  expect(static_cast<Index>(batch.inputs.size()) == 3 * config.length(), "as many tokens as asked for");
+  Index wrong = 0;
+  for (std::size_t sequence = 0; sequence < 3; ++sequence) {
+    std::vector<Index> label_of_group(3, -1);
+    for (std::size_t i = 80 * sequence; i < 80 * (sequence + 1); i += 2) {
+      const Index item = batch.inputs[i], label = batch.targets[i] - config.label_token(0);
+      Index& known = label_of_group[static_cast<std::size_t>(item / 2)];
+      if (known == -1) known = label;
+      expect(known == label && label >= 0 && label < 5, "a group has one label");
+      const Index shown = batch.inputs[i + 1] - config.example(item, 0);
+      expect(shown >= 0 && shown < 5, "the example is of the item that was asked");
+      wrong += shown != label ? 1 : 0;
+    }
+  }
+  expect(wrong > 10 && wrong < 50, "about a quarter of the examples is wrong: " + std::to_string(wrong) + " of 120");
+
+  diffattn::SplitMix64 random(1);
+  std::vector<lab::Shot> shots;
+  for (Index i = 0; i < 30; ++i) shots.push_back({i, i % 5, 0});
+  arrange(shots, lab::Arrangement::by_label, 5, random);
+  Index changes = 0, items = 0;
+  for (std::size_t i = 0; i < shots.size(); ++i) {
+    items += shots[i].item;
+    changes += i > 0 && shots[i].shown != shots[i - 1].shown ? 1 : 0;
+  }
+  expect(changes == 4 && items == 29 * 30 / 2, "label after label, and the same examples");
+}
+
 }  // namespace
 
 int main() {
@@ -143,6 +207,8 @@ int main() {
   check_models();
   check_recall(true);
   check_recall(false);
+  check_rounding();
+  check_order();
   std::printf("%d checks failed\n", failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

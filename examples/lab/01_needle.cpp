@@ -11,7 +11,7 @@ using lab::Index;
 
 void measure(const lab::NeedlePoint& at) {
   constexpr Index kDepths = 5;
-  for (const Index context : at.options.recall.contexts) {
+  for (const Index context : at.options.tested()) {
     const lab::Fields fields = {{"context", std::to_string(context)}};
     const lab::TaskBatch batch = test_batch(at.options, context, 1);
     const lab::Matrix<float>& logits = at.model.logits(batch, at.pool);
@@ -28,7 +28,7 @@ void measure(const lab::NeedlePoint& at) {
       at.measure("accuracy_by_depth", accuracy(logits, part), of_fifth);
     }
   }
-  at.measure_validation_loss();
+  if (at.progress.last()) at.measure_validation_loss();
 }
 
 }  // namespace

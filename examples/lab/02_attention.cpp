@@ -13,7 +13,7 @@ namespace {
 using lab::Index;
 using lab::Matrix;
 
-constexpr Index kSequences = 12;  // of each context
+constexpr Index kSequences = 6;  // of each context
 constexpr Index kDepths = 5;
 
 /// Sums over questions and heads.

@@ -13,7 +13,7 @@ namespace {
 using lab::Index;
 using lab::Matrix;
 
-constexpr Index kSequences = 8;
+constexpr Index kSequences = 5;
 
 struct Sums {
   double row_sum = 0, negative = 0, count = 0;

@@ -15,7 +15,7 @@ void measure(const lab::NeedlePoint& at) {
   at.measure_accuracy();
   at.measure_validation_loss();
   if (!at.progress.last() || !at.model.force_lambda(0)) return;
-  for (const lab::Index context : at.options.recall.contexts) {
+  for (const lab::Index context : at.options.tested()) {
     const lab::TaskBatch batch = test_batch(at.options, context, 1);
     const lab::Matrix<float>& logits = at.model.logits(batch, at.pool);
     const lab::Fields fields = {{"context", std::to_string(context)}};

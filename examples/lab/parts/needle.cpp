@@ -8,15 +8,16 @@
 namespace lab {
 
 NeedleOptions::NeedleOptions() {
-  recall.contexts = {8, 16, 32, 64, 128};
+  // In the first the needles stand alone: they are found in a hundred steps, where among noise they are not in thousands.
+  recall.contexts = {6, 12, 32, 128, 512};
   recall.grow_every = 100;
-  recall.keys = recall.asked = 4;
-  recall.key_kinds = recall.value_kinds = 8;
-  recall.noise_kinds = 16;
+  recall.keys = recall.asked = 6;
+  recall.key_kinds = recall.value_kinds = 12;
+  recall.noise_kinds = 32;
   recall.tokens = 640;
   models = kModelNames;
   learning_rates = {3e-3, 6e-3};
-  steps = 1000;
+  steps = 600;
 }
 
 void NeedleOptions::shrink() {
@@ -26,7 +27,8 @@ void NeedleOptions::shrink() {
   recall.noise_kinds = 8;
   recall.tokens = 64;
   recall.grow_every = 2;
-  test_tokens = 200;
+  unseen_contexts = {20};
+  test_sequences = 3;
   steps = 4;
   width = 32;
   head_dim = 8;
@@ -34,11 +36,17 @@ void NeedleOptions::shrink() {
   learning_rates = {3e-3};
 }
 
+std::vector<Index> NeedleOptions::tested() const {
+  std::vector<Index> contexts = recall.contexts;
+  contexts.insert(contexts.end(), unseen_contexts.begin(), unseen_contexts.end());
+  return contexts;
+}
+
 RecallConfig NeedleOptions::test(Index context) const {
   RecallConfig config = recall;
   config.contexts = {context};
   config.grow_every = 0;
-  config.tokens = test_tokens;
+  config.tokens = test_sequences * (context + recall.needle_tokens() * recall.asked);
   return config;
 }
 
@@ -55,6 +63,7 @@ Fields NeedleOptions::configuration() const {
           {"asked", text(recall.asked)},
           {"kinds", text(recall.key_kinds) + " " + text(recall.value_kinds) + " " + text(recall.noise_kinds)},
           {"carried", recall.carried ? "yes" : "no"},
+          {"test_sequences", text(test_sequences)},
           {"step_tokens", text(recall.tokens)},
           {"steps", text(steps)},
           {"chance", text_of(recall.chance())}};
@@ -67,7 +76,7 @@ void NeedlePoint::measure(const std::string& measurement, double value, const Fi
 }
 
 void NeedlePoint::measure_accuracy() const {
-  for (const Index context : options.recall.contexts) {
+  for (const Index context : options.tested()) {
     const TaskBatch batch = test_batch(options, context, 1);
     measure("accuracy", accuracy(model.logits(batch, pool), batch), {{"context", std::to_string(context)}});
   }
@@ -98,7 +107,8 @@ int needle_program(const char* about, const std::string& experiment, NeedleOptio
         for (const std::string& name : options.models) {
           const Run run{.model = name, .seed = seed, .fields = {{"learning_rate", text_of(rate)}}};
           if (file.has(run)) continue;
-          const Plan plan = plan_of(options, name, task.vocab_size(), seed, rate, joined(options.configuration()));
+          Plan plan = plan_of(options, name, task.vocab_size(), seed, rate, joined(options.configuration()));
+          plan.measure_every = std::max<Index>(1, options.steps / 6);
           train(plan, task, budget, pool, [&](Model& model, const Progress& progress) {
             if (progress.step == 0) {
               std::printf("%s, seed %lu, learning rate %g: %ld parameters\n", name.c_str(),

@@ -12,7 +12,8 @@ namespace lab {
 
 struct NeedleOptions : Options {
   RecallConfig recall;
-  Index test_tokens = 20000;  ///< of each context a model is tested on
+  std::vector<Index> unseen_contexts = {1024};  ///< that a model is tested on, too
+  Index test_sequences = 40;                    ///< of each context
 
   /// What the experiments have in common.
   NeedleOptions();
@@ -20,6 +21,8 @@ struct NeedleOptions : Options {
   void declare(CLI::App& app);
   /// What --smoke makes of it.
   void shrink();
+  /// Contexts to test on: those of training, and the unseen ones.
+  std::vector<Index> tested() const;
   /// A task of one context, to test on.
   RecallConfig test(Index context) const;
   /// What all runs of a file have in common.
@@ -37,7 +40,7 @@ struct NeedlePoint {
 
   /// A measurement here; `fields` say more than how far the training is.
   void measure(const std::string& measurement, double value, const Fields& fields = {}) const;
-  /// Accuracy at every context, as "accuracy".
+  /// Accuracy at every tested context, as "accuracy".
   void measure_accuracy() const;
   /// Mean loss over tests of all contexts that are no test of anything else: what a learning rate is chosen by.
   void measure_validation_loss() const;

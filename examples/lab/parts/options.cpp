@@ -57,8 +57,12 @@ void NeedleOptions::declare(CLI::App& app) {
   app.add_option("--noise-kinds", recall.noise_kinds)->check(up_to(1 << 16))->capture_default_str();
   app.add_option("--carried", recall.carried, "1: one token has key and value; 0: the value stands behind its key")
       ->capture_default_str();
-  app.add_option("--test-tokens", test_tokens, "of each context a model is tested on")
-      ->check(up_to(1 << 28))
+  app.add_option("--unseen-contexts", unseen_contexts, "lengths of context in tests alone")
+      ->delimiter(',')
+      ->check(up_to(1 << 20))
+      ->capture_default_str();
+  app.add_option("--test-sequences", test_sequences, "of each context that a model is tested on")
+      ->check(up_to(1 << 24))
       ->capture_default_str();
 }
 
