@@ -34,7 +34,6 @@
 namespace diffattn::inline v0_1 {
 
 namespace detail {
-
 /// Calls f with a view of a weight's values, in the type that they have.
 template <typename Weight, typename F>
 void visit_weight(const Weight& weight, F&& f) {
@@ -44,7 +43,6 @@ void visit_weight(const Weight& weight, F&& f) {
     f(view_of(weight));
   }
 }
-
 }  // namespace detail
 
 /// y (n x out) = x (n x in) · weight (out x in)ᵀ, shapes already checked: for a weight without a Linear of its own,
@@ -210,7 +208,7 @@ struct LinearOutput {
   MatrixMap<Scalar> y;  ///< n x out
 };
 
-/// The same in bfloat16, of those that ask for it; x is rounded and packed once. Returns which they are.
+/// Linear::forward_into of those that multiply in bfloat16, with x rounded and packed once. Returns which they are.
 template <typename Weight, std::size_t kCount, typename X, Executor E>
 std::array<bool, kCount> bfloat16_forward_all(const std::array<LinearOutput<float, Weight>, kCount>& outputs,
                                               const Eigen::MatrixBase<X>& x, Workspace& workspace, E& executor) {
@@ -223,9 +221,8 @@ std::array<bool, kCount> bfloat16_forward_all(const std::array<LinearOutput<floa
     done[i] = true;
     visit_weight(linear.weight, [&]<typename Stored>(const StridedView<const Stored>& view) {
       check_arithmetic<float, Stored>("Linear", linear.arithmetic);
-      if constexpr (kMultipliesBfloat16<float, Stored>) {
-        all[count++] = {writable_view_of(outputs[i].y), view, linear.bias_data()};
-      }
+      const auto y = writable_view_of(outputs[i].y);
+      if constexpr (kMultipliesBfloat16<float, Stored>) all[count++] = {y, view, linear.bias_data()};
     });
   }
   if (count != 0) {
@@ -246,8 +243,8 @@ void linear_forward_all(const std::array<LinearOutput<Scalar, Weight>, kCount>& 
       if (ThinProduct<Scalar, Scalar>::fits(x_view, view_of(outputs[0].linear.weight))) {
         std::array<ThinOutput<Scalar, Scalar>, kCount> thin;
         for (std::size_t i = 0; i < kCount; ++i) {
-          const auto& [linear, y] = outputs[i];
-          thin[i] = {writable_view_of(y), view_of(linear.weight), linear.bias_data()};
+          const Linear<Scalar, Weight>& linear = outputs[i].linear;
+          thin[i] = {writable_view_of(outputs[i].y), view_of(linear.weight), linear.bias_data()};
         }
         return multiply_thin(std::span<const ThinOutput<Scalar, Scalar>>(thin), x_view, workspace, executor);
       }
