@@ -33,7 +33,6 @@
 namespace diffattn::inline v0_1 {
 
 namespace detail {
-
 /// Calls f with a view of a weight's values, in the type that they have.
 template <typename Weight, typename F>
 void visit_weight(const Weight& weight, F&& f) {
@@ -43,7 +42,6 @@ void visit_weight(const Weight& weight, F&& f) {
     f(view_of(weight));
   }
 }
-
 }  // namespace detail
 
 /// y (n x out) = x (n x in) · weight (out x in)ᵀ, shapes already checked: for a weight without a Linear of its own,
