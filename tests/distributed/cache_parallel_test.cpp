@@ -186,6 +186,26 @@ TEST_CASE("A rank that fails while decoding is an error on all, and the caches g
   check_failure<diffattn::MultiheadAttention<float>>();
 }
 
+TEST_CASE("A call without a feed() of its own is refused", "[distributed]") {
+  const diffattn::MultiheadDiffAttention<float> layer({.embed_dim = 16, .num_heads = 2});
+  std::vector<std::string> again(2), others(2);
+  diffattn::run_ranks(2, [&](ThreadCommunicator& communicator) {
+    const auto rank = static_cast<std::size_t>(communicator.rank());
+    CacheParallel ranks(communicator);
+    KvCache<float> cache;
+    Workspace workspace;
+    Matrix<float> x = Matrix<float>::Ones(2, 16), y = x;
+    ranks.feed(2);
+    others[rank] = said_by([&] { layer.forward_into(y.topRows(1), x.topRows(1), cache, workspace, ranks); });
+    layer.forward_into(y, x, cache, workspace, ranks);
+    again[rank] = said_by([&] { layer.forward_into(y, x, cache, workspace, ranks); });
+  });
+  for (std::size_t rank = 0; rank < 2; ++rank) {
+    CHECK(others[rank].find("was for 2 tokens and ") != std::string::npos);
+    CHECK(again[rank].find("every call needs a feed() of its own") != std::string::npos);
+  }
+}
+
 TEST_CASE("Ranks that feed different numbers of tokens are refused", "[distributed]") {
   std::vector<std::string> errors(2);
   diffattn::run_ranks(2, [&](ThreadCommunicator& communicator) {

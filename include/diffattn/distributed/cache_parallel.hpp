@@ -15,7 +15,7 @@
 // Exchanged  by differential heads, in two phases (attention_in_phases.hpp): (m1, l1, m2, l2) of every row and head are
 //            gathered, every rank combines its own maps with the sums of all, and the results are added up: dv + 4
 //            numbers a row and head. By standard heads, parts of dv + 2 numbers, which are merged. No more than that: a
-//            rank that fails says so in the place of its numbers.
+//            rank that fails says so in the place of its numbers. feed() compares three words.
 // Order      by rank: the same number of ranks gives the same bits.
 // Errors     an error of one rank before the exchange is an error on all (collective_check.hpp); caches are as before,
 //            and take_back() makes the positions so. feed() on ranks that disagree is std::invalid_argument on all.
@@ -51,6 +51,17 @@ struct CacheAccess {
   template <typename Ranks>
   static const CachedPositions& positions(const Ranks& ranks) {
     return ranks.positions_;
+  }
+  /// Throws std::invalid_argument unless the last feed() was for a call of so many rows, which finds or leaves so many
+  /// keys here.
+  template <typename Ranks>
+  static void check_fed(const char* where, const Ranks& ranks, Index rows, Index keys) {
+    const Index fed = ranks.tokens() - ranks.position();
+    if (rows != fed || keys != ranks.positions_.size()) {
+      throw_invalid({where, ": the last feed() of CacheParallel was for ", fed, " tokens and ", ranks.positions_.size(),
+                     " keys on this rank, got ", rows, " and ", keys,
+                     "; every call needs a feed() of its own, and every sequence a CacheParallel"});
+    }
   }
   /// What this rank has of a call, kept from one to the next.
   template <typename Scalar, typename Ranks>
@@ -141,6 +152,7 @@ void decode_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::Matri
   PartialAttention<Scalar>& part = detail::CacheAccess::scratch<Scalar>(ranks).part;
   detail::PartExchange<Scalar, C> exchange(ranks.communicator(), kName, out.rows(), heads.num_heads, workspace);
   exchange.run_one_phase(part, out.cols(), [&] {
+    detail::CacheAccess::check_fed(kName, ranks, q.rows(), pages.first_key + pages.n_k);
     detail::check_shape(kName, "out", out, q.rows(), heads.num_heads * pages.shape.dv);
     decode_partial_attention_into(part, q, pages, heads, here, options, workspace, ranks.local());
   });
@@ -162,6 +174,7 @@ void decode_diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::
   const auto frame = workspace.frame();
   MatrixMap<Scalar> share(workspace.take<Scalar>(out.size()), out.rows(), out.cols());
   exchange.run_two_phases([&](const auto& meet) {
+    detail::CacheAccess::check_fed(kName, ranks, q.rows(), pages.first_key + pages.n_k);
     decode_diff_attention_in_phases_into(share, statistics, q, pages, lambda, heads, meet, here, options, workspace,
                                          ranks.local());
   });
