@@ -100,7 +100,9 @@ def prepare_header(source, room, path):
         if comment and '"' not in comment.group(1):
             line = comment.group(1) + comment.group(2) + escaped(comment.group(3) or "")
         body.append(line)
-    return "\n".join(lines[:begin] + doc + body)
+    # Friends are declared for the compiler; Doxygen would link to what it does not show.
+    text = re.sub(r"^( *template <[^\n]*>\n)? *friend [^;{]*;", "", "\n".join(body), flags=re.MULTILINE)
+    return "\n".join(lines[:begin] + doc) + "\n" + text
 
 
 def page_identifier(path):
