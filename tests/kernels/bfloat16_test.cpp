@@ -318,6 +318,8 @@ TEST_CASE("bfloat16 errors against a composition of stock kernels", "[accuracy]"
     for (const double p : {0.5, 0.95}) {
       INFO("lambda " << lambda << ", quantile " << p);
       CHECK(errors.quantile(errors.of_half, p) <= errors.quantile(errors.of_composition, p));
+      // Were weights not rounded at all, a small λ would leave the composition one rounding, as many as we have.
+      if (lambda < 0.75) continue;
       CHECK(errors.quantile(errors.of_float, p) <= errors.quantile(errors.of_composition_of_exact_maps, p));
     }
   }
