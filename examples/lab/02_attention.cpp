@@ -13,7 +13,7 @@ namespace {
 using lab::Index;
 using lab::Matrix;
 
-constexpr Index kSequences = 12;  // of each context
+constexpr Index kSequences = 6;  // of each context
 constexpr Index kDepths = 5;
 
 /// Sums over questions and heads.
@@ -31,8 +31,8 @@ struct Sums {
       for (const Index other : all_answers) {
         if (other != question.answer) needles += static_cast<double>(row(0, other)) / whole;
       }
-      entropy += static_cast<double>(row_entropy(row)(0));
-      support += static_cast<double>(effective_support(row)(0));
+      entropy += static_cast<double>(diffattn::row_entropy(row)(0));
+      support += static_cast<double>(diffattn::effective_support(row)(0));
       count += 1;
       const auto fifth = std::min(static_cast<Index>(question.depth * kDepths), kDepths - 1);
       answer_at[fifth] += of_answer;
@@ -66,7 +66,7 @@ std::vector<OfLayer> sums_of(const lab::NeedlePoint& at, Index context) {
 
 void measure(const lab::NeedlePoint& at) {
   if (at.progress.step != 0 && !at.progress.last()) return;
-  for (const Index context : at.options.tested()) {
+  for (const Index context : at.options.recall.contexts) {
     const std::vector<OfLayer> layers = sums_of(at, context);
     for (std::size_t layer = 0; layer < layers.size(); ++layer) {
       for (const auto& [map, sums] : layers[layer]) {
