@@ -44,6 +44,8 @@ def compared(rows, models=("transformer", "differential"), digits=3):
     if not a or not b:
         return "–", None
     difference = f"{b.mean - a.mean:+.{digits}f}"
+    if min(a.count, b.count) < 3:
+        return f"{difference}, too few seeds", None
     if not apart(a, b):
         return f"{difference}, seeds overlap", 0
     return difference, 1 if b.mean > a.mean else -1

@@ -31,8 +31,8 @@ struct Sums {
       for (const Index other : all_answers) {
         if (other != question.answer) needles += static_cast<double>(row(0, other)) / whole;
       }
-      entropy += static_cast<double>(row_entropy(row)(0));
-      support += static_cast<double>(effective_support(row)(0));
+      entropy += static_cast<double>(diffattn::row_entropy(row)(0));
+      support += static_cast<double>(diffattn::effective_support(row)(0));
       count += 1;
       const auto fifth = std::min(static_cast<Index>(question.depth * kDepths), kDepths - 1);
       answer_at[fifth] += of_answer;

@@ -22,7 +22,7 @@ struct Sums {
 
   void add_maps(const diffattn::AttentionMaps<float>& head, const lab::TaskBatch& sequence,
                 const std::set<Index>& needles) {
-    const auto negatives = negative_mass(head.combined);
+    const auto negatives = diffattn::negative_mass(head.combined);
     for (const auto& question : sequence.questions) {
       row_sum += static_cast<double>(head.combined.row(question.row).sum());
       negative += static_cast<double>(negatives(question.row));
