@@ -88,10 +88,15 @@ TEST_CASE("What cannot be written says why") {
   };
   says(folder / "folder", "Is a directory");
   says(folder / "nowhere/file", "No such file or directory");
-  says(folder / "file/under", "Not a directory");
   says(folder / "folder/", "the path does not end in the name of a file");
   says("", "the path does not end in the name of a file");
+#ifdef _WIN32  // which makes no difference between these and a folder that is not there
+  says(folder / "file/under", "No such file or directory");
+  says(folder / std::string(256, 'n'), "No such file or directory");
+#else
+  says(folder / "file/under", "Not a directory");
   says(folder / std::string(256, 'n'), "File name too long");
+#endif
   CHECK(folder.list() == "file folder");
   CHECK(unfinished::read_text(folder / "file") == "old");
 }

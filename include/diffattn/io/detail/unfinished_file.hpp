@@ -27,6 +27,7 @@
 #include <utility>
 
 #ifdef _WIN32
+#include <chrono>
 #include <cwctype>
 #else
 #include <fcntl.h>
@@ -221,12 +222,12 @@ class UnfinishedFile {
   /// another writer is in the middle of the same, Windows denies access for that moment.
   void replace_target() {
     using namespace windows;
-    constexpr unsigned long kPatience = 1000;  // milliseconds
-    for (unsigned long waited = 0;; ++waited) {
+    const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+    for (;;) {
       if (MoveFileExW(unfinished_.c_str(), target_.c_str(), kReplaceExisting | kWriteThrough) != 0) break;
       const unsigned long error = GetLastError();
       const bool passes = error == kErrorAccessDenied || error == kErrorSharingViolation;
-      if (!passes || waited == kPatience || is_directory(target_.c_str())) fail(error);
+      if (!passes || std::chrono::steady_clock::now() > patience || is_directory(target_.c_str())) fail(error);
       Sleep(1);
     }
     kept_ = true;
