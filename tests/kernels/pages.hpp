@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "diffattn/kernels/detail/arithmetic.hpp"
 #include "diffattn/kernels/key_value_pages.hpp"
 #include "support/random.hpp"
 
@@ -21,8 +22,8 @@ struct Pages {
   Pages(const diffattn::Matrix<Scalar>& k, const diffattn::Matrix<Scalar>& v, Index heads, Index key_maps, Rng& rng,
         Index page_size = diffattn::detail::kPageKeys) {
     namespace detail = diffattn::detail;
-    packed.shape = {heads,    key_maps, k.cols() / heads / key_maps, v.cols() / heads, detail::Tile<Scalar>::kCols,
-                    page_size};
+    constexpr Index kStrip = detail::Tile<detail::ArithmeticOf<Scalar>>::kCols;
+    packed.shape = {heads, key_maps, k.cols() / heads / key_maps, v.cols() / heads, kStrip, page_size};
     packed.n_k = k.rows();
     for (Index row = 0; row < k.rows();) {
       if (row % page_size == 0) pages.push_back(std::make_shared<detail::Page<Storage>>(packed.shape));
