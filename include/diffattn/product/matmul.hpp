@@ -68,7 +68,7 @@ class RowByRowProduct {
     for (Index out = first; out < first + count; out += kOuts) {
       const Index present = std::min(kOuts, first + count - out);
       const Stored* rows[kOuts];
-      for (Index o = 0; o < kOuts; ++o) rows[o] = &w(out + std::min(o, present - 1), 0);
+      for (Index o = 0; o < kOuts; ++o) rows[o] = w.data + (out + std::min(o, present - 1)) * w.row_stride;
       for (Index row = 0; row < x.rows; row += kRows) {
         Scalar dots[kRows][kOuts];
         dot<kRows, kOuts>(dots, rows, x.middle_rows(row, kRows), ahead);
@@ -88,7 +88,7 @@ class RowByRowProduct {
     constexpr Index kLine = 64 / static_cast<Index>(sizeof(Stored));
     const Index depth = x.cols;
     const Scalar* left[kRows];
-    for (Index i = 0; i < kRows; ++i) left[i] = &x(i, 0);
+    for (Index i = 0; i < kRows; ++i) left[i] = x.data + i * x.row_stride;
     simd::Packet<Scalar> sums[kRows][kOuts][2];
 #pragma GCC unroll 4
     for (Index i = 0; i < kRows; ++i) {
