@@ -105,6 +105,27 @@ EIGEN_ALWAYS_INLINE Packet<float> second_of_pairs(const PairPacket& x) {
   return __builtin_bit_cast(Packet<float>, __builtin_bit_cast(FloatBits, x.bits) & 0xffff0000u);
 }
 
+/// Both numbers of the pairs of one packet of Scalar, from p on.
+template <typename Scalar>
+struct WidenedPairs {
+  Packet<Scalar> first;
+  Packet<Scalar> second;
+};
+template <typename Scalar>
+EIGEN_ALWAYS_INLINE WidenedPairs<Scalar> widen_pairs(const Pair* p) {
+  if constexpr (std::is_same_v<Scalar, float>) {
+    const PairPacket pairs = load_operand(p);
+    return {first_of_pairs(pairs), second_of_pairs(pairs)};
+  } else {
+    alignas(kMostAlignment) Scalar first[kLanes<Scalar>], second[kLanes<Scalar>];
+    for (Index lane = 0; lane < kLanes<Scalar>; ++lane) {
+      first[lane] = static_cast<Scalar>(p[lane].first);
+      second[lane] = static_cast<Scalar>(p[lane].second);
+    }
+    return {load(first), load(second)};
+  }
+}
+
 /// a·b + c, lane by lane.
 template <typename P>
 EIGEN_ALWAYS_INLINE P multiply_add(const P& a, const P& b, const P& c) {

@@ -169,8 +169,9 @@ namespace detail {
 
 /// Whether packed.hpp or packed_pairs.hpp has a way to pack the one as the other.
 template <typename Scalar, typename Stored>
-inline constexpr bool is_packed_at_once = kStepDepth<Stored> == 2 ||
-                                          (std::is_same_v<Scalar, Stored> && !is_narrow<Stored>);
+inline constexpr bool is_packed_at_once =
+    kStepDepth<Stored> == 2 ? std::is_same_v<ArithmeticOf<Scalar>, float>
+                            : std::is_same_v<Scalar, Stored> && !is_narrow<Stored>;
 
 /// Packs the keys of one map into rows [first, …) of a page: strip by strip, transposed.
 template <typename Scalar, typename Stored>
@@ -242,7 +243,21 @@ bool pack_values_into_page(simd::Pair* to, Index page_size, Index first, const S
   const Index begun = std::min(first % 2, values.rows);  // rows that complete a pair
   const bool finite = begun == 0 || complete_pairs(to, page_size, first, values);
   const auto rest = values.middle_rows(begun, values.rows - begun);
-  return pack_columns(to + (first + begun) / 2 * kCols, page_size / 2, rest) && finite;
+  simd::Pair* const pairs = to + (first + begun) / 2 * kCols;
+  if constexpr (is_packed_at_once<Scalar, simd::Pair>) {
+    return pack_columns(pairs, page_size / 2, rest) && finite;
+  } else {
+    bool rest_finite = true;
+    for (Index col = 0; col < rest.cols; ++col) {
+      simd::Pair* const column = pairs + col / kCols * page_size / 2 * kCols + col % kCols;
+      for (Index pair = 0; pair < divide_up(rest.rows, 2); ++pair) {
+        column[pair * kCols] = pair_at(&rest(0, col), rest.row_stride, rest.rows, pair);
+        rest_finite &= std::isfinite(static_cast<float>(column[pair * kCols].first)) &&
+                       std::isfinite(static_cast<float>(column[pair * kCols].second));
+      }
+    }
+    return rest_finite && finite;
+  }
 }
 
 /// Packs the rows of one head's keys (all maps side by side) and values into rows [first, …) of a page.

@@ -102,11 +102,9 @@ void multiply_strips(const std::array<StripProduct<Scalar, Strip>, kCount>& prod
       for (std::size_t i = 0; i < kCount; ++i) {
         const auto* const strip = row_of(i, k);
         if constexpr (Strip::kPairs) {
-          const simd::PairPacket pairs[2] = {simd::load_operand(strip), simd::load_operand(strip + kLanes)};
-          if (!second) add_row(i, k, {simd::first_of_pairs(pairs[0]), simd::first_of_pairs(pairs[1])});
-          if (second || count == 2) {
-            add_row(i, k + count - 1, {simd::second_of_pairs(pairs[0]), simd::second_of_pairs(pairs[1])});
-          }
+          const auto left = simd::widen_pairs<Scalar>(strip), right = simd::widen_pairs<Scalar>(strip + kLanes);
+          if (!second) add_row(i, k, {left.first, right.first});
+          if (second || count == 2) add_row(i, k + count - 1, {left.second, right.second});
         } else {
           add_row(i, k, {simd::load_as<Scalar>(strip), simd::load_as<Scalar>(strip + kLanes)});
         }

@@ -34,9 +34,9 @@ void copy_strip(Packed* to, const Stored* from, Index count) {
   } else {
     for (Index k = 0; k < count; k += 2, to += 2 * kCols, from += kCols) {
       for (Index c = 0; c < kCols; c += kLanes) {
-        const auto pairs = simd::load_operand(from + c);
-        simd::store(to + c, simd::first_of_pairs(pairs));
-        if (k + 1 < count) simd::store(to + kCols + c, simd::second_of_pairs(pairs));
+        const auto pairs = simd::widen_pairs<Packed>(from + c);
+        simd::store(to + c, pairs.first);
+        if (k + 1 < count) simd::store(to + kCols + c, pairs.second);
       }
     }
   }
