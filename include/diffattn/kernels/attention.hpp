@@ -16,8 +16,8 @@
 //            operand.
 // bfloat16   q, k and v may be of Eigen::bfloat16, all three, and `out` then of that or of float. Products are added up
 //            in float, scores, softmax and sums are float's, and weights are rounded once, before they meet v: up to
-//            2^-8 of each weight. A CPU with AVX512_BF16 takes 0.55 to 0.6 of float's time (it takes subnormal numbers
-//            for 0); others widen, and take as long as for float. There are no gradients of it.
+//            2^-8 of each weight. A CPU with AVX512_BF16 takes about 0.6 of float's time (it takes subnormal numbers
+//            for 0); others widen, and take about as long as for float. There are no gradients of it.
 // Masks      mask.hpp. A query that sees no key gives exactly 0; what a masked key or value holds never matters.
 // Errors     ShapeError, std::invalid_argument; before any work, and nothing has been written. What a mask, a bias or
 //            an executor of yours throws, and std::bad_alloc, reach the caller; `out` then holds anything.

@@ -8,8 +8,8 @@
 // scalar    the layer's own type, float or double, whatever the weights are stored as.
 // bfloat16  weights of bfloat16 alone, activations of float: each is rounded to bfloat16 once before it is multiplied,
 //           products are added up in float, and results are float. Norms, softmax, λ and residual sums stay float. A CPU
-//           with AVX512_BF16 does twice the work; on others it takes as long as float and gives the same up to the order
-//           of additions. Activations keep 8 bits of their fraction, which changes logits by about a hundredth of their
+//           with AVX512_BF16 does up to twice the work; others multiply the same values in float, up to the order of
+//           additions. Activations keep 8 bits of their fraction: logits of the examples' checkpoint move by 0.25 % of their
 //           spread. Infinities and NaN keep their rules; the instruction takes subnormal numbers for 0.
 // Errors    std::invalid_argument for bfloat16 asked of other weights or of double, naming both types: when a layer is
 //           made, or by its first call where a FrozenMatrix alone knows its type.

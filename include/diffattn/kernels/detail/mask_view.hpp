@@ -2,8 +2,8 @@
 
 // What the kernels see of a mask: a type for all masks without a bias and one for all with a bias, so that the kernels
 // are compiled for these and not for every mask that a program uses. They ask a mask a row at a time, which is little
-// beside their work. FullMask and CausalMask, which most calls have, stand for themselves: the smallest calls would
-// notice.
+// beside their work. FullMask and CausalMask, which most calls have, stand for themselves: the smallest calls ask as
+// often for less.
 
 #include <concepts>
 #include <type_traits>

@@ -66,7 +66,7 @@ consteval void check_output_scalar() {
                 "diffattn: the output and all gradients must have the scalar type of the queries");
 }
 
-/// The gradient of a result.
+/// The gradient of a result, or a part of attention.
 template <typename Scalar, typename Result>
 consteval void check_result_scalar() {
   static_assert(
