@@ -23,6 +23,7 @@ struct OrderOptions : Options {
   OrderOptions() {
     models = {"transformer", "differential"};
     learning_rates = {2e-3, 4e-3};
+    seeds = {1, 2, 3, 4, 5};
     steps = 800;
   }
 

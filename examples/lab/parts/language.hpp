@@ -37,7 +37,7 @@ struct LanguageOptions : Options {
   LanguageOptions() {
     models = {"transformer", "differential"};
     learning_rates = {3e-3, 1e-2};
-    steps = 400;
+    steps = 2000;
     head_dim = 8;
   }
 

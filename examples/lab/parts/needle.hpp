@@ -12,7 +12,7 @@ namespace lab {
 
 struct NeedleOptions : Options {
   RecallConfig recall;
-  std::vector<Index> unseen_contexts = {1024};  ///< that a model is tested on, too
+  std::vector<Index> unseen_contexts = {1024, 2048};  ///< that a model is tested on, too
   Index test_sequences = 40;                    ///< of each context
 
   /// What the experiments have in common.
