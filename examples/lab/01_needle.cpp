@@ -10,6 +10,7 @@ namespace {
 using lab::Index;
 
 void measure(const lab::NeedlePoint& at) {
+  if (!at.progress.last()) return;
   constexpr Index kDepths = 5;
   for (const Index context : at.options.tested()) {
     const lab::Fields fields = {{"context", std::to_string(context)}};
@@ -17,7 +18,7 @@ void measure(const lab::NeedlePoint& at) {
     const lab::Matrix<float>& logits = at.model.logits(batch, at.pool);
     at.measure("accuracy", accuracy(logits, batch), fields);
     // The questions whose needle stands in each fifth of the context.
-    for (Index fifth = 0; at.progress.last() && fifth < kDepths; ++fifth) {
+    for (Index fifth = 0; fifth < kDepths; ++fifth) {
       lab::TaskBatch part{.inputs = {}, .targets = batch.targets, .lengths = {}, .questions = {}};
       for (const auto& question : batch.questions) {
         const auto of = std::min(static_cast<Index>(question.depth * kDepths), kDepths - 1);
@@ -28,7 +29,7 @@ void measure(const lab::NeedlePoint& at) {
       at.measure("accuracy_by_depth", accuracy(logits, part), of_fifth);
     }
   }
-  if (at.progress.last()) at.measure_validation_loss();
+  at.measure_validation_loss();
 }
 
 }  // namespace

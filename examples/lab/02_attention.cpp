@@ -87,6 +87,7 @@ void measure(const lab::NeedlePoint& at) {
       }
     }
   }
+  if (at.progress.last()) at.measure_validation_loss();
 }
 
 }  // namespace

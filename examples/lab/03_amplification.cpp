@@ -76,6 +76,7 @@ void measure(const lab::NeedlePoint& at) {
     at.measure("head_rms_before_norm", std::sqrt(sums.before / sums.rows), fields);
     at.measure("head_rms_after_norm", std::sqrt(sums.after / sums.rows), fields);
   }
+  if (at.progress.last()) at.measure_validation_loss();
 }
 
 }  // namespace

@@ -12,9 +12,10 @@ void measure(const lab::NeedlePoint& at) {
   for (std::size_t layer = 0; layer < lambdas.size(); ++layer) {
     at.measure("lambda", lambdas[layer], {{"layer", std::to_string(layer)}});
   }
+  if (!at.progress.last()) return;
   at.measure_accuracy();
   at.measure_validation_loss();
-  if (!at.progress.last() || !at.model.force_lambda(0)) return;
+  if (!at.model.force_lambda(0)) return;
   for (const lab::Index context : at.options.tested()) {
     const lab::TaskBatch batch = test_batch(at.options, context, 1);
     const lab::Matrix<float>& logits = at.model.logits(batch, at.pool);

@@ -6,6 +6,7 @@
 namespace {
 
 void measure(const lab::NeedlePoint& at) {
+  if (!at.progress.last()) return;
   at.measure_accuracy();
   at.measure_validation_loss();
 }
