@@ -2,7 +2,7 @@
 
 from measurements import Spread, best_rates, finals, mean_of, select, values_of
 from pictures import COLOURS, Panel, Series
-from tables import at_best_rate, by_model, curve, markdown, models_of, name_of, parameters_of
+from tables import at_best_rate, by_model, compared, curve, markdown, models_of, name_of, parameters_of
 
 
 def size_of(row):
@@ -74,6 +74,61 @@ def scaling_panel(axis, title, losses, best, chosen):
                 way.append((mean_of(of_step, axis), spread.mean, spread.mean, spread.mean))
             series.append(Series("", way, colour, dashed=True))
     return Panel(f"Validation loss by {title}", title, "nats a byte", series, log=("x",))
+
+
+ON_TEXT = {"share_of_self": "share of the byte itself", "share_of_neighbours": "share of the four before it",
+           "share_of_first": "share of the first byte", "entropy": "entropy, nats",
+           "effective_support": "keys it is spread over"}
+
+
+def attention_on_text(rows, made):
+    rows = at_best_rate(rows, made)
+    for when, chosen in (("Before training", select(rows, step="0")), ("After training", finals(rows))):
+        lines = []
+        for layer in values_of(chosen, "layer"):
+            for measurement, title in ON_TEXT.items():
+                of_both = select(chosen, map="combined", layer=layer, measurement=measurement)
+                lines.append([f"layer {layer}: {title}"]
+                             + [Spread(select(of_both, model=model)).text() for model in models_of(chosen)]
+                             + [made.verdict(of_both)])
+        made.table(markdown([f"{when}, all of A"] + [name_of(model) for model in models_of(chosen)] + ["Difference"],
+                            lines))
+    made.note(parameters_of(rows))
+    support = select(finals(rows), measurement="effective_support")
+    series = []
+    for model, of_map, title in (("transformer", "combined", "Transformer"), ("differential", "p1", "Differential, P₁"),
+                                 ("differential", "p2", "Differential, P₂"),
+                                 ("differential", "combined", "Differential, A")):
+        points = curve(select(support, model=model, map=of_map), "layer")
+        series.append(Series(title, points, COLOURS[len(series)], dashed=of_map in ("p1", "p2")))
+    made.picture([Panel("Keys that attention is spread over, after training", "layer", "exp of the entropy", series)])
+
+
+def variants_on_text(rows, made):
+    rows = at_best_rate(rows, made)
+    last = finals(rows)
+    lines = []
+    for model in models_of(last):
+        losses = select(last, measurement="validation_loss", model=("differential", model))
+        zero = Spread(select(last, measurement="loss_lambda_0", model=model))
+        of_lambda = select(rows, measurement="lambda", model=model)
+        lambdas = [f"{Spread(select(finals(of_lambda), layer=layer)).mean:.2f}" for layer in values_of(of_lambda, "layer")]
+        least = f"{min(row['value'] for row in of_lambda):.2f}" if of_lambda else "–"
+        lines.append([name_of(model), Spread(select(losses, model=model)).text(),
+                      "" if model == "differential" else compared(losses, ("differential", model))[0], zero.text(),
+                      ", ".join(lambdas) or "–", least])
+    made.table(markdown(["Model", "Validation loss, nats a byte", "less the Differential's", "with λ forced to 0",
+                         "λ of the layers at the end", "Least ever seen"], lines))
+    made.note(parameters_of(last))
+    losses = select(last, measurement="validation_loss")
+    points = []
+    for place, model in enumerate(models_of(losses)):
+        spread = Spread(select(losses, model=model))
+        points.append((place, spread.mean, spread.least, spread.most))
+    names = ", ".join(f"{place} {name_of(model)}" for place, model in enumerate(models_of(losses)))
+    made.note(f"In the picture: {names}.")
+    made.picture([Panel("Loss of the variants, mean and range of the seeds", "variant, numbered as below",
+                        "nats a byte", [Series("validation loss", points)], x_range=(-0.5, len(points) - 0.5))])
 
 
 def long_context(rows, made):

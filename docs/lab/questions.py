@@ -10,9 +10,11 @@ from measurements import select
 QUESTIONS = {
     "needle": (retrieval_questions.needle, "Accuracy against the length of the context and the depth of the needle"),
     "attention": (retrieval_questions.attention, "Share of attention on the answer, by its depth"),
+    "attention_on_text": (language_questions.attention_on_text, "Keys that the attention of language models is spread over"),
     "amplification": (retrieval_questions.amplification, "Answer against noise, and the size of head outputs, in training"),
     "scaling": (language_questions.scaling, "Validation loss against parameters, bytes read, FLOP and seconds"),
     "lambda": (retrieval_questions.lambdas, "λ of every layer through training"),
+    "variants_on_text": (language_questions.variants_on_text, "Loss of language models whose attention lacks a part"),
     "two_heads": (retrieval_questions.two_heads, "Accuracy of Transformers with parts of the differential head"),
     "long_context": (language_questions.long_context, "Loss by position"),
     "order": (language_questions.order, "Accuracy by the number of examples in the context"),
