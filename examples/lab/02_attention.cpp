@@ -13,7 +13,7 @@ namespace {
 using lab::Index;
 using lab::Matrix;
 
-constexpr Index kSequences = 6;  // of each context
+constexpr Index kSequences = 6;
 constexpr Index kDepths = 5;
 
 /// Sums over questions and heads.
@@ -66,24 +66,22 @@ std::vector<OfLayer> sums_of(const lab::NeedlePoint& at, Index context) {
 
 void measure(const lab::NeedlePoint& at) {
   if (at.progress.step != 0 && !at.progress.last()) return;
-  for (const Index context : at.options.recall.contexts) {
-    const std::vector<OfLayer> layers = sums_of(at, context);
-    for (std::size_t layer = 0; layer < layers.size(); ++layer) {
-      for (const auto& [map, sums] : layers[layer]) {
-        if (sums.count == 0) continue;
-        const lab::Fields fields = {
-            {"context", std::to_string(context)}, {"layer", std::to_string(layer)}, {"map", map}};
-        at.measure("share_of_answer", sums.answer / sums.count, fields);
-        at.measure("share_of_other_needles", sums.needles / sums.count, fields);
-        at.measure("share_of_rest", 1 - (sums.answer + sums.needles) / sums.count, fields);
-        at.measure("entropy", sums.entropy / sums.count, fields);
-        at.measure("effective_support", sums.support / sums.count, fields);
-        for (Index fifth = 0; at.progress.last() && fifth < kDepths; ++fifth) {
-          if (sums.count_at[fifth] == 0) continue;
-          lab::Fields of_fifth = fields;
-          of_fifth.emplace_back("depth", lab::text_of((static_cast<double>(fifth) + 0.5) / kDepths));
-          at.measure("share_of_answer_by_depth", sums.answer_at[fifth] / sums.count_at[fifth], of_fifth);
-        }
+  const Index context = at.options.recall.contexts.back();
+  const std::vector<OfLayer> layers = sums_of(at, context);
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    for (const auto& [map, sums] : layers[layer]) {
+      if (sums.count == 0) continue;
+      const lab::Fields fields = {{"context", std::to_string(context)}, {"layer", std::to_string(layer)}, {"map", map}};
+      at.measure("share_of_answer", sums.answer / sums.count, fields);
+      at.measure("share_of_other_needles", sums.needles / sums.count, fields);
+      at.measure("share_of_rest", 1 - (sums.answer + sums.needles) / sums.count, fields);
+      at.measure("entropy", sums.entropy / sums.count, fields);
+      at.measure("effective_support", sums.support / sums.count, fields);
+      for (Index fifth = 0; at.progress.last() && fifth < kDepths; ++fifth) {
+        if (sums.count_at[fifth] == 0) continue;
+        lab::Fields of_fifth = fields;
+        of_fifth.emplace_back("depth", lab::text_of((static_cast<double>(fifth) + 0.5) / kDepths));
+        at.measure("share_of_answer_by_depth", sums.answer_at[fifth] / sums.count_at[fifth], of_fifth);
       }
     }
   }
