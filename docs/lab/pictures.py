@@ -31,8 +31,9 @@ def _quoted(text):
 
 
 def _lines(panel, number):
-    script = [f"set title {_quoted(panel.title)}", f"set xlabel {_quoted(panel.x)}", f"set ylabel {_quoted(panel.y)}",
-              "unset logscale", "set autoscale", "set key outside bottom center horizontal"]
+    script = [f"set title {_quoted(panel.title)}", f"set xlabel {_quoted(panel.x)} offset 0,0.6",
+              f"set ylabel {_quoted(panel.y)}", "unset logscale", "set autoscale", "set autoscale xfix",
+              "set key outside bottom center horizontal"]
     script += [f"set logscale {axis}" for axis in panel.log]
     for axis, limits in (("x", panel.x_range), ("y", panel.y_range)):
         if limits:
