@@ -26,7 +26,8 @@ def scaling(rows, made):
         for rate in values_of(of_size, "learning_rate"):
             of_rate = select(of_size, learning_rate=rate)
             each = [select(of_rate, model=model) for model in models]
-            lines.append([size, f"{mean_of(of_rate, 'tokens'):,.0f}", f"{mean_of(of_rate, 'flop'):.2g}",
+            flop = dict.fromkeys(f"{mean_of(one, 'flop'):.2g}" for one in each if one)  # mostly the same for all
+            lines.append([size, f"{mean_of(of_rate, 'tokens'):,.0f}", " / ".join(flop),
                           " / ".join(f"{mean_of(one, 'seconds'):.1f}" if one else "–" for one in each), rate]
                          + [Spread(one).text() for one in each] + [made.verdict(of_rate)])
     made.table(markdown(["Layers × width", "Bytes read", "FLOP", "Seconds of each", "Learning rate"]
