@@ -7,10 +7,14 @@
 //
 // scalar    the layer's own type, float or double, whatever the weights are stored as.
 // bfloat16  weights of bfloat16 alone, activations of float: each is rounded to bfloat16 once before it is multiplied,
-//           products are added up in float, and results are float. Norms, softmax, λ and residual sums stay float. A CPU
-//           with AVX512_BF16 does up to twice the work; others multiply the same values in float, up to the order of
-//           additions. Activations keep 8 bits of their fraction: logits of the examples' checkpoint move by 0.25 % of their
-//           spread. Infinities and NaN keep their rules; the instruction takes subnormal numbers for 0.
+//           products are added up in float, and results are float. So are x of the linear layers, and q, k and v where
+//           more than 4 queries attend together: at once, as the first chunk of a text, or to a KvCache<Eigen::bfloat16>.
+//           Other attention is float: of fewer queries, which takes the same time; behind tokens in a cache of another
+//           type; and of ranks that share a sequence. Norms, softmax, λ, P₁ − λ·P₂ and residual sums stay float.
+// Cost      a CPU with AVX512_BF16 does up to twice the work; others multiply the same values in float, up to the order
+//           of additions. Activations keep 8 bits of their fraction: logits of the examples' checkpoint move by 0.25 %
+//           of their spread. Infinities and NaN keep their rules; the instruction takes subnormal numbers for 0.
+// Gradients there are none: 16-bit weights are not trained. A tape keeps q, k and v as they were before rounding.
 // Errors    std::invalid_argument for bfloat16 asked of other weights or of double, naming both types: when a layer is
 //           made, or by its first call where a FrozenMatrix alone knows its type.
 
@@ -18,6 +22,7 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/layers/frozen_matrix.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -41,6 +46,12 @@ constexpr const char* type_name() {
 /// Whether weights of Stored and activations of Scalar can be multiplied in bfloat16.
 template <typename Scalar, typename Stored>
 inline constexpr bool kMultipliesBfloat16 = std::is_same_v<Scalar, float>&& std::is_same_v<Stored, Eigen::bfloat16>;
+
+/// Whether weights of this matrix type may be such.
+template <typename Scalar, typename Weight>
+inline constexpr bool may_multiply_bfloat16 = std::is_same_v<Scalar, float> &&
+                                              (std::is_same_v<Weight, Matrix<Eigen::bfloat16>> ||
+                                               std::is_same_v<Weight, FrozenMatrix>);
 
 /// Throws std::invalid_argument if bfloat16 is asked of weights and activations that it is not for.
 template <typename Scalar, typename Stored>
