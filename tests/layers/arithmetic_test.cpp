@@ -126,6 +126,38 @@ TEST_CASE("A layer in bfloat16 attends in it: q, k and v are rounded once, at on
   CHECK(arithmetic_difference(layer.forward_cross(x, memory), cross) < rounded / 4);
 }
 
+TEST_CASE("Packed weights change no bit, are shared by copies and go with the values", "[layers][linear]") {
+  NarrowLayer layer = arithmetic_layer(Arithmetic::bfloat16);
+  auto rng = make_rng();
+  const Matrix<float> x = random_matrix<float>(40, 48, rng), y = layer.forward(x);
+  const std::size_t bytes = layer.q_proj.weight.memory_bytes();
+  diffattn::pack_weights(layer);
+  CHECK(layer.forward(x) == y);
+  CHECK(layer.forward(x.topRows(3)) == arithmetic_layer(Arithmetic::bfloat16).forward(x.topRows(3)));
+  FrozenMatrix& weight = layer.q_proj.weight;
+  const NarrowLayer copy = layer;
+  CHECK(copy.q_proj.weight.packed() == weight.packed());
+  CHECK((weight.packed() != nullptr) == diffattn::simd::kUsesPairs);
+  CHECK((weight.memory_bytes() >= 2 * bytes) == diffattn::simd::kUsesPairs);
+  weight.pack();  // a second time does nothing
+  CHECK(copy.q_proj.weight.packed() == weight.packed());
+
+  // Other values: what was packed of the old ones must not be read.
+  weight = FrozenMatrix(Narrow(Narrow::Zero(weight.rows(), weight.cols())));
+  CHECK(weight.packed() == nullptr);
+  CHECK(arithmetic_difference(layer.forward(x), y) > 0.01);
+  const Matrix<float> without = layer.forward(x);
+  weight.pack();
+  CHECK(layer.forward(x) == without);
+  CHECK(copy.forward(x) == y);
+  FrozenMatrix wide(Matrix<float>(Matrix<float>::Ones(2, 3)));
+  wide.pack();
+  CHECK(wide.packed() == nullptr);
+  FrozenMatrix empty(2, 3);
+  CHECK_THAT(thrown_by<std::invalid_argument>([&] { empty.pack(); }),
+             Catch::Matchers::ContainsSubstring("has no values yet"));
+}
+
 TEST_CASE("Arithmetic::bfloat16 is refused where weights are not bfloat16, naming both types", "[layers][linear]") {
   using Catch::Matchers::ContainsSubstring;
   CHECK_THAT((arithmetic_refused<float, float>()), ContainsSubstring("weights of float with activations of float"));
