@@ -42,7 +42,7 @@ std::array<bool, kCount> bfloat16_forward_all(const std::array<LinearOutput<floa
     visit_weight(linear.weight, [&]<typename Stored>(const StridedView<const Stored>& view) {
       check_arithmetic<float, Stored>("Linear", linear.arithmetic);
       if constexpr (kMultipliesBfloat16<float, Stored>) {
-        all[count++] = {writable_view_of(outputs[i].y), view, linear.bias_data()};
+        all[count++] = {writable_view_of(outputs[i].y), view, linear.bias_data(), packed_of(linear.weight)};
       }
     });
   }
