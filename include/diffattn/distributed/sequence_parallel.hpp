@@ -10,11 +10,13 @@
 //   layer.forward_into(y, x, CausalMask{}, tape, workspace, ranks);
 //   layer.backward_into(dx, dy, tape, grad, workspace, ranks);
 //   decoder.logits_into(logits, tokens, {ranks.placement().mine()}, tape, workspace, ranks);   // and backward
+//   layer.forward_into(y, x, cache, mask, workspace, ranks);       // or decoder.logits_into(logits, tokens, cache, mask, …)
 //   Matrix<float> whole_y = ranks.gather(y);
 //
 // What takes it: attention_into, multihead_attention_into, diff_attention_into, multihead_diff_attention_into and
-// multihead_…_backward_into with views of gradients, layers and decoders for one sequence, without a cache. A kernel
-// that cannot does not compile with it.
+// multihead_…_backward_into with views of gradients, layers and decoders for one sequence. A kernel that cannot does
+// not compile with it. A cache, which must be empty, keeps the keys and values of this rank's rows; what follows the
+// sequence is fed by CacheParallel (cache_parallel.hpp).
 //
 // Exchanged  forward: keys and values of one key head (or key_heads_at_a_time) after another are gathered on every rank,
 //            so that queries meet all keys at the cost of one machine, 4·d a pair of rows. Backward: they are gathered
@@ -30,7 +32,7 @@
 // Memory     a rank's share of all operands, and keys and values of one key head of all rows, from `workspace`;
 //            backward their gradients, too, and half as much to receive.
 
-#include <cmath>
+#include <exception>
 #include <span>
 #include <type_traits>
 
@@ -90,7 +92,30 @@ class SequenceParallel {
   /// Collective: check() or check(agreed), whose error on one rank is one on all.
   template <typename Check>
   void check(const char* where, Check&& check) const {
+    thrown_on_all_ = true;
     check_on_all(communicator_, where, check);
+    thrown_on_all_ = false;
+  }
+
+  /// Collective: f(), which may consist of collective calls that begin with a check(); what one rank throws in it is an
+  /// error on all. That of a rank that fails between such calls is heard by the others in the next check() of theirs, at
+  /// the latest in one at the end, which a call within such a call leaves to the outer one.
+  template <typename F>
+  void with_others(const char* where, Index /*exchanges*/, F&& f) {
+    if (is_inner_) return f();
+    std::exception_ptr error;
+    thrown_on_all_ = false;
+    is_inner_ = true;
+    try {
+      f();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    is_inner_ = false;
+    if (error != nullptr && thrown_on_all_) std::rethrow_exception(error);
+    check(where, [&] {
+      if (error != nullptr) std::rethrow_exception(error);
+    });
   }
 
   /// How many rows the whole sequence has, for a call with this rank's. Throws ShapeError unless it has those of one
@@ -133,6 +158,7 @@ class SequenceParallel {
         detail::throw_invalid({"SequenceParallel: key_heads_at_a_time must be 1 or more, got ", key_heads});
       }
       SequencePlacement(rows, communicator.size(), communicator.rank());
+      detail::reserve_in(communicator, 0);
     });
     return SequencePlacement(rows, communicator.size(), communicator.rank());
   }
@@ -141,6 +167,8 @@ class SequenceParallel {
   E& executor_;
   SequencePlacement placement_;
   Index key_heads_;
+  bool is_inner_ = false;               // within with_others()
+  mutable bool thrown_on_all_ = false;  // by the last check()
 };
 
 template <Communicator C>
@@ -198,11 +226,12 @@ void diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixB
                          SequenceParallel<C, E>& ranks) {
   using Scalar = typename Q1::Scalar;
   const auto frame = workspace.frame();
-  MatrixMap<Scalar> q(workspace.take<Scalar>(2 * q1.size()), q1.rows(), 2 * q1.cols());
-  MatrixMap<Scalar> k(workspace.take<Scalar>(2 * k1.size()), k1.rows(), 2 * k1.cols());
+  MatrixMap<Scalar> q(nullptr, 0, 0), k(nullptr, 0, 0);
   ranks.check("diff_attention", [&] {
     detail::check_shape("diff_attention", "q2", q2, q1.rows(), q1.cols());
     detail::check_shape("diff_attention", "k2", k2, k1.rows(), k1.cols());
+    new (&q) MatrixMap<Scalar>(workspace.take<Scalar>(2 * q1.size()), q1.rows(), 2 * q1.cols());
+    new (&k) MatrixMap<Scalar>(workspace.take<Scalar>(2 * k1.size()), k1.rows(), 2 * k1.cols());
     q << q1, q2;
     k << k1, k2;
   });
@@ -224,7 +253,7 @@ void multihead_attention_backward_into(const AttentionGradientViews<typename Q::
   const detail::Readable<V> v_read(v.derived());
   const detail::Readable<G> g_read(dout.derived());
   detail::SpreadCall<Scalar, Mask, SequenceParallel<C, E>> call(ranks, heads, 1, mask, workspace);
-  call.check(kName, q_read, k_read, v_read, "dout", g_read, Scalar(0), options);
+  call.check(kName, q_read, k_read, v_read, "dout", g_read, Scalar(0), options, detail::Direction::backward);
   call.for_each_group_back(
       detail::view_of(k_read), detail::view_of(v_read), gradients.dk, gradients.dv, [&](const auto& group) {
         AttentionGradientViews<Scalar> of_group{group.queries(gradients.dq), group.dkeys(), group.dvalues()};
@@ -252,7 +281,7 @@ void multihead_diff_attention_backward_into(const DiffAttentionGradientViews<typ
   const detail::Readable<V> v_read(v.derived());
   const detail::Readable<G> g_read(dout.derived());
   detail::SpreadCall<Scalar, Mask, SequenceParallel<C, E>> call(ranks, heads, 2, mask, workspace);
-  call.check(kName, q_read, k_read, v_read, "dout", g_read, lambda, options);
+  call.check(kName, q_read, k_read, v_read, "dout", g_read, lambda, options, detail::Direction::backward);
   constexpr bool kNumber = detail::is_scalar_lambda<Lambda>;
   if constexpr (kNumber) gradients.dlambda(0, 0) = 0;
   call.for_each_group_back(

@@ -200,17 +200,23 @@ class AttentionPasses : public Variant {
               const SequenceLengths& key_lengths, bool keep_attended, Workspace& workspace, E& executor) const {
     for_each_sequence(lengths, key_lengths, workspace, executor, [&](SequenceRows rows, auto& share, auto& own) {
       turn(parts, rows, 0, own);
-      const auto of = [&](Rows& part) { return rows_of(part, rows.first, rows.count); };
-      const auto of_keys = [&](Rows& part) { return rows_of(part, rows.first_key, rows.num_keys); };
-      const auto q = of(parts.q), k = of_keys(parts.k), v = of_keys(parts.v), attended = of(parts.attended);
-      if constexpr (Variant::kLambda == LambdaSource::none) {
-        multihead_attention_into(attended, q, k, v, heads(), mask, AttentionOptions{}, share, own);
-      } else {
-        multihead_diff_attention_into(attended, q, k, v, lambda_of_rows(parts.lambda, rows.first, rows.count), heads(),
-                                      mask, AttentionOptions{}, share, own);
-      }
+      attend_rows(parts, rows, mask, share, own);
     });
     finish(y, parts.attended, keep_attended, workspace, executor);
+  }
+
+  /// From queries and keys that have been turned to parts.attended, of one sequence.
+  template <typename Mask, typename E>
+  void attend_rows(Parts& parts, const SequenceRows& rows, const Mask& mask, Workspace& workspace, E& executor) const {
+    const auto of = [&](Rows& part) { return rows_of(part, rows.first, rows.count); };
+    const auto of_keys = [&](Rows& part) { return rows_of(part, rows.first_key, rows.num_keys); };
+    const auto q = of(parts.q), k = of_keys(parts.k), v = of_keys(parts.v), attended = of(parts.attended);
+    if constexpr (Variant::kLambda == LambdaSource::none) {
+      multihead_attention_into(attended, q, k, v, heads(), mask, AttentionOptions{}, workspace, executor);
+    } else {
+      multihead_diff_attention_into(attended, q, k, v, lambda_of_rows(parts.lambda, rows.first, rows.count), heads(),
+                                    mask, AttentionOptions{}, workspace, executor);
+    }
   }
 
   Config config_;
