@@ -33,7 +33,7 @@
 //            backward their gradients, too, and half as much to receive.
 
 #include <exception>
-#include <span>
+#include <optional>
 #include <type_traits>
 
 #include "diffattn/core/error.hpp"
@@ -132,16 +132,20 @@ class SequenceParallel {
   template <typename X>
   Matrix<typename X::Scalar> gather(const Eigen::MatrixBase<X>& mine) const {
     using Scalar = typename X::Scalar;
+    Workspace workspace;
+    Matrix<Scalar> rows, result;
+    std::optional<detail::GatheredHeads<Scalar>> all;
     check("SequenceParallel", [&](Agreed& agreed) {
       detail::check_shape("SequenceParallel", "the rows of this rank", mine, placement_.mine(), mine.cols());
       agreed.add("columns", mine.cols());
+      rows = mine;
+      result.resize(placement_.rows(), mine.cols());
+      all.emplace(placement_, mine.cols(), 0, workspace);
     });
-    Workspace workspace;
-    detail::GatheredHeads<Scalar> all(placement_, mine.cols(), 0, workspace);
-    const Matrix<Scalar> rows = mine;
     const auto view = detail::view_of(rows);
-    all.gather(communicator_, detail::columns_of(view, 0, mine.cols()), detail::columns_of(view, 0, 0));
-    return detail::columns_of(all.keys(), 0, mine.cols());
+    all->gather(communicator_, detail::columns_of(view, 0, rows.cols()), detail::columns_of(view, 0, 0));
+    result = detail::columns_of(all->keys(), 0, rows.cols());
+    return result;
   }
 
  private:
