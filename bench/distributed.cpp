@@ -2,7 +2,8 @@
 // Prints lines of the table in docs/distributed.md: medians of wall time, and of what the busiest and the idlest rank
 // take of a processor, which other programs on the machine do not disturb (MPI waits by looking, so that with it
 // waiting counts as well). Each rank has a median of its own: the busiest of every repetition is the one that was
-// disturbed, and would make ranks look uneven that are not. Below it the pairs of a query and a key that ranks compute.
+// disturbed, and would make ranks look uneven that are not. Below it the pairs of a query and a key that ranks compute,
+// and their memory.
 //
 //   diffattn_bench_distributed --threads 2            one rank with 2 threads
 //   diffattn_bench_distributed --thread-ranks 2       2 ranks, which are threads
@@ -97,10 +98,14 @@ void prefill(C& communicator, const std::string& how, Index threads) {
   Workspace workspace;
   run(communicator, how, "16,384 rows, causal",
       [&] { multihead_diff_attention_into(out, q, k, v, 0.3f, kHeads, CausalMask{}, {}, workspace, ranks); });
+  const auto taken = static_cast<double>(4 * out.size()) * sizeof(float) + static_cast<double>(workspace.capacity());
   const std::vector<Index> pairs = of_ranks(communicator, ranks.placement().visible_pairs(CausalMask{}));
+  const std::vector<double> bytes = of_ranks(communicator, taken);
   if (communicator.rank() != 0) return;
-  std::printf("\npairs of a query and a key, by rank:");
-  for (const Index of_rank : pairs) std::printf(" %ld", static_cast<long>(of_rank));
+  std::printf("\nby rank, pairs of a query and a key, and memory of operands and workspace:");
+  for (std::size_t rank = 0; rank < pairs.size(); ++rank) {
+    std::printf(" %ld, %.1f MB;", static_cast<long>(pairs[rank]), 1e-6 * bytes[rank]);
+  }
   std::printf("\n");
 }
 

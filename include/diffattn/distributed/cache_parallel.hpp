@@ -41,6 +41,7 @@
 #include "diffattn/distributed/collective_check.hpp"
 #include "diffattn/distributed/communicator.hpp"
 #include "diffattn/distributed/detail/cached_positions.hpp"
+#include "diffattn/distributed/detail/error_text.hpp"
 #include "diffattn/distributed/detail/exchanged_parts.hpp"
 #include "diffattn/distributed/sequence_placement.hpp"
 #include "diffattn/kernels/attention_in_phases.hpp"
@@ -168,12 +169,7 @@ class CacheParallel {
     room_.exchanges = 0;
     room_.failed_on_all = false;
     is_inner_ = true;
-    std::exception_ptr error;
-    try {
-      f();
-    } catch (...) {
-      error = std::current_exception();
-    }
+    const std::exception_ptr error = detail::error_of(f);
     is_inner_ = false;
     if (error == nullptr) return;
     if (!room_.failed_on_all && room_.exchanges < exchanges) answer_others(where, error);

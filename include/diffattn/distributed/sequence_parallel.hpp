@@ -14,9 +14,8 @@
 //   Matrix<float> whole_y = ranks.gather(y);
 //
 // What takes it: attention_into, multihead_attention_into, diff_attention_into, multihead_diff_attention_into and
-// multihead_…_backward_into with views of gradients, layers and decoders for one sequence. A kernel that cannot does
-// not compile with it. A cache, which must be empty, keeps the keys and values of this rank's rows; what follows the
-// sequence is fed by CacheParallel (cache_parallel.hpp).
+// multihead_…_backward_into with views of gradients, layers and decoders for one sequence; what cannot does not compile.
+// An empty cache keeps keys and values of this rank's rows; CacheParallel goes on behind it (cache_parallel.hpp).
 //
 // Exchanged  forward: keys and values of one key head (or key_heads_at_a_time) after another are gathered on every rank,
 //            so that queries meet all keys at the cost of one machine, 4·d a pair of rows. Backward: they are gathered
@@ -24,8 +23,7 @@
 //            each other rank (key maps·d + dv)·G numbers for each of its rows forward, and twice that backward.
 // Gradients  of what all ranks have alike, λ as a number, a learned bias's table, a layer's parameters, are those of
 //            this rank's rows: their sums over the ranks are the gradients (data_parallel.hpp).
-// Order      sums over ranks run in the order of the ranks: the same number of ranks gives the same bits. Another one
-//            adds in another order.
+// Order      sums over ranks run in the order of the ranks: the same number of ranks gives the same bits.
 // Errors     collective: what is wrong on one rank, a shape, something that a mask throws, is thrown on all
 //            (collective_check.hpp), and so is std::invalid_argument where they disagree on sizes, λ as a number, scale
 //            or a mask of this library. More ranks than rows are refused.
@@ -42,6 +40,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/distributed/collective_check.hpp"
 #include "diffattn/distributed/communicator.hpp"
+#include "diffattn/distributed/detail/error_text.hpp"
 #include "diffattn/distributed/detail/gathered_heads.hpp"
 #include "diffattn/distributed/detail/placed_mask.hpp"
 #include "diffattn/distributed/detail/spread_call.hpp"
@@ -97,25 +96,17 @@ class SequenceParallel {
     thrown_on_all_ = false;
   }
 
-  /// Collective: f(), which may consist of collective calls that begin with a check(); what one rank throws in it is an
-  /// error on all. That of a rank that fails between such calls is heard by the others in the next check() of theirs, at
-  /// the latest in one at the end, which a call within such a call leaves to the outer one.
+  /// Collective: f(), in which all that is collective begins with a check(). What one rank throws in between, the others
+  /// throw in their next check(), at the latest in one at the end, which an inner call leaves to the outer one.
   template <typename F>
   void with_others(const char* where, Index /*exchanges*/, F&& f) {
     if (is_inner_) return f();
-    std::exception_ptr error;
     thrown_on_all_ = false;
     is_inner_ = true;
-    try {
-      f();
-    } catch (...) {
-      error = std::current_exception();
-    }
+    const std::exception_ptr error = detail::error_of(f);
     is_inner_ = false;
     if (error != nullptr && thrown_on_all_) std::rethrow_exception(error);
-    check(where, [&] {
-      if (error != nullptr) std::rethrow_exception(error);
-    });
+    check(where, [&] { detail::rethrow_if_any(error); });
   }
 
   /// How many rows the whole sequence has, for a call with this rank's. Throws ShapeError unless it has those of one
@@ -144,8 +135,7 @@ class SequenceParallel {
     });
     const auto view = detail::view_of(rows);
     all->gather(communicator_, detail::columns_of(view, 0, rows.cols()), detail::columns_of(view, 0, 0));
-    result = detail::columns_of(all->keys(), 0, rows.cols());
-    return result;
+    return result = detail::columns_of(all->keys(), 0, rows.cols());
   }
 
  private:

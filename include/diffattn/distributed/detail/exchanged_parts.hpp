@@ -15,6 +15,7 @@
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/distributed/collective_check.hpp"
 #include "diffattn/distributed/detail/collective_calls.hpp"
+#include "diffattn/distributed/detail/error_text.hpp"
 #include "diffattn/kernels/partial_attention.hpp"
 #include "diffattn/kernels/softmax_statistics.hpp"
 
@@ -75,12 +76,7 @@ class PartExchange {
   template <typename Compute>
   void run_one_phase(PartialAttention<Scalar>& part, const Compute& compute) {
     begin(2 * heads_ + cols_, 0);
-    std::exception_ptr error;
-    try {
-      compute();
-    } catch (...) {
-      error = std::current_exception();
-    }
+    const std::exception_ptr error = error_of(compute);
     const Index width = heads_ == 0 ? 0 : cols_ / heads_;
     if (error == nullptr) {
       write(mine(), part.statistics);
@@ -106,7 +102,6 @@ class PartExchange {
     begin(4 * heads_, cols_);
     MatrixMap<Scalar> share(all_ + communicator_.size() * count_, rows_, cols_);
     bool met = false;
-    std::exception_ptr error;
     const auto meet = [&](DiffSoftmaxStatistics<Scalar>& statistics) {
       met = true;
       write(mine(), statistics.first);
@@ -115,12 +110,8 @@ class PartExchange {
       merge_into(statistics.first, 0);
       merge_into(statistics.second, 2 * size_);
     };
-    try {
-      compute(share, meet);
-    } catch (...) {
-      if (room_.failed_on_all) throw;
-      error = std::current_exception();
-    }
+    const std::exception_ptr error = error_of([&] { compute(share, meet); });
+    if (error != nullptr && room_.failed_on_all) std::rethrow_exception(error);
     if (!met) gather(error);
     add_up(share, error);
     return share;
@@ -191,9 +182,7 @@ class PartExchange {
   /// Throws on all ranks what one of them has thrown.
   void throw_on_all(const std::exception_ptr& error) {
     room_.failed_on_all = true;
-    check_on_all(communicator_, where_, [&] {
-      if (error != nullptr) std::rethrow_exception(error);
-    });
+    check_on_all(communicator_, where_, [&] { rethrow_if_any(error); });
     room_.failed_on_all = false;
   }
 
