@@ -1,6 +1,6 @@
 // What you learn here: how to attend to one sequence that is too long for one machine. Each process has some of its
 // rows, and calls the layer as one process would: that the others have the rest is said by the executor. Forward,
-// backward, and then token by token, with a cache of which every process keeps a part. --compare does the same on one.
+// backward, and then into a cache of which every process keeps a part, token by token. --compare does the same on one.
 //
 //   mpirun -np 4 example_14_long_sequence --rows 16384 --compare
 
@@ -70,9 +70,12 @@ Results attend(C& communicator, const Layer& layer, const Options& options) {
   results.y = ranks.gather(y);
   results.dx = ranks.gather(dx);
 
-  // Decoding: every rank has the new token, and keeps the keys and values of some of those before.
-  CacheParallel caches(communicator);
+  // Decoding: each rank keeps the keys and values of its rows, and of some of the tokens behind them, which all ranks
+  // have.
   KvCache<float> cache;
+  layer.forward_into(y, x, cache, CausalMask{}, workspace, ranks);
+  CacheParallel caches(communicator);
+  caches.prefilled(placement);
   const Matrix<float> tokens = waves(options.tokens, width, 0.023);
   results.y_of_tokens.resize(options.tokens, width);
   for (Index t = 0; t < options.tokens; ++t) {

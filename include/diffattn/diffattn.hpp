@@ -64,6 +64,7 @@
 //   MpiCommunicator (CMake: diffattn::mpi)                  ranks by MPI            distributed/mpi
 //   SequenceParallel, SequencePlacement                     one long sequence       distributed/sequence_parallel, …
 //   CacheParallel                                           a cache over ranks      distributed/cache_parallel
+//   generate(model, prompt, …, CacheParallel)               text over ranks         distributed/generate_over_ranks
 //   average_gradients, broadcast_parameters, on_rank_0      data parallel           distributed/data_parallel
 //
 // Read and write files **

@@ -107,26 +107,27 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
   template <typename Y, typename Tokens, AttentionMask Mask, Executor E = Serial>
   void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, const Mask& mask, Workspace& workspace,
                    E&& executor = {}) const {
-    detail::check_before(executor, kName, [&] {
+    detail::with_others(executor, kName, Stack::num_layers(), [&] {
       detail::check_shape(kName, "logits", y, size_of(tokens), config().vocab_size);
-      if constexpr (spreads_sequences<E>) check_tokens(tokens);  // as hidden_into() does, on all ranks together
+      const auto frame = workspace.frame();
+      auto x = Stack::rows(size_of(tokens), workspace);
+      hidden_into(x, tokens, mask, workspace, executor);
+      head_into(y, x, workspace, executor);
     });
-    const auto frame = workspace.frame();
-    auto x = Stack::rows(size_of(tokens), workspace);
-    hidden_into(x, tokens, mask, workspace, executor);
-    head_into(y, x, workspace, executor);
   }
 
   /// logits(tokens, cache, mask) into y.
   template <typename Y, typename Tokens, typename Storage, AttentionMask Mask, Executor E = Serial>
   void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask,
                    Workspace& workspace, E&& executor = {}) const {
-    detail::check_shape(kName, "logits", y, size_of(tokens), config().vocab_size);
-    const auto frame = workspace.frame();
-    auto x = Stack::rows(size_of(tokens), workspace);
     detail::CacheTransaction transaction(cache);
-    hidden_into(x, tokens, cache, mask, workspace, executor);
-    head_into(y, x, workspace, executor);
+    detail::with_others(executor, kName, Stack::num_layers(), [&] {
+      detail::check_shape(kName, "logits", y, size_of(tokens), config().vocab_size);
+      const auto frame = workspace.frame();
+      auto x = Stack::rows(size_of(tokens), workspace);
+      hidden_into(x, tokens, cache, mask, workspace, executor);
+      head_into(y, x, workspace, executor);
+    });
     transaction.keep();
   }
 
@@ -195,9 +196,11 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
       detail::check_lengths(kName, lengths, n);
       check_tokens(tokens);
     });
-    tape.begin(tokens, lengths, blocks.size(), embedding.cols());
-    Stack::run_on_tape(mask, tape, workspace, executor);
-    head_into(y, tape.hidden, workspace, executor);
+    detail::with_others(executor, kName, Stack::num_layers(), [&] {
+      tape.begin(tokens, lengths, blocks.size(), embedding.cols());
+      Stack::run_on_tape(mask, tape, workspace, executor);
+      head_into(y, tape.hidden, workspace, executor);
+    });
     tape.filled = true;
   }
 
@@ -210,15 +213,17 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
       detail::check_shape(kName, "dlogits", dlogits, tape.hidden.rows(), config().vocab_size);
       detail::check_gradient(kName, *this, grad);
     });
-    const auto frame = workspace.frame();
-    auto dx = Stack::rows(dlogits.rows(), workspace);
-    if (head) {
-      head->backward_into(dx, dlogits, tape.hidden, grad.head.value(), workspace, executor);
-    } else {
-      linear_backward_into<Scalar>(dx, grad.embedding, dlogits, tape.hidden, embedding, Store::overwrite, workspace,
-                                   executor);
-    }
-    Stack::run_back(dx, tape, grad, workspace, executor);
+    detail::with_others(executor, kName, Stack::num_layers(), [&] {
+      const auto frame = workspace.frame();
+      auto dx = Stack::rows(dlogits.rows(), workspace);
+      if (head) {
+        head->backward_into(dx, dlogits, tape.hidden, grad.head.value(), workspace, executor);
+      } else {
+        linear_backward_into<Scalar>(dx, grad.embedding, dlogits, tape.hidden, embedding, Store::overwrite, workspace,
+                                     executor);
+      }
+      Stack::run_back(dx, tape, grad, workspace, executor);
+    });
   }
 
   /// x (tokens x embed_dim): the embeddings of the tokens.
@@ -250,12 +255,14 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
   template <typename Tokens, typename Storage, AttentionMask Mask, Executor E = Serial>
   void hidden_into(MatrixMap<Scalar>& x, const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask,
                    Workspace& workspace, E&& executor = {}) const {
-    detail::check_shape(kName, "x", x, size_of(tokens), embedding.cols());
-    check_tokens(tokens);
-    check_cache(cache, x.rows());
     detail::CacheTransaction transaction(cache);
-    Stack::embed(x, std::data(tokens));
-    Stack::run_cached(x, cache, mask, workspace, executor);
+    detail::with_others(executor, kName, Stack::num_layers(), [&] {
+      detail::check_shape(kName, "x", x, size_of(tokens), embedding.cols());
+      check_tokens(tokens);
+      check_cache(cache, x.rows());
+      Stack::embed(x, std::data(tokens));
+      Stack::run_cached(x, cache, mask, workspace, executor);
+    });
     transaction.keep();
   }
 

@@ -213,17 +213,16 @@ class AttentionPasses : public Variant {
               const SequenceLengths& key_lengths, bool keep_attended, Workspace& workspace, E& executor) const {
     for_each_sequence(lengths, key_lengths, workspace, executor, [&](SequenceRows rows, auto& share, auto& own) {
       turn(parts, rows, 0, own);
-      const auto of_keys = [&](Rows& part) { return rows_of(part, rows.first_key, rows.num_keys); };
-      const auto q = rows_of(parts.q, rows.first, rows.count), k = of_keys(parts.k), v = of_keys(parts.v);
-      attend_to_all(parts, rows, q, k, v, mask, share, own);
+      attend_rows(parts, rows, mask, share, own);
     });
     finish(y, parts.attended, keep_attended, workspace, executor);
   }
 
-  /// Fills the rows of parts.attended that belong to the queries of one sequence from these queries, keys and values.
+  /// From queries and keys that have been turned to parts.attended, of one sequence.
   template <typename Mask, typename E>
-  void attend_to_all(Parts& parts, const SequenceRows& rows, const Rows& q, const Rows& k, const Rows& v,
-                     const Mask& mask, Workspace& workspace, E& executor) const {
+  void attend_rows(Parts& parts, const SequenceRows& rows, const Mask& mask, Workspace& workspace, E& executor) const {
+    const auto of_keys = [&](Rows& part) { return rows_of(part, rows.first_key, rows.num_keys); };
+    const auto q = rows_of(parts.q, rows.first, rows.count), k = of_keys(parts.k), v = of_keys(parts.v);
     if constexpr (may_attend_in_bfloat16<E>) {
       if (attends_in_bfloat16<E>(rows.count)) {
         const auto frame = workspace.frame();

@@ -52,6 +52,32 @@ class CachedAttention : public AttentionPasses<Variant> {
     cache.commit(kept);
   }
 
+  /// y = layer(x) for this rank's rows of a sequence that ranks share, whose keys and values the cache, which is empty,
+  /// keeps. All attend to what a cache would give them: as it is stored, and what its window leaves.
+  template <typename Storage, typename Mask, typename E>
+  void prefill(const Output& y, const Input& x, KvCache<Storage>& cache, const Mask& mask, Workspace& workspace,
+               E& executor) const {
+    const SequenceRows all{0, 0, x.rows(), 0, x.rows()};
+    prepare(cache, x.rows());
+    const auto frame = workspace.frame();
+    Parts parts = this->room_for(x.rows(), x.rows(), nullptr, workspace);
+    this->project(x, parts, workspace, executor);
+    this->turn(parts, all, 0, executor);
+    cache.write(view_of(parts.k), view_of(parts.v), executor);
+    if constexpr (!std::is_same_v<Storage, Scalar>) {
+      for (auto* part : {&parts.k, &parts.v}) *part = part->template cast<Storage>().template cast<Scalar>();
+    }
+    if constexpr (std::is_same_v<Mask, CausalMask>) {
+      this->attend_rows(parts, all, cache.window_mask(), workspace, executor);  // the same, and compiled once
+    } else if (cache.options().window) {
+      this->attend_rows(parts, all, both(mask, cache.window_mask()), workspace, executor);
+    } else {
+      this->attend_rows(parts, all, mask, workspace, executor);
+    }
+    this->finish(y, parts.attended, false, workspace, executor);
+    cache.commit(x.rows());
+  }
+
   /// How many of n tokens this cache keeps, and where the first of them stands: all of them and behind those it has,
   /// unless ranks share them.
   template <typename E>
@@ -121,7 +147,7 @@ class CachedAttention : public AttentionPasses<Variant> {
           return decode_heads(parts, rounded_rows(parts.q, workspace, executor), cache, written, mask, workspace,
                               executor);
         } else if (cache.empty()) {
-          return this->attend_to_all(parts, {0, 0, n, 0, n}, parts.q, parts.k, parts.v, mask, workspace, executor);
+          return this->attend_rows(parts, {0, 0, n, 0, n}, mask, workspace, executor);
         }
       }
     }
