@@ -33,8 +33,9 @@ class DifferentialBlock {
 
  public:
   /// Takes the scratch of one worker, for blocks of up to max_rows. No block will see more than max_keys keys, counted
-  /// from the start of the chunk that the first is in.
-  DifferentialBlock(Workspace& workspace, const PackedHead<Packed>& shape, Index max_keys, Index max_rows = kBlockRows)
+  /// from the start of the chunk that the first is in. has_bias: whether a mask may have one.
+  DifferentialBlock(Workspace& workspace, const PackedHead<Packed>& shape, Index max_keys, Index max_rows = kBlockRows,
+                    bool has_bias = false)
       : groups_(divide_up(max_rows, kRows)),
         group_sums_(kRows * round_up(shape.dv, kCols)),
         sums_(workspace.take<Scalar>(groups_ * group_sums_)) {
@@ -48,6 +49,7 @@ class DifferentialBlock {
       softmax_[map] = workspace.take<RowSoftmax<Scalar>>(groups_);
     }
     factors_ = workspace.take<Scalar>(2 * groups_ * kPaddedRows);
+    if (has_bias) biases_ = workspace.take<Scalar>(kTile);
   }
 
   /// Computes `rows` of the result, of `heads` heads that share their second map. head: the keys and values that they
@@ -74,10 +76,20 @@ class DifferentialBlock {
     const auto group = [&](Index g) { return rows.rows(g * kRows, kRows); };
     RowsAhead<2> rows_ahead(in, rows, (maps + 1) * groups);
     for_each_chunk(rows.keys_of_any(), [&](const BlockChunk& chunk) {
-      for (Index map = 0; map < maps; ++map) {
+      const auto score_group = [&](Index map, Index g) {
+        rows_ahead.fetch_some();
+        score(head, group(g), map, map + 1 == maps, g, chunk, scale, exp2);
+      };
+      if constexpr (HasBias<Mask>) {
+        // A bias is the same for both maps.
         for (Index g = 0; g < groups; ++g) {
-          rows_ahead.fetch_some();
-          score(head, group(g), map, map + 1 == maps, g, chunk, scale, exp2);
+          const KeyRange columns = columns_of(group(g), chunk);
+          if (columns.begin < columns.end) fill_biases(biases_, kChunk, group(g), chunk.first_key, columns);
+          for (Index map = 0; map < maps; ++map) score_group(map, g);
+        }
+      } else {
+        for (Index map = 0; map < maps; ++map) {
+          for (Index g = 0; g < groups; ++g) score_group(map, g);
         }
       }
     });
@@ -91,6 +103,11 @@ class DifferentialBlock {
     for (Index g = 0; g < groups; ++g) write(in, group(g), g);
   }
 
+  template <typename Mask>
+  static KeyRange columns_of(const RowRange<Mask>& rows, const BlockChunk& chunk) {
+    return chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
+  }
+
   Index slot(Index chunk, Index map, Index g) const { return (chunk * groups_ + g) * 2 + map; }
   Scalar* panel(Index chunk, Index map, Index g) const { return panel_ + slot(chunk, map, g) * kTile; }
 
@@ -99,18 +116,20 @@ class DifferentialBlock {
   template <typename Mask>
   void score(const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index map, bool last_map, Index g,
              const BlockChunk& chunk, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
-    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
+    const KeyRange columns = columns_of(rows, chunk);
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel(chunk.number, map, g);
-    // The keys of the map after this one come next, then the first's of the next chunk.
+    // The keys of the map after this one come next, then the first's of the next chunk; where groups take both maps in
+    // turns, those of both of the next chunk.
     ChunkAhead<Packed> ahead{nullptr, g, groups_, weights, kTile};
     if (head.fetch_ahead()) {
-      if (!last_map) ahead.chunk = head.chunk_keys(map + 1, chunk.first_key);
-      if (last_map && !chunk.last) ahead.chunk = head.chunk_keys(0, chunk.first_key + kChunk);
+      const bool next_map = !HasBias<Mask> && !last_map;
+      if (next_map) ahead.chunk = head.chunk_keys(map + 1, chunk.first_key);
+      if (!next_map && !chunk.last) ahead.chunk = head.chunk_keys(last_map ? 0 : map, chunk.first_key + kChunk);
     }
     const LeftOperand<Packed> q = query_group(q_[map], g, head.d);
-    score_chunk(scores_, q, head.chunk_keys(map, chunk.first_key), head.d, rows, chunk.first_key, columns, scale,
-                ahead);
+    score_chunk(scores_, q, head.chunk_keys(map, chunk.first_key), head.d, rows, chunk.first_key, columns, scale, ahead,
+                HasBias<Mask> ? biases_ : nullptr);
     RowSoftmax<Scalar>& softmax = softmax_[map][g];
     Scalar growth[kRows];
     softmax.add_chunk(weights, scores_, kChunk, rows.count, columns.begin, columns.end, exp2, growth);
@@ -136,7 +155,7 @@ class DifferentialBlock {
   template <typename Mask>
   void add_values(const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index g, const BlockChunk& chunk,
                   const ScaledExp2<Scalar>& exp2) {
-    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
+    const KeyRange columns = columns_of(rows, chunk);
     if (columns.begin >= columns.end) return;
     alignas(64) Scalar factor[2][kPaddedRows];
     for (Index map = 0; map < 2; ++map) set_chunk_factors(factor[map], map, g, chunk.number, exp2);
@@ -185,6 +204,7 @@ class DifferentialBlock {
   Index group_sums_;                // values in the sums of one group
   Scalar* sums_;                    // [group][strip of dv][kRows][kCols]
   Scalar* scores_;                  // [kRows][kChunk]
+  Scalar* biases_ = nullptr;        // the same, of a group and chunk, where a mask may have some
   Packed* rounded_ = nullptr;       // [kRows][steps of kChunk], where the operands are narrow
   Scalar* panel_;                   // [chunk][group][map][kRows][kChunk]
   Scalar* chunk_base_;              // [chunk][group][map][kPaddedRows]: what a chunk's weights are relative to
