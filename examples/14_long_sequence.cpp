@@ -8,13 +8,13 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <diffattn/distributed/cache_parallel.hpp>
 #include <diffattn/distributed/data_parallel.hpp>
 #include <diffattn/distributed/mpi.hpp>
 #include <diffattn/distributed/sequence_parallel.hpp>
 #include <diffattn/layers/multihead_diff_attention.hpp>
-#include <exception>
+
+#include "support/ranks_of_mpirun.hpp"
 
 using namespace diffattn;
 
@@ -127,15 +127,6 @@ int main(int argc, char** argv) {
   app.add_flag("--compare", options.compare, "do it again on one rank, and compare");
   CLI11_PARSE(app, argc, argv);
 
-  MPI_Init(&argc, &argv);
-  bool good = false;
-  try {
-    MpiCommunicator communicator(MPI_COMM_WORLD);
-    good = run(communicator, options);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);  // the others may be waiting for this rank
-  }
-  MPI_Finalize();
-  return good ? EXIT_SUCCESS : EXIT_FAILURE;
+  const auto with_options = [&](MpiCommunicator& communicator) { return run(communicator, options); };
+  return on_ranks_of_mpirun(argc, argv, with_options);
 }
