@@ -20,19 +20,27 @@ def sizes_of(rows):
 def scaling(rows, made):
     losses = select(rows, measurement="validation_loss")
     last = finals(losses)
+    models = models_of(last)
     lines = []
     for size, of_size in sizes_of(last).items():
         for rate in values_of(of_size, "learning_rate"):
             of_rate = select(of_size, learning_rate=rate)
-            both = [select(of_rate, model=model) for model in ("transformer", "differential")]
-            if not all(both):
-                continue
-            lines.append([size, " / ".join(f"{int(mean_of(of_model, 'parameters')):,}" for of_model in both),
-                          f"{mean_of(of_rate, 'tokens'):,.0f}", f"{mean_of(of_rate, 'flop'):.2g}",
-                          " / ".join(f"{mean_of(of_model, 'seconds'):.1f}" for of_model in both), rate]
-                         + [Spread(of_model).text() for of_model in both] + [made.verdict(of_rate)])
-    made.table(markdown(["Layers × width", "Parameters (T / D)", "Bytes read", "FLOP", "Seconds (T / D)",
-                         "Learning rate", "Transformer", "Differential", "Difference"], lines))
+            each = [select(of_rate, model=model) for model in models]
+            flop = dict.fromkeys(f"{mean_of(one, 'flop'):.2g}" for one in each if one)  # mostly the same for all
+            lines.append([size, f"{mean_of(of_rate, 'tokens'):,.0f}", " / ".join(flop),
+                          " / ".join(f"{mean_of(one, 'seconds'):.1f}" if one else "–" for one in each), rate]
+                         + [Spread(one).text() for one in each] + [made.verdict(of_rate)])
+    made.table(markdown(["Layers × width", "Bytes read", "FLOP", "Seconds of each", "Learning rate"]
+                        + [name_of(model) for model in models] + ["Difference"], lines))
+    made.note(parameters_of(last))
+    best = best_rates(last, "model", "width", "layers")
+    lines = []
+    for size, of_size in sizes_of(best).items():
+        each = [select(of_size, model=model) for model in models]
+        lines.append([size] + [f"{Spread(one).text()} at {one[0]['learning_rate']}" if one else "–" for one in each]
+                     + [compared(of_size)[0], compared(of_size, ("transformer", "v2"))[0]])
+    made.table(markdown(["At the best rate of each"] + [name_of(model) for model in models]
+                        + ["Differential less Transformer", "DIFF V2 less Transformer"], lines))
     stability = [["Largest gradient norm behind the warm-up", "largest_gradient_norm", 2],
                  ["Largest rise of the training loss above its least", "largest_rise", 3]]
     lines = []
@@ -41,13 +49,12 @@ def scaling(rows, made):
             of_rate = select(rows, measurement=measurement, learning_rate=rate)
             for size, of_size in sizes_of(of_rate).items():
                 lines.append([title, size, rate]
-                             + [Spread(select(of_size, model=model)).text(digits)
-                                for model in ("transformer", "differential")] + [made.verdict(of_size, digits)])
+                             + [Spread(select(of_size, model=model)).text(digits) for model in models]
+                             + [made.verdict(of_size, digits)])
     if lines:
-        made.table(markdown(["Stability", "Layers × width", "Learning rate", "Transformer", "Differential",
-                             "Difference"], lines))
+        made.table(markdown(["Stability", "Layers × width", "Learning rate"] + [name_of(model) for model in models]
+                            + ["Difference"], lines))
 
-    best = best_rates(last, "model", "width", "layers")
     chosen = {(row["model"], size_of(row)): row["learning_rate"] for row in best}
     made.picture([scaling_panel(axis, title, losses, best, chosen) for axis, title in
                   (("parameters", "parameters"), ("tokens", "bytes read"), ("flop", "FLOP"),
@@ -57,7 +64,7 @@ def scaling(rows, made):
 def scaling_panel(axis, title, losses, best, chosen):
     """Final losses by size; over everything that grows in training, the way there of every size, too."""
     series = []
-    for model, colour in zip(("transformer", "differential"), COLOURS):
+    for model, colour in zip(models_of(best), COLOURS):
         points = []
         for of_size in sizes_of(select(best, model=model)).values():
             spread = Spread(of_size)

@@ -8,10 +8,12 @@ namespace {
 using lab::Index;
 
 /// Operations of the training so far: those of the forward pass, counted as ModelSize::flop_per_token does, three times.
-double flop_of(const lab::Model& model, const lab::LanguageSize& size, double tokens, Index length) {
+/// V2 has as many heads as the Transformer, and each of them scores its keys twice.
+double flop_of(const std::string& name, const lab::Model& model, const lab::LanguageSize& size, double tokens,
+               Index length) {
   const double context = 0.5 * static_cast<double>(length + 1);
-  const double of_token =
-      2.0 * static_cast<double>(model.parameters()) + 4.0 * static_cast<double>(size.layers * size.width) * context;
+  const double of_key = (name == "v2" ? 6.0 : 4.0) * static_cast<double>(size.layers * size.width);
+  const double of_token = 2.0 * static_cast<double>(model.parameters()) + of_key * context;
   return 3.0 * of_token * tokens;
 }
 
@@ -19,6 +21,7 @@ double flop_of(const lab::Model& model, const lab::LanguageSize& size, double to
 
 int main(int argc, char** argv) {
   lab::LanguageOptions options;
+  options.models = {"transformer", "differential", "v2"};
   const auto experiment = [&] {
     options.shrink();
     const lab::Text text(options.text, options.length);
@@ -27,7 +30,7 @@ int main(int argc, char** argv) {
                              const lab::Progress& progress, lab::MeasurementFile& file, diffattn::ThreadPool& pool) {
       if (progress.step == 0) return;
       lab::Fields fields = fields_of(progress);
-      fields.emplace_back("flop", lab::text_of(flop_of(model, size, progress.tokens, options.length)));
+      fields.emplace_back("flop", lab::text_of(flop_of(run.model, model, size, progress.tokens, options.length)));
       const double loss = diffattn::cross_entropy(model.logits(batch, pool), batch.targets).mean;
       file.measure(run, model.parameters(), "validation_loss", loss, fields);
       if (!progress.last()) return;
