@@ -14,8 +14,8 @@
 //           type; and of ranks that share a sequence. Norms, softmax, λ and residual sums stay float, and so
 //           does P₁ − λ·P₂, which is rounded once before it meets v.
 // Cost      a CPU with AVX512_BF16 does up to twice the work; others multiply the same values in float, up to the order
-//           of additions. Activations keep 8 bits of their fraction: logits of the examples' checkpoint move by 0.25 %
-//           of their spread. Infinities and NaN keep their rules; the instruction takes subnormal numbers for 0.
+//           of additions. Activations keep 8 bits of their fraction: logits of the examples' checkpoint move by 0.27 %
+//           of their size. Infinities and NaN keep their rules; the instruction takes subnormal numbers for 0.
 // Memory    pack_weights() keeps a second copy of weights that are a FrozenMatrix of bfloat16, 2 bytes a number.
 // Gradients there are none: 16-bit weights are not trained. A tape keeps q, k and v as they were before rounding.
 // Errors    std::invalid_argument for bfloat16 asked of other weights or of double, naming both types: when a layer is

@@ -151,7 +151,8 @@ class DifferentialBlock {
 
   Scalar* factors(Index map, Index g) { return factors_ + (map * groups_ + g) * kPaddedRows; }
 
-  /// Combines both maps of one group and chunk, in the place of the first, and multiplies by V.
+  /// Combines both maps of one group and chunk, in the place of the first or where they are rounded, and multiplies by
+  /// V.
   template <typename Mask>
   void add_values(const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index g, const BlockChunk& chunk,
                   const ScaledExp2<Scalar>& exp2) {
@@ -162,11 +163,14 @@ class DifferentialBlock {
 
     Scalar* const p1 = panel(chunk.number, 0, g);
     const Scalar* const p2 = panel(chunk.number, 1, g);
-    // Where they are to be rounded, scores_ is nearer than the panel.
-    Scalar* const combined = is_narrow<Element> ? scores_ : p1;
     for (Index r = 0; r < rows.count; ++r) {
-      combine_maps(combined + r * kChunk, p1 + r * kChunk, factor[0][r], p2 + r * kChunk, factor[1][r], columns.begin,
-                   columns.end);
+      const Index at = r * kChunk;
+      if constexpr (is_narrow<Element>) {
+        combine_rounded(rounded_ + r * steps_of<Packed>(kChunk), p1 + at, factor[0][r], p2 + at, factor[1][r],
+                        columns.begin, columns.end);
+      } else {
+        combine_maps(p1 + at, p1 + at, factor[0][r], p2 + at, factor[1][r], columns.begin, columns.end);
+      }
     }
     // Of the panel, what the next group reads; the first group's of the next chunk follow the last's of this one.
     ChunkAhead<Packed> ahead{nullptr, g, groups_};
@@ -176,7 +180,9 @@ class DifferentialBlock {
       ahead.panel = last_group ? panel(chunk.number + 1, 0, 0) : p1 + 2 * kTile;
       ahead.panel_size = 2 * kTile;
     }
-    const Packed* const weights = weights_of_values<Element>(rounded_, combined, rows.count, columns);
+    const Packed* weights;
+    if constexpr (is_narrow<Element>) weights = rounded_;
+    if constexpr (!is_narrow<Element>) weights = p1;
     add_weighted_values(sums_ + g * group_sums_, weights, head, rows, chunk.first_key, columns, ahead);
   }
 
