@@ -215,11 +215,11 @@ TEST_CASE("A rank that fails at any moment of a call is an error on all", "[dist
       Workspace workspace;
       Matrix<float> y = x;
       Index asked = 0;
-      const MaskThatFailsLater mask{&asked, communicator.rank() == 1 ? fails_at : 0};
+      const MaskThatFailsLater mask{&asked, communicator.rank() == 0 ? fails_at : 0};  // which keeps the tokens
       ranks.feed(6);
       errors[static_cast<std::size_t>(communicator.rank())] =
           said_by([&] { layer.forward_into(y, x, cache, mask, workspace, ranks); });
-      if (communicator.rank() == 1) asked_of_failing = asked;
+      if (communicator.rank() == 0) asked_of_failing = asked;
       diffattn::check_on_all(communicator, "afterwards", [] {});
     });
     if (asked_of_failing < fails_at) {
@@ -227,7 +227,7 @@ TEST_CASE("A rank that fails at any moment of a call is an error on all", "[dist
       CHECK(errors == std::vector<std::string>(2));
       break;
     }
-    REQUIRE(errors == std::vector<std::string>{"rank 1: no mask here", "no mask here"});
+    REQUIRE(errors == std::vector<std::string>{"no mask here", "rank 0: no mask here"});
   }
 }
 
@@ -249,11 +249,11 @@ TEST_CASE("A result that is NaN is no failure of a rank", "[distributed]") {
 
 TEST_CASE("What is wrong with the arguments of one rank, or its cache, is an error on all", "[distributed]") {
   const diffattn::MultiheadDiffAttention<float> layer({.embed_dim = 16, .num_heads = 2});
-  const auto errors_of = [&](const auto& call) {
+  const auto errors_of = [&](Index max_tokens, const auto& call) {
     std::vector<std::string> errors(2);
     diffattn::run_ranks(2, [&](ThreadCommunicator& communicator) {
       CacheParallel ranks(communicator);
-      KvCache<float> cache({.max_tokens = 3});
+      KvCache<float> cache({.max_tokens = max_tokens});
       Workspace workspace;
       const Matrix<float> x = Matrix<float>::Ones(3, 16);
       Matrix<float> y = x;
@@ -273,16 +273,16 @@ TEST_CASE("What is wrong with the arguments of one rank, or its cache, is an err
     });
     return errors;
   };
-  const auto rows = errors_of([](const auto& forward, bool odd) { forward(odd ? 3 : 2, 16); });
+  const auto rows = errors_of(0, [](const auto& forward, bool odd) { forward(odd ? 3 : 2, 16); });
   CHECK(rows[1].find("was for 2 tokens and ") != std::string::npos);
   CHECK(rows[0] == "rank 1: " + rows[1]);
-  const auto none = errors_of([](const auto& forward, bool odd) { forward(odd ? 0 : 2, 16); });
+  const auto none = errors_of(0, [](const auto& forward, bool odd) { forward(odd ? 0 : 2, 16); });
   CHECK(none[0] == "rank 1: " + none[1]);
-  const auto width = errors_of([](const auto& forward, bool odd) { forward(2, odd ? 15 : 16); });
+  const auto width = errors_of(0, [](const auto& forward, bool odd) { forward(2, odd ? 15 : 16); });
   CHECK(width[1] == "MultiheadDiffAttention: x must be 2 x 16, got 2 x 15");
   CHECK(width[0] == "rank 1: " + width[1]);
   // Rank 0 alone keeps the tokens of the third call.
-  const auto room = errors_of([](const auto& forward, bool) { forward(2, 16); });
+  const auto room = errors_of(3, [](const auto& forward, bool) { forward(2, 16); });
   CHECK(room[0] == "MultiheadDiffAttention: the cache holds at most 3 tokens and has 2, cannot append 2");
   CHECK(room[1] == "rank 0: " + room[0]);
 }

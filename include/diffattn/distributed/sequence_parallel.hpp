@@ -135,7 +135,8 @@ class SequenceParallel {
     });
     const auto view = detail::view_of(rows);
     all->gather(communicator_, detail::columns_of(view, 0, rows.cols()), detail::columns_of(view, 0, 0));
-    return result = detail::columns_of(all->keys(), 0, rows.cols());
+    result = detail::columns_of(all->keys(), 0, rows.cols());
+    return result;
   }
 
  private:
