@@ -199,13 +199,13 @@ TEST_CASE("Forward sends keys and values of a rank's rows to each other rank, an
 }
 
 TEST_CASE("A rank takes its share of the memory, and keys and values of one head of all rows", "[distributed]") {
-  constexpr Index kRows = 1024, kHeads = 8, kD = 8, kWidth = kHeads * 2 * kD;
+  constexpr Index kRows = 16384, kHeads = 8, kD = 4, kWidth = kHeads * 2 * kD;
   const Matrix<float> x = Matrix<float>::Constant(kRows, kWidth, 0.125f);
   const auto bytes_taken = [&](const Matrix<float>& mine, auto& executor) {
     Matrix<float> out(mine.rows(), kWidth);
     Workspace workspace;
-    multihead_diff_attention_into(out, mine, mine, mine, 0.5f, Heads{kHeads, kHeads}, CausalMask{}, {}, workspace,
-                                  executor);
+    multihead_diff_attention_into(out, mine, mine, mine, 0.5f, Heads{kHeads, kHeads}, SlidingWindowMask{8}, {},
+                                  workspace, executor);  // what is seen takes time, not memory
     return 4 * static_cast<double>(mine.size()) * sizeof(float) + static_cast<double>(workspace.capacity());
   };
   diffattn::Serial serial;
@@ -247,11 +247,12 @@ std::vector<std::string> errors_of_ranks(const Call& call) {
 }  // namespace
 
 TEST_CASE("What is wrong on one rank is an error on all", "[distributed]") {
-  const auto attend = [&](auto& ranks, Index rows, Heads heads, float lambda, const auto& mask) {
+  const auto attend = [&](auto& ranks, Index rows, Heads heads, float lambda, const auto& mask,
+                          const diffattn::AttentionOptions& options = {}) {
     const Matrix<float> q = Matrix<float>::Ones(rows, 16), v = Matrix<float>::Ones(rows, 8);
     Matrix<float> out(rows, 8);
     Workspace workspace;
-    multihead_diff_attention_into(out, q, q, v, lambda, heads, mask, {}, workspace, ranks);
+    multihead_diff_attention_into(out, q, q, v, lambda, heads, mask, options, workspace, ranks);
   };
   using Errors = std::vector<std::string>;
   const Errors shape = errors_of_ranks([&](auto& ranks, bool odd) {
@@ -271,6 +272,18 @@ TEST_CASE("What is wrong on one rank is an error on all", "[distributed]") {
   });
   for (const std::string& error : window) {
     CHECK(error == "multihead_diff_attention: ranks disagree on the window of the mask: rank 0 has 4, rank 1 has 3");
+  }
+  const Errors scale = errors_of_ranks([&](auto& ranks, bool odd) {
+    attend(ranks, 4, {2, 2}, 0.5f, CausalMask{}, {.scale = odd ? 0.125 : 0.5});
+  });
+  for (const std::string& error : scale) {
+    CHECK(error == "multihead_diff_attention: ranks disagree on the scale: rank 0 has 0.5, rank 1 has 0.125");
+  }
+  const Errors heads = errors_of_ranks([&](auto& ranks, bool odd) {
+    attend(ranks, 4, odd ? Heads{1, 1} : Heads{2, 2}, 0.5f, CausalMask{});
+  });
+  for (const std::string& error : heads) {
+    CHECK(error == "multihead_diff_attention: ranks disagree on num_heads: rank 0 has 2, rank 1 has 1");
   }
   // Rank 0 alone has the last rows.
   const Errors thrown = errors_of_ranks([&](auto& ranks, bool) { attend(ranks, 4, {2, 2}, 0.5f, ThrowingMask{10}); });

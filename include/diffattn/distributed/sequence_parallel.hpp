@@ -24,11 +24,10 @@
 // Gradients  of what all ranks have alike, λ as a number, a learned bias's table, a layer's parameters, are those of
 //            this rank's rows: their sums over the ranks are the gradients (data_parallel.hpp).
 // Order      sums over ranks run in the order of the ranks: the same number of ranks gives the same bits.
-// Errors     collective: what is wrong on one rank, a shape, something that a mask throws, is thrown on all
+// Errors     collective: what is wrong on one rank, a shape, a mask that throws, memory, is thrown on all
 //            (collective_check.hpp), and so is std::invalid_argument where they disagree on sizes, λ as a number, scale
 //            or a mask of this library. More ranks than rows are refused.
-// Memory     a rank's share of all operands, and keys and values of one key head of all rows, from `workspace`;
-//            backward their gradients, too, and half as much to receive.
+// Memory     a rank's share of all operands, and keys and values of one key head of all rows; backward 2.5 times those.
 
 #include <exception>
 #include <optional>
@@ -135,7 +134,8 @@ class SequenceParallel {
     });
     const auto view = detail::view_of(rows);
     all->gather(communicator_, detail::columns_of(view, 0, rows.cols()), detail::columns_of(view, 0, 0));
-    return result = detail::columns_of(all->keys(), 0, rows.cols());
+    result = detail::columns_of(all->keys(), 0, rows.cols());
+    return result;
   }
 
  private:
