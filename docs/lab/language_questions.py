@@ -128,14 +128,11 @@ def variants_on_text(rows, made):
                          "λ of the layers at the end", "Least ever seen"], lines))
     made.note(parameters_of(last))
     losses = select(last, measurement="validation_loss")
-    points = []
-    for place, model in enumerate(models_of(losses)):
-        spread = Spread(select(losses, model=model))
-        points.append((place, spread.mean, spread.least, spread.most))
-    names = ", ".join(f"{place} {name_of(model)}" for place, model in enumerate(models_of(losses)))
-    made.note(f"In the picture: {names}.")
-    made.picture([Panel("Loss of the variants, mean and range of the seeds", "variant, numbered as below",
-                        "nats a byte", [Series("validation loss", points)], x_range=(-0.5, len(points) - 0.5))])
+    spreads = {name_of(model): Spread(select(losses, model=model)) for model in models_of(losses)}
+    names = sorted(spreads, key=lambda name: spreads[name].mean)
+    points = [(row, spreads[name].mean, spreads[name].least, spreads[name].most) for row, name in enumerate(names)]
+    made.picture([Panel("Loss of the variants on text", "nats a byte", "", [Series("mean and range of the seeds", points)],
+                        names=names)])
 
 
 def long_context(rows, made):

@@ -21,9 +21,10 @@ class Series:
 class Panel:
     """Axes with lines in them."""
 
-    def __init__(self, title, x, y, series, log=(), y_range=None, levels=(), x_range=None):
+    def __init__(self, title, x, y, series, log=(), y_range=None, levels=(), x_range=None, names=()):
         self.title, self.x, self.y, self.series = title, x, y, [line for line in series if line.points]
         self.log, self.y_range, self.levels, self.x_range = log, y_range, levels, x_range
+        self.names = names  # of rows below each other: then the first number of a point is its row
 
 
 def _quoted(text):
@@ -35,6 +36,10 @@ def _lines(panel, number):
               f"set ylabel {_quoted(panel.y)}", "unset logscale", "set autoscale", "set autoscale xfix",
               "set key outside bottom center horizontal"]
     script += [f"set logscale {axis}" for axis in panel.log]
+    if panel.names:
+        names = ", ".join(f"{_quoted(name)} {row}" for row, name in enumerate(panel.names))
+        script += [f"set ytics ({names}) noenhanced", f"set yrange [{len(panel.names) - 0.5}:-0.5]", "set lmargin 50"]
+    how = "2:1:3:4 with xerrorbars" if panel.names else "1:2:3:4 with yerrorlines"
     for axis, limits in (("x", panel.x_range), ("y", panel.y_range)):
         if limits:
             script.append(f"set {axis}range [{limits[0]}:{limits[1]}]")
@@ -46,7 +51,7 @@ def _lines(panel, number):
         script.append("end")
         colour = series.colour or COLOURS[index % len(COLOURS)]
         dash = " dt 2" if series.dashed else ""
-        plots.append(f"{block} using 1:2:3:4 with yerrorlines lc rgb {_quoted(colour)} lw 1.6{dash} pt 7 ps 0.4 "
+        plots.append(f"{block} using {how} lc rgb {_quoted(colour)} lw 1.6{dash} pt 7 ps 0.4 "
                      f"title {_quoted(series.name)}")
     for level, name in panel.levels:
         plots.append(f"{level:.6g} with lines lc rgb \"#909090\" dt 3 title {_quoted(name)}")
@@ -58,7 +63,8 @@ def script_of(panels, columns=2):
     """The gnuplot script of a picture: its panels, so many beside each other."""
     columns = min(columns, len(panels))
     rows = (len(panels) + columns - 1) // columns
-    script = [f"set terminal svg size {480 * columns},{380 * rows} font 'sans-serif,11' background rgb 'white'",
+    width = 760 if any(panel.names for panel in panels) else 480
+    script = [f"set terminal svg size {width * columns},{380 * rows} font 'sans-serif,11' background rgb 'white'",
               "set border 3 lc rgb '#404040'", "set tics nomirror", "set grid lc rgb '#e0e0e0'",
               f"set multiplot layout {rows},{columns}"]
     for number, panel in enumerate(panels):
