@@ -217,7 +217,7 @@ struct BiasedDecoder {
   /// Steps towards `target`, the logits of these tokens.
   void learn(const Matrix<float>& target, AdamW<float>& adamw, int steps) {
     const std::vector<int> tokens = {1, 4, 2, 0, 5, 3, 1};
-    auto gradient = zeros_like(*this);
+    auto gradient = diffattn::zeros_like(*this);
     Model::Tape tape;
     for (int step = 0; step < steps; ++step) {
       diffattn::set_zero(gradient);
