@@ -198,29 +198,6 @@ TEST_CASE("Forward sends keys and values of a rank's rows to each other rank, an
   }
 }
 
-TEST_CASE("A rank takes its share of the memory, and keys and values of one head of all rows", "[distributed]") {
-  constexpr Index kRows = 16384, kHeads = 8, kD = 4, kWidth = kHeads * 2 * kD;
-  const Matrix<float> x = Matrix<float>::Constant(kRows, kWidth, 0.125f);
-  const auto bytes_taken = [&](const Matrix<float>& mine, auto& executor) {
-    Matrix<float> out(mine.rows(), kWidth);
-    Workspace workspace;
-    multihead_diff_attention_into(out, mine, mine, mine, 0.5f, Heads{kHeads, kHeads}, SlidingWindowMask{8}, {},
-                                  workspace, executor);  // what is seen takes time, not memory
-    return 4 * static_cast<double>(mine.size()) * sizeof(float) + static_cast<double>(workspace.capacity());
-  };
-  diffattn::Serial serial;
-  const double one = bytes_taken(x, serial), gathered = kRows * (2 * kD + 2 * kD) * sizeof(float);
-  for (const Index size : {2, 4}) {
-    INFO(size << " ranks");
-    std::vector<double> taken(static_cast<std::size_t>(size));
-    diffattn::run_ranks(size, [&](ThreadCommunicator& communicator) {
-      SequenceParallel ranks(communicator, kRows);
-      taken[static_cast<std::size_t>(communicator.rank())] = bytes_taken(ranks.placement().rows_of(x), ranks);
-    });
-    for (const double bytes : taken) CHECK(bytes <= (1.0 / static_cast<double>(size) + 0.1) * one + gathered);
-  }
-}
-
 namespace {
 
 /// A mask that cannot go on from some row on.
