@@ -46,7 +46,7 @@ for block in "$work"/*; do
     grep -q "\"name\": \"$preset\"" CMakePresets.json || fault "$where: there is no preset $preset"
   done
   for option in $(grep -o -e '-DDIFFATTN_[A-Z_]*' "$block" | cut -c3-); do
-    grep -q "$option" CMakeLists.txt || fault "$where: there is no option $option"
+    grep -q "$option" CMakeLists.txt tests/CMakeLists.txt || fault "$where: there is no option $option"
   done
   for path in $(grep -o -E '(^|[ =:])(examples|tests|bench|docs|include|cmake)/[A-Za-z0-9_./-]*' "$block" | tr -d ' =:'); do
     [ -e "$path" ] || fault "$where: there is no $path"
