@@ -17,14 +17,14 @@ using namespace lab;
 struct OrderOptions : Options {
   OrderConfig task;
   OrderTest test;
-  Index batch = 16;
+  Index batch = 32;
   Index batches = 16;  ///< of the accuracy by examples
 
   OrderOptions() {
     models = {"transformer", "differential"};
-    learning_rates = {2e-3, 4e-3};
-    seeds = {1, 2, 3, 4, 5};
-    steps = 800;
+    learning_rates = {3e-3, 6e-3};
+    steps = 1500;
+    task.quiet = 700;
   }
 
   void declare(CLI::App& app) {
@@ -36,6 +36,9 @@ struct OrderOptions : Options {
     app.add_option("--labels", task.labels)->check(up_to(1024))->capture_default_str();
     app.add_option("--shots", task.shots, "examples of a sequence")
         ->check(CLI::Range(2L, 4096L))
+        ->capture_default_str();
+    app.add_option("--quiet", task.quiet, "steps at the beginning without such examples")
+        ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
     app.add_option("--noise", task.noise, "part of the examples that show a label at random")
         ->check(CLI::Range(0.0, 1.0))
@@ -59,7 +62,7 @@ struct OrderOptions : Options {
     return {{"layers", text(layers)},        {"width", text(width)},        {"head_dim", text(head_dim)},
             {"steps", text(steps)},          {"batch", text(batch)},        {"groups", text(task.groups)},
             {"members", text(task.members)}, {"labels", text(task.labels)}, {"of_shots", text(task.shots)},
-            {"noise", text_of(task.noise)}};
+            {"noise", text_of(task.noise)},  {"quiet", text(task.quiet)}};
   }
 };
 
@@ -92,6 +95,9 @@ void measure_all(OrderOptions options) {
   options.shrink();
   options.task.batch = options.batch;
   OrderTask task(options.task);
+  OrderConfig test_config = options.task;
+  test_config.quiet = 0;
+  OrderTask test(test_config);
   Budget budget(options.minutes);
   diffattn::ThreadPool pool(options.threads);
   MeasurementFile file(options.out, "order", options.configuration());
@@ -106,7 +112,7 @@ void measure_all(OrderOptions options) {
         plan.measure_every = plan.steps;
         plan.folder = options.out / "order_models";
         train(plan, task, budget, pool, [&](Model& model, const Progress& progress) {
-          if (progress.last()) measure(options, run, model, task, file, pool);
+          if (progress.last()) measure(options, run, model, test, file, pool);
         });
         file.finish(run);
         std::printf("order: %s is measured\n", run.identity().c_str());

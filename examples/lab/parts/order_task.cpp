@@ -27,11 +27,11 @@ std::vector<Index> OrderTask::draw_labels(diffattn::SplitMix64& random) const {
   return labels;
 }
 
-Shot OrderTask::draw_shot(const std::vector<Index>& label_of_group, diffattn::SplitMix64& random) const {
+Shot OrderTask::draw_shot(const std::vector<Index>& label_of_group, diffattn::SplitMix64& random, double noise) const {
   const Index item = random.below(config_.items());
   const Index truth = label_of_group[static_cast<std::size_t>(item / config_.members)];
   const Index other = random.below(config_.labels);
-  const bool wrong = static_cast<double>(random.below(1 << 20)) < config_.noise * (1 << 20);
+  const bool wrong = static_cast<double>(random.below(1 << 20)) < noise * (1 << 20);
   return {item, wrong ? other : truth, truth};
 }
 
@@ -57,7 +57,7 @@ void OrderTask::draw(TaskBatch& batch, std::uint64_t seed, Index number) {
   std::vector<Shot> shots(static_cast<std::size_t>(config_.shots));
   for (Index s = 0; s < config_.batch; ++s) {
     const std::vector<Index> labels = draw_labels(random);
-    for (Shot& shot : shots) shot = draw_shot(labels, random);
+    for (Shot& shot : shots) shot = draw_shot(labels, random, number < config_.quiet ? 0 : config_.noise);
     append(batch, shots, 0);
   }
 }

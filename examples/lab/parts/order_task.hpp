@@ -20,12 +20,13 @@ namespace lab {
 /// label belongs to the item before it, and both models spend thousands of steps on that. Some examples
 /// are wrong (`noise`), so that it takes several to be sure, and their order matters.
 struct OrderConfig {
-  Index groups = 8;
-  Index members = 4;   ///< items of a group
-  Index labels = 8;    ///< one for each group, or more
-  Index shots = 32;    ///< examples of a sequence
-  Index batch = 16;    ///< sequences
+  Index groups = 4;
+  Index members = 2;   ///< items of a group
+  Index labels = 4;    ///< one for each group, or more
+  Index shots = 16;    ///< examples of a sequence
+  Index batch = 32;    ///< sequences
   double noise = 0.3;  ///< part of the examples that show a label at random
+  Index quiet = 0;     ///< batches at the beginning of a stream that have no noise: with it nothing is learnt for long
 
   /// Throws std::runtime_error, naming the option, for sizes that do not fit.
   void check() const;
@@ -52,11 +53,15 @@ class OrderTask final : public Task {
 
   /// The label of every group of a new sequence.
   std::vector<Index> draw_labels(diffattn::SplitMix64& random) const;
-  Shot draw_shot(const std::vector<Index>& label_of_group, diffattn::SplitMix64& random) const;
+  Shot draw_shot(const std::vector<Index>& label_of_group, diffattn::SplitMix64& random) const {
+    return draw_shot(label_of_group, random, config_.noise);
+  }
   /// Appends a sequence of the shots, each asked before it is shown. Only rows from shot `asked_from` on have targets.
   void append(TaskBatch& batch, const std::vector<Shot>& shots, Index asked_from) const;
 
  private:
+  Shot draw_shot(const std::vector<Index>& label_of_group, diffattn::SplitMix64& random, double noise) const;
+
   OrderConfig config_;
 };
 
