@@ -25,7 +25,8 @@
 //            needs more memory for its numbers than those before it.
 // Order      by rank: the same number of ranks gives the same bits.
 // Errors     an error of one rank, lack of memory included, is an error on all (collective_check.hpp, with_others());
-//            caches are as before, and take_back() makes the positions so. feed() on ranks that disagree is std::invalid_argument on all.
+//            caches are as before, and take_back() makes the positions so. feed() on ranks that disagree is
+//            std::invalid_argument on all.
 // Cost       keys and values are shared out, projections are not: every rank makes them all. More than 4 tokens a call
 //            have their scores computed twice.
 

@@ -69,8 +69,8 @@ Index fill_ramp_of_doubles(T* row, Index first, Index count, double slope) {
                            [&](T* to, const auto& distance) { simd::store_as(to, simd::mul(slopes, distance)); });
 }
 
-/// The same in half the instructions, from the two halves of the slope: the fused sum rounds to what the product of
-/// doubles does.
+/// The same in half the instructions, from the two halves of the slope: but for a rounding of a rounding, which is rare,
+/// the fused sum is what the product of doubles rounds to.
 inline Index fill_ramp_of_floats(float* row, Index first, Index count, double slope) {
   const float high = static_cast<float>(slope);
   const auto upper = simd::broadcast(high), lower = simd::broadcast(static_cast<float>(slope - double(high)));

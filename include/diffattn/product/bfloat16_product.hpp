@@ -7,8 +7,8 @@
 //   packed_weight(w)                                     w, packed once and for good; null where that is of no use
 //
 // Where the CPU multiplies pairs of bfloat16 (core/simd_pairs.hpp) both are packed as pairs, x once for all outputs, W
-// strip by strip on the way unless it has been packed before, and a tile does two products a step. Up to 4 rows are bound by reading W: those, and all rows elsewhere, are a rounded
-// copy of x multiplied in float, which makes the same products.
+// strip by strip on the way unless it has been packed before, and a tile does two products a step. Up to 4 rows are bound
+// by reading W: those, and all rows elsewhere, are a rounded copy of x multiplied in float, which makes the same products.
 //
 // Operands  any strides of x and y; contiguous rows of W. y must not overlap x or W.
 // Memory    a packed or rounded copy of x, and what packed_product.hpp and thin_product.hpp say, from `workspace`.
