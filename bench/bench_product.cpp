@@ -7,6 +7,7 @@
 #include <array>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "diffattn/core/random.hpp"
@@ -34,12 +35,14 @@ Matrix<float> random_matrix(Index rows, Index cols, SplitMix64& random) {
   return matrix;
 }
 
-template <typename Stored, typename Multiply>
+/// kPacked: weights that keep a packed copy, as those of a DiffLlama in bfloat16 do.
+template <typename Stored, bool kPacked = false, typename Multiply>
 void run(benchmark::State& state, const Shape& shape, Multiply multiply) {
   SplitMix64 random(1);
-  std::vector<Matrix<Stored>> weights;
+  std::vector<std::conditional_t<kPacked, FrozenMatrix, Matrix<Stored>>> weights;
   for (Index bytes = 0; bytes < kBytes; bytes += static_cast<Index>(sizeof(Stored)) * shape.in * shape.out) {
-    weights.push_back(random_matrix(shape.out, shape.in, random).template cast<Stored>());
+    weights.emplace_back(Matrix<Stored>(random_matrix(shape.out, shape.in, random).template cast<Stored>()));
+    if constexpr (kPacked) weights.back().pack();
   }
   const Matrix<float> x = random_matrix(shape.tokens, shape.in, random);
   Matrix<float> y(shape.tokens, shape.out);
@@ -54,11 +57,11 @@ void run(benchmark::State& state, const Shape& shape, Multiply multiply) {
   state.counters["bytes/s"] = benchmark::Counter(bytes, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-template <typename Stored, Arithmetic kArithmetic = Arithmetic::scalar>
+template <typename Stored, Arithmetic kArithmetic = Arithmetic::scalar, bool kPacked = false>
 void run_ours(benchmark::State& state, const Shape& shape) {
   Workspace workspace;
   Serial serial;
-  run<Stored>(state, shape, [&](auto& y, const auto& x, const auto& w) {
+  run<Stored, kPacked>(state, shape, [&](auto& y, const auto& x, const auto& w) {
     linear_into<float>(y, x, w, workspace, serial, nullptr, kArithmetic);
   });
 }
@@ -80,6 +83,9 @@ const bool registered = [] {
                                  [=](benchmark::State& state) { run_ours<float>(state, shape); });
     benchmark::RegisterBenchmark(("product/" + shape.name() + "/diffattn_bfloat16").c_str(),
                                  [=](auto& state) { run_ours<Eigen::bfloat16, Arithmetic::bfloat16>(state, shape); });
+    benchmark::RegisterBenchmark(("product/" + shape.name() + "/diffattn_bfloat16_packed").c_str(), [=](auto& state) {
+      run_ours<Eigen::bfloat16, Arithmetic::bfloat16, true>(state, shape);
+    });
     benchmark::RegisterBenchmark(("product/" + shape.name() + "/eigen").c_str(), [=](benchmark::State& state) {
       run<float>(state, shape, [](auto& y, const auto& x, const auto& w) { y.noalias() = x * w.transpose(); });
     });
@@ -95,6 +101,7 @@ const bool registered = [] {
       add("float", run_ours<float>);
       add("bfloat16", run_ours<Eigen::bfloat16>);
       add("bfloat16_arithmetic", run_ours<Eigen::bfloat16, Arithmetic::bfloat16>);
+      add("bfloat16_packed", run_ours<Eigen::bfloat16, Arithmetic::bfloat16, true>);
     }
   }
   return true;

@@ -135,7 +135,7 @@ void time_blocks(benchmark::State& state, Index n, Index block_rows, const Run& 
 /// DifferentialBlock (d, V 2d) or StandardBlock (d, d), whose heads also come one after the other.
 template <typename Block>
 void row_blocks(benchmark::State& state, Index d, Index n) {
-  constexpr Index kMaps = Block::kMaps;
+  constexpr Index kMaps = Block::Operands::kMaps;
   const Index dv = kMaps * d;
   Head<kMaps> in(d, n);
   PackedHead<float> head;
@@ -156,7 +156,7 @@ void row_blocks(benchmark::State& state, Index d, Index n) {
   operands.dv = dv;
   const ScoreScale<float> scale = split_scale<FullMask>(0.125f);
   Block block(in.workspace, head, n);
-  time_blocks(state, n, kBlockRows, [&](const RowRange<FullMask>& rows) { block.run(operands, head, rows, scale); });
+  time_blocks(state, n, kBlockRows, [&](const RowRange<FullMask>& rows) { block.run(operands, head, rows, 1, scale); });
   count(state, d, kBlockRows * n * kMaps / 2);
 }
 
@@ -193,18 +193,18 @@ void gradient_blocks(benchmark::State& state, Index d, Index n) {
   Matrix<float> dq[kMaps];
   for (auto& m : dq) m.resize(n, d);
   Vector<float> d2(n);
-  Block block(in.workspace, head, n, n);
-  time_blocks(state, n, Block::kBlockRows, [&](const RowRange<FullMask>& range) {
-    typename Block::Rows rows;
-    for (Index map = 0; map < kMaps; ++map) {
-      rows.q[map] = view_of(in.q[map]).middle_rows(range.first, range.count);
-      rows.dq[map] = writable_view_of(dq[map]).middle_rows(range.first, range.count);
-    }
-    rows.dout = view_of(dout).middle_rows(range.first, range.count);
-    rows.d2 = d2.data() + range.first;
-    rows.lambda = {0.7f};
-    block.run(rows, head, sums, range, 0.125f);
-  });
+  HeadOperands<float, kMaps> operands;
+  for (Index map = 0; map < kMaps; ++map) operands.q[map] = view_of(in.q[map]);
+  operands.lambda = {0.7f};
+  operands.d = d;
+  operands.dv = dv;
+  operands.scale = 0.125f;
+  HeadGradients<float, kMaps> grad(operands, view_of(dout));
+  for (Index map = 0; map < kMaps; ++map) grad.of_q[map] = writable_view_of(dq[map]);
+  grad.d2 = d2.data();
+  Block block(in.workspace, head, n, n, false, 1);
+  time_blocks(state, n, Block::kBlockRows,
+              [&](const RowRange<FullMask>& rows) { block.run(operands, grad, head, sums, {}, rows); });
   count(state, d, Block::kBlockRows * n * kMaps / 2, 20);
 }
 

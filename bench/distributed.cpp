@@ -1,7 +1,9 @@
 // Ranks against threads, on one machine: a training step whose gradients are averaged, and a long causal sequence.
-// Prints lines of the table in docs/distributed.md: medians of wall time, and what the busiest and the idlest rank
+// Prints lines of the table in docs/distributed.md: medians of wall time, and of what the busiest and the idlest rank
 // take of a processor, which other programs on the machine do not disturb (MPI waits by looking, so that with it
-// waiting counts as well).
+// waiting counts as well). Each rank has a median of its own: the busiest of every repetition is the one that was
+// disturbed, and would make ranks look uneven that are not. Below it the pairs of a query and a key that ranks compute,
+// and their memory.
 //
 //   diffattn_bench_distributed --threads 2            one rank with 2 threads
 //   diffattn_bench_distributed --thread-ranks 2       2 ranks, which are threads
@@ -46,10 +48,18 @@ double median(std::vector<double> values) {
   return *middle;
 }
 
+/// What every rank has as `mine`.
+template <Communicator C, typename T>
+std::vector<T> of_ranks(C& communicator, const T& mine) {
+  std::vector<T> all(static_cast<std::size_t>(communicator.size()));
+  communicator.all_gather(std::span<const T>(&mine, 1), std::span<T>(all));
+  return all;
+}
+
 /// Times f, after one call that warms up, and prints what rank 0 sends in one call.
 template <Communicator C, typename F>
 void run(C& communicator, const std::string& how, const char* what, F&& f) {
-  std::vector<double> wall, busiest, idlest;
+  std::vector<double> wall, processor;
   std::uint64_t sent = 0;
   for (Index repetition = 0; repetition <= kRepetitions; ++repetition) {
     double together = 0;
@@ -59,18 +69,18 @@ void run(C& communicator, const std::string& how, const char* what, F&& f) {
     const std::uint64_t sent_before = communicator.bytes_sent();
     f();
     sent = communicator.bytes_sent() - sent_before;
-    const double processor = thread_seconds() - thread_start;
-    double taken[] = {std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), processor,
-                      -processor};
-    communicator.all_reduce(std::span<double>(taken), Reduction::max);
+    const double taken = thread_seconds() - thread_start;
+    double longest = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    communicator.all_reduce(std::span<double>(&longest, 1), Reduction::max);
     if (repetition == 0) continue;
-    wall.push_back(taken[0]);
-    busiest.push_back(taken[1]);
-    idlest.push_back(-taken[2]);
+    wall.push_back(longest);
+    processor.push_back(taken);
   }
+  const std::vector<double> all = of_ranks(communicator, median(processor));
   if (communicator.rank() != 0) return;
+  const auto [idlest, busiest] = std::minmax_element(all.begin(), all.end());
   std::printf("| %s | %s | %.1f ms | %.1f ms | %.1f ms | %.2f MB |\n", what, how.c_str(), 1e3 * median(wall),
-              1e3 * median(busiest), 1e3 * median(idlest), 1e-6 * static_cast<double>(sent));
+              1e3 * *busiest, 1e3 * *idlest, 1e-6 * static_cast<double>(sent));
   std::fflush(stdout);
 }
 
@@ -88,6 +98,15 @@ void prefill(C& communicator, const std::string& how, Index threads) {
   Workspace workspace;
   run(communicator, how, "16,384 rows, causal",
       [&] { multihead_diff_attention_into(out, q, k, v, 0.3f, kHeads, CausalMask{}, {}, workspace, ranks); });
+  const auto taken = static_cast<double>(4 * out.size()) * sizeof(float) + static_cast<double>(workspace.capacity());
+  const std::vector<Index> pairs = of_ranks(communicator, ranks.placement().visible_pairs(CausalMask{}));
+  const std::vector<double> bytes = of_ranks(communicator, taken);
+  if (communicator.rank() != 0) return;
+  std::printf("\nby rank, pairs of a query and a key, and memory of operands and workspace:");
+  for (std::size_t rank = 0; rank < pairs.size(); ++rank) {
+    std::printf(" %ld, %.1f MB;", static_cast<long>(pairs[rank]), 1e-6 * bytes[rank]);
+  }
+  std::printf("\n");
 }
 
 template <Communicator C>

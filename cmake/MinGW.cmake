@@ -9,3 +9,5 @@ foreach(library nlohmann catch2)
 endforeach()
 include_directories(SYSTEM ${headers})
 list(APPEND CMAKE_CXX_IMPLICIT_INCLUDE_DIRECTORIES /usr/include)
+# Programs are linked with -static, so that they run without MinGW's DLLs: no library whose code is in one may be found.
+set(CMAKE_FIND_LIBRARY_SUFFIXES .a)

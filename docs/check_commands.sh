@@ -1,7 +1,8 @@
 #!/bin/sh
 # docs/check_commands.sh, from the top of the repository: the fences of `sh` in our pages work.
 # A fence is run as it stands, unless a comment before it says who runs it (<!-- test command -->) or what it takes
-# (<!-- needs torch -->). In all of them presets, options and files of ours that they name must exist.
+# (<!-- needs torch -->). In all of them presets, options and files of ours that they name must exist. Of fences of other
+# kinds, each must be one that another test runs.
 set -eu
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -21,6 +22,23 @@ fault() {
   faults=$((faults + 1))
 }
 
+# README's programs and those of the guides are in docs_snippets, blocks of CMake in tests/consumer, Python in docs_python.
+awk '/^```/ { if (inside) inside = 0; else { inside = 1; kind = substr($0, 4); print FILENAME, FNR, kind, ++count[FILENAME, kind] } }
+     ' README.md CONTRIBUTING.md examples/README.md docs/*.md > "$work.fences"
+while read -r page line kind number; do
+  name=$(basename "$page" .md)
+  case $kind in
+    sh | python) continue ;;
+    bibtex) [ "$page" = README.md ] && continue ;;
+    cpp)
+      grep -q "fence_of($page cpp $number " docs/CMakeLists.txt && continue
+      [ "$(dirname "$page")" = docs ] && grep -q "^set(guides .*\<$name\>.*)" docs/CMakeLists.txt && continue ;;
+    cmake) grep -q "^foreach(block .*\<$name:$number\>.*)" tests/consumer/CMakeLists.txt && continue ;;
+  esac
+  fault "$page:$line: no test runs this block of \"$kind\""
+done < "$work.fences"
+rm -f "$work.fences"
+
 for block in "$work"/*; do
   where=$(sed -n '1s/^# \(.*:[0-9]*\): .*/\1/p' "$block")
   mark=$(sed -n '1s/^# .*:[0-9]*: //p' "$block")
@@ -28,7 +46,7 @@ for block in "$work"/*; do
     grep -q "\"name\": \"$preset\"" CMakePresets.json || fault "$where: there is no preset $preset"
   done
   for option in $(grep -o -e '-DDIFFATTN_[A-Z_]*' "$block" | cut -c3-); do
-    grep -q "$option" CMakeLists.txt || fault "$where: there is no option $option"
+    grep -q "$option" CMakeLists.txt tests/CMakeLists.txt || fault "$where: there is no option $option"
   done
   for path in $(grep -o -E '(^|[ =:])(examples|tests|bench|docs|include|cmake)/[A-Za-z0-9_./-]*' "$block" | tr -d ' =:'); do
     [ -e "$path" ] || fault "$where: there is no $path"

@@ -1,6 +1,6 @@
 // What you learn here: how to attend to one sequence that is too long for one machine. Each process has some of its
 // rows, and calls the layer as one process would: that the others have the rest is said by the executor. Forward,
-// backward, and then token by token, with a cache of which every process keeps a part. --compare does the same on one.
+// backward, and then into a cache of which every process keeps a part, token by token. --compare does the same on one.
 //
 //   mpirun -np 4 example_14_long_sequence --rows 16384 --compare
 
@@ -8,13 +8,13 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <diffattn/distributed/cache_parallel.hpp>
 #include <diffattn/distributed/data_parallel.hpp>
 #include <diffattn/distributed/mpi.hpp>
 #include <diffattn/distributed/sequence_parallel.hpp>
 #include <diffattn/layers/multihead_diff_attention.hpp>
-#include <exception>
+
+#include "support/ranks_of_mpirun.hpp"
 
 using namespace diffattn;
 
@@ -70,9 +70,12 @@ Results attend(C& communicator, const Layer& layer, const Options& options) {
   results.y = ranks.gather(y);
   results.dx = ranks.gather(dx);
 
-  // Decoding: every rank has the new token, and keeps the keys and values of some of those before.
-  CacheParallel caches(communicator);
+  // Decoding: each rank keeps the keys and values of its rows, and of some of the tokens behind them, which all ranks
+  // have.
   KvCache<float> cache;
+  layer.forward_into(y, x, cache, CausalMask{}, workspace, ranks);
+  CacheParallel caches(communicator);
+  caches.prefilled(placement);
   const Matrix<float> tokens = waves(options.tokens, width, 0.023);
   results.y_of_tokens.resize(options.tokens, width);
   for (Index t = 0; t < options.tokens; ++t) {
@@ -124,15 +127,6 @@ int main(int argc, char** argv) {
   app.add_flag("--compare", options.compare, "do it again on one rank, and compare");
   CLI11_PARSE(app, argc, argv);
 
-  MPI_Init(&argc, &argv);
-  bool good = false;
-  try {
-    MpiCommunicator communicator(MPI_COMM_WORLD);
-    good = run(communicator, options);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);  // the others may be waiting for this rank
-  }
-  MPI_Finalize();
-  return good ? EXIT_SUCCESS : EXIT_FAILURE;
+  const auto with_options = [&](MpiCommunicator& communicator) { return run(communicator, options); };
+  return on_ranks_of_mpirun(argc, argv, with_options);
 }

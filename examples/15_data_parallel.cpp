@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <diffattn/distributed/data_parallel.hpp>
 #include <diffattn/distributed/mpi.hpp>
 #include <diffattn/io/checkpoint.hpp>
@@ -19,11 +18,12 @@
 #include <diffattn/training/cross_entropy.hpp>
 #include <diffattn/training/gradient_norm.hpp>
 #include <diffattn/training/token_file.hpp>
-#include <exception>
 #include <filesystem>
 #include <span>
 #include <string>
 #include <vector>
+
+#include "support/ranks_of_mpirun.hpp"
 
 using diffattn::Index;
 using Model = diffattn::Decoder<float, diffattn::MultiheadDiffAttention<float>>;
@@ -144,15 +144,6 @@ int main(int argc, char** argv) {
   app.add_flag("--compare", options.compare, "train again on one rank, and compare the losses");
   CLI11_PARSE(app, argc, argv);
 
-  MPI_Init(&argc, &argv);
-  bool good = false;
-  try {
-    diffattn::MpiCommunicator communicator(MPI_COMM_WORLD);
-    good = run(communicator, options);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);  // the others may be waiting for this rank
-  }
-  MPI_Finalize();
-  return good ? EXIT_SUCCESS : EXIT_FAILURE;
+  const auto with_options = [&](diffattn::MpiCommunicator& communicator) { return run(communicator, options); };
+  return on_ranks_of_mpirun(argc, argv, with_options);
 }

@@ -4,11 +4,13 @@
 * Every public name of NAMES_FILE has a page, and so has every header, every guide and every example.
 * Every public function of the library says something of itself.
 * Every link within the site leads to a page and to a place in it.
+* No markup of a page is left in its text.
 Prints what is missing, one a line, and exits with 1.
 """
 
 import html.parser
 import pathlib
+import re
 import sys
 import xml.etree.ElementTree
 
@@ -48,25 +50,37 @@ def is_told(member, compound):
 
 
 class Page(html.parser.HTMLParser):
-    """The links and anchors of a page."""
+    """The links and anchors of a page, and words of its prose that are markup."""
 
     def __init__(self, file):
         super().__init__()
-        self.links, self.anchors = [], set()
+        self.links, self.anchors, self.markup = [], set(), []
+        self.code = 0  # elements that are open and hold code
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
+        self.code += tag in self.OF_CODE and (self.code > 0 or tag != "div" or attributes.get("class") == "fragment")
         self.anchors |= {attributes.get("id"), attributes.get("name")}
         for key in ("href", "src"):
             if attributes.get(key):
                 self.links.append(attributes[key])
 
+    OF_CODE = ("pre", "code", "div", "script", "style")
 
-def broken_links(html_folder):
+    def handle_endtag(self, tag):
+        self.code -= self.code > 0 and tag in self.OF_CODE
+
+    def handle_data(self, data):
+        if self.code == 0 and re.search(r"\*\*|`|[^\[]\]\(", data):
+            self.markup.append(data.strip())
+
+
+def broken_pages(html_folder):
     pages = {file.name: Page(file) for file in html_folder.glob("*.html")}
     broken = set()
     for name, page in pages.items():
+        broken |= {f"{name}: markup is left in {text!r}" for text in page.markup}
         for link in page.links:
             if link.startswith(("http:", "https:", "mailto:", "javascript:", "#")):
                 continue
@@ -93,7 +107,7 @@ def main():
                 faults.append(f"{path} has no page {page}.html")
     if not (site / "html/search/search.js").exists():
         faults.append("there is no search box")
-    faults += broken_links(site / "html")
+    faults += broken_pages(site / "html")
     print("\n".join(faults) if faults else f"{len(names)} names")
     return 1 if faults else 0
 

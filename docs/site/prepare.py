@@ -147,7 +147,7 @@ class Site:
 
     def prepare_page(self, page):
         identifier = page_identifier(page)
-        text = re.sub(r"<!--.*?-->\n?", "", (self.root / page).read_text(), flags=re.DOTALL)
+        text = re.sub(r"^<!--.*?-->\n?", "", (self.root / page).read_text(), flags=re.DOTALL | re.MULTILINE)
 
         def link(found):
             to = self.target(page, found.group(2))
@@ -171,6 +171,7 @@ class Site:
             if i % 2 == 0:
                 part = re.sub(r"!\[([^\]]*)\]\(([^)\s]+)\)", picture, part)
                 part = re.sub(r"(?<!!)\[((?:`[^`]*`|[^\]`])*)\]\(([^)\s]+)\)", link, part)
+                part = re.sub(r"\*\*(`[^`]*`)\*\*", r"<b>\1</b>", part)  # which Doxygen shows with its stars
                 part = re.sub(r"^(#{1,4}) (.+)$", heading, part, flags=re.MULTILINE)
             else:
                 part = part.replace("```sh", "```").replace("```cmake", "```").replace("```bibtex", "```").replace("```python", "```{.py}").replace("```cpp", "```{.cpp}")

@@ -24,6 +24,7 @@
 //   forward_cross, backward_cross, write_memory             another sequence        layers/cross_attention
 //   AttentionLayer<Variant>                                 a variant of your own   layers/attention_variant
 //   Linear, FrozenMatrix                                    projections             layers/linear, frozen_matrix
+//   Arithmetic, pack_weights                                16-bit products         layers/arithmetic
 //   RmsNorm, LayerNorm                                      norms                   layers/rms_norm, layer_norm
 //   Rotary, RotaryConfig; lambda_init                       positions; λ            layers/rotary, lambda
 //   visit_parameters, visit_part, zeros_like; Initializer   parameters, named       layers/parameters, initialization
@@ -63,13 +64,14 @@
 //   MpiCommunicator (CMake: diffattn::mpi)                  ranks by MPI            distributed/mpi
 //   SequenceParallel, SequencePlacement                     one long sequence       distributed/sequence_parallel, …
 //   CacheParallel                                           a cache over ranks      distributed/cache_parallel
+//   generate(model, prompt, …, CacheParallel)               text over ranks         distributed/generate_over_ranks
 //   average_gradients, broadcast_parameters, on_rank_0      data parallel           distributed/data_parallel
 //
 // Read and write files **
 //   Safetensors, SafetensorsWriter; ShardedSafetensors      PyTorch's tensors       io/safetensors, sharded_safetensors
 //   load_parameters, save_parameters                        of a layer or model     io/parameters
 //   save_checkpoint, load_checkpoint                        a training run          io/checkpoint
-//   DiffLlama                                               Hugging Face's models   hugging_face/diffllama
+//   DiffLlama, DiffLlamaOptions                             Hugging Face's models   hugging_face/diffllama
 //   load_diffllama · save_diffllama                         one to train            hugging_face/diffllama_import, _export
 
 #include "diffattn/analysis/attention_maps.hpp"

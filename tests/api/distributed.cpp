@@ -8,9 +8,11 @@
 #include "diffattn/distributed/collective_check.hpp"
 #include "diffattn/distributed/communicator.hpp"
 #include "diffattn/distributed/data_parallel.hpp"
+#include "diffattn/distributed/generate_over_ranks.hpp"
 #include "diffattn/distributed/sequence_parallel.hpp"
 #include "diffattn/distributed/thread_communicator.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
+#include "diffattn/models/decoder.hpp"
 #include "diffattn/training/batch_sampler.hpp"
 
 namespace api {
@@ -64,11 +66,28 @@ void sequence_parallel_calls(C& communicator, const Matrix<float>& x, Matrix<flo
   const MultiheadDiffAttention<float> layer({.embed_dim = 16, .num_heads = 2});
   layer.forward_into(y, x, CausalMask{}, workspace, ranks);
   y = ranks.gather(y);
+  const Index pairs = placement.visible_pairs(CausalMask{}), owner = placement.rank_of(pairs % 64);
+  static_cast<void>(owner);
   CacheParallel caches(communicator);
   KvCache<float> cache;
+  layer.forward_into(y, x, cache, CausalMask{}, workspace, ranks);
+  caches.prefilled(placement);
   caches.feed(1);
   layer.forward_into(y, x, cache, workspace, caches);
   caches.take_back();
+  caches.take_back(32);
+  cache.truncate(caches.kept_before(32));
+}
+
+template <Communicator C>
+void text_calls(C& communicator) {
+  const Decoder<float, MultiheadDiffAttention<float>> model(
+      {.vocab_size = 16, .num_layers = 1, .hidden_dim = 8, .attention = {.embed_dim = 8, .num_heads = 1}});
+  CacheParallel ranks(communicator);
+  auto cache = model.make_cache();
+  std::vector<Index> text = generate(model, {1, 2, 3}, {.max_new_tokens = 4}, ranks);
+  text = generate(model, text, {.max_new_tokens = 4}, cache, ranks);
+  text = generate(model, text, {.max_new_tokens = 4}, cache, CausalMask{}, ranks);
 }
 
 void ranks(std::span<const std::uint8_t> tokens) {
@@ -80,6 +99,7 @@ void ranks(std::span<const std::uint8_t> tokens) {
     data_parallel_calls(communicator, tokens);
     Matrix<float> x(16, 16), y = x;
     sequence_parallel_calls(communicator, x, y);
+    text_calls(communicator);
   });
 }
 

@@ -104,4 +104,24 @@ void layers(const M& x) {
   layer_calls(standard, standard_grad, x);
 }
 
+void layers_in_bfloat16(const M& x) {
+  using Narrow = Matrix<Eigen::bfloat16>;
+  MultiheadDiffAttention<float, FrozenMatrix> layer(
+      {.embed_dim = 64, .num_heads = 4, .arithmetic = Arithmetic::bfloat16});
+  visit_parameters(layer, [](std::string_view, auto& parameter) {
+    if constexpr (std::is_same_v<std::remove_reference_t<decltype(parameter)>, FrozenMatrix>) {
+      parameter = FrozenMatrix(Narrow(Narrow::Zero(parameter.rows(), parameter.cols())));
+    }
+  });
+  pack_weights(layer);
+  KvCache<Eigen::bfloat16> cache;
+  M y = layer.forward(x) + layer.forward(x, cache);
+  Linear<float, Narrow> linear(64, 8, false, Arithmetic::bfloat16);
+  linear.arithmetic = Arithmetic::scalar;
+  y = linear.forward(x);
+  FrozenMatrix weight(linear.weight);
+  weight.pack();
+  static_assert(std::is_same_v<decltype(weight.memory_bytes()), std::size_t>);
+}
+
 }  // namespace api

@@ -103,8 +103,10 @@ void models(const std::filesystem::path& path) {
   save_parameters(layer, path);
   save_parameters(layer, path, "prefix.", metadata);
 
+  const DiffLlamaOptions bfloat16{.arithmetic = Arithmetic::bfloat16, .packed_weights = false};
+  M logits = DiffLlama<float>::load(path, bfloat16).logits({1, 2, 3});
   const auto model = DiffLlama<float>::load(path);
-  M logits = model.logits({1, 2, 3});
+  logits = model.logits({1, 2, 3});
   auto cache = model.make_cache();
   logits = model.logits({1, 2, 3}, cache);
   Workspace workspace;

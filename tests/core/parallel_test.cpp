@@ -280,13 +280,17 @@ TEST_CASE("A forked process is told that its pool has no threads, and may make a
 TEST_CASE("A pool in a thread_local or static object ends with it") {
   std::atomic<int> calls = 0;
   const auto count = [&](Index, Index) { ++calls; };
+#ifndef __MINGW32__  // which frees the memory of a thread's variables before it destroys them
   std::thread([&] {
     thread_local ThreadPool local(3);
     local.run(6, count);
   }).join();
+  CHECK(calls == 6);
+  calls = 0;
+#endif
   static ThreadPool until_exit(2);
   until_exit.run(4, count);
-  CHECK(calls == 10);
+  CHECK(calls == 4);
 }
 
 TEST_CASE("Pools start and stop") {

@@ -2,6 +2,8 @@
 
 #include "diffattn/distributed/cache_parallel.hpp"
 
+#include <limits>
+
 #include "diffattn/distributed/thread_communicator.hpp"
 #include "diffattn/layers/multihead_attention.hpp"
 #include "diffattn/layers/multihead_diff_attention.hpp"
@@ -184,6 +186,105 @@ void check_failure() {
 TEST_CASE("A rank that fails while decoding is an error on all, and the caches go on", "[distributed]") {
   check_failure<diffattn::MultiheadDiffAttention<float>>();
   check_failure<diffattn::MultiheadAttention<float>>();
+}
+
+namespace {
+
+/// A causal mask that fails when it has been asked so often.
+struct MaskThatFailsLater {
+  Index* asked;
+  Index fails_at;
+
+  diffattn::KeyRange visible_keys(Index query, Index n_q, Index n_k) const {
+    if (++*asked == fails_at) throw std::runtime_error("no mask here");
+    return CausalMask{}.visible_keys(query, n_q, n_k);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("A rank that fails at any moment of a call is an error on all", "[distributed]") {
+  const diffattn::MultiheadDiffAttention<float> layer({.embed_dim = 16, .num_heads = 2});
+  const Matrix<float> x = Matrix<float>::Ones(6, 16);  // more than few rows: a mask is asked in both phases
+  for (Index fails_at = 1;; ++fails_at) {
+    std::vector<std::string> errors(2);
+    Index asked_of_failing = 0;
+    diffattn::run_ranks(2, [&](ThreadCommunicator& communicator) {
+      CacheParallel ranks(communicator);
+      KvCache<float> cache;
+      Workspace workspace;
+      Matrix<float> y = x;
+      Index asked = 0;
+      const MaskThatFailsLater mask{&asked, communicator.rank() == 0 ? fails_at : 0};  // which keeps the tokens
+      ranks.feed(6);
+      errors[static_cast<std::size_t>(communicator.rank())] =
+          said_by([&] { layer.forward_into(y, x, cache, mask, workspace, ranks); });
+      if (communicator.rank() == 0) asked_of_failing = asked;
+      diffattn::check_on_all(communicator, "afterwards", [] {});
+    });
+    if (asked_of_failing < fails_at) {
+      CHECK(fails_at > 12);
+      CHECK(errors == std::vector<std::string>(2));
+      break;
+    }
+    REQUIRE(errors == std::vector<std::string>{"no mask here", "rank 0: no mask here"});
+  }
+}
+
+TEST_CASE("A result that is NaN is no failure of a rank", "[distributed]") {
+  const diffattn::MultiheadDiffAttention<float> layer({.embed_dim = 16, .num_heads = 2});
+  std::vector<int> nan(2);
+  diffattn::run_ranks(2, [&](ThreadCommunicator& communicator) {
+    CacheParallel ranks(communicator);
+    KvCache<float> cache;
+    Workspace workspace;
+    Matrix<float> x = Matrix<float>::Ones(2, 16), y = x;
+    x(1, 3) = std::numeric_limits<float>::quiet_NaN();
+    ranks.feed(2);
+    layer.forward_into(y, x, cache, workspace, ranks);
+    nan[static_cast<std::size_t>(communicator.rank())] = !y.row(0).hasNaN() && y.row(1).hasNaN();
+  });
+  CHECK(nan == std::vector<int>(2, 1));
+}
+
+TEST_CASE("What is wrong with the arguments of one rank, or its cache, is an error on all", "[distributed]") {
+  const diffattn::MultiheadDiffAttention<float> layer({.embed_dim = 16, .num_heads = 2});
+  const auto errors_of = [&](Index max_tokens, const auto& call) {
+    std::vector<std::string> errors(2);
+    diffattn::run_ranks(2, [&](ThreadCommunicator& communicator) {
+      CacheParallel ranks(communicator);
+      KvCache<float> cache({.max_tokens = max_tokens});
+      Workspace workspace;
+      const Matrix<float> x = Matrix<float>::Ones(3, 16);
+      Matrix<float> y = x;
+      for (int before = 0; before < 2; ++before) {  // rank 0 keeps the first, rank 1 the second
+        ranks.feed(2);
+        layer.forward_into(y.topRows(2), x.topRows(2), cache, workspace, ranks);
+      }
+      ranks.feed(2);
+      errors[static_cast<std::size_t>(communicator.rank())] = said_by([&] {
+        call(
+            [&](Index rows, Index cols) {
+              layer.forward_into(y.topRows(rows), x.topLeftCorner(rows, cols), cache, workspace, ranks);
+            },
+            communicator.rank() == 1);
+      });
+      diffattn::check_on_all(communicator, "afterwards", [] {});
+    });
+    return errors;
+  };
+  const auto rows = errors_of(0, [](const auto& forward, bool odd) { forward(odd ? 3 : 2, 16); });
+  CHECK(rows[1].find("was for 2 tokens and ") != std::string::npos);
+  CHECK(rows[0] == "rank 1: " + rows[1]);
+  const auto none = errors_of(0, [](const auto& forward, bool odd) { forward(odd ? 0 : 2, 16); });
+  CHECK(none[0] == "rank 1: " + none[1]);
+  const auto width = errors_of(0, [](const auto& forward, bool odd) { forward(2, odd ? 15 : 16); });
+  CHECK(width[1] == "MultiheadDiffAttention: x must be 2 x 16, got 2 x 15");
+  CHECK(width[0] == "rank 1: " + width[1]);
+  // Rank 0 alone keeps the tokens of the third call.
+  const auto room = errors_of(3, [](const auto& forward, bool) { forward(2, 16); });
+  CHECK(room[0] == "MultiheadDiffAttention: the cache holds at most 3 tokens and has 2, cannot append 2");
+  CHECK(room[1] == "rank 0: " + room[0]);
 }
 
 TEST_CASE("A call without a feed() of its own is refused", "[distributed]") {

@@ -224,11 +224,12 @@ std::vector<std::string> errors_of_ranks(const Call& call) {
 }  // namespace
 
 TEST_CASE("What is wrong on one rank is an error on all", "[distributed]") {
-  const auto attend = [&](auto& ranks, Index rows, Heads heads, float lambda, const auto& mask) {
+  const auto attend = [&](auto& ranks, Index rows, Heads heads, float lambda, const auto& mask,
+                          const diffattn::AttentionOptions& options = {}) {
     const Matrix<float> q = Matrix<float>::Ones(rows, 16), v = Matrix<float>::Ones(rows, 8);
     Matrix<float> out(rows, 8);
     Workspace workspace;
-    multihead_diff_attention_into(out, q, q, v, lambda, heads, mask, {}, workspace, ranks);
+    multihead_diff_attention_into(out, q, q, v, lambda, heads, mask, options, workspace, ranks);
   };
   using Errors = std::vector<std::string>;
   const Errors shape = errors_of_ranks([&](auto& ranks, bool odd) {
@@ -248,6 +249,18 @@ TEST_CASE("What is wrong on one rank is an error on all", "[distributed]") {
   });
   for (const std::string& error : window) {
     CHECK(error == "multihead_diff_attention: ranks disagree on the window of the mask: rank 0 has 4, rank 1 has 3");
+  }
+  const Errors scale = errors_of_ranks([&](auto& ranks, bool odd) {
+    attend(ranks, 4, {2, 2}, 0.5f, CausalMask{}, {.scale = odd ? 0.125 : 0.5});
+  });
+  for (const std::string& error : scale) {
+    CHECK(error == "multihead_diff_attention: ranks disagree on the scale: rank 0 has 0.5, rank 1 has 0.125");
+  }
+  const Errors heads = errors_of_ranks([&](auto& ranks, bool odd) {
+    attend(ranks, 4, odd ? Heads{1, 1} : Heads{2, 2}, 0.5f, CausalMask{});
+  });
+  for (const std::string& error : heads) {
+    CHECK(error == "multihead_diff_attention: ranks disagree on num_heads: rank 0 has 2, rank 1 has 1");
   }
   // Rank 0 alone has the last rows.
   const Errors thrown = errors_of_ranks([&](auto& ranks, bool) { attend(ranks, 4, {2, 2}, 0.5f, ThrowingMask{10}); });

@@ -2,6 +2,9 @@
 
 #include "diffattn/distributed/sequence_placement.hpp"
 
+#include <algorithm>
+#include <limits>
+
 #include "support/catch.hpp"
 #include "support/throws.hpp"
 
@@ -27,6 +30,7 @@ TEST_CASE("Pieces cover the sequence, and every rank has an early and a late one
           Index& owner = owners[static_cast<std::size_t>(position)];
           CHECK(owner == -1);
           owner = rank;
+          CHECK(placement.rank_of(position) == rank);
           before = position;
         }
         placement.for_each_piece([&](Index first, Index count, Index position) {
@@ -38,15 +42,41 @@ TEST_CASE("Pieces cover the sequence, and every rank has an early and a late one
   }
 }
 
-TEST_CASE("Under a causal mask all ranks see about as many pairs", "[distributed]") {
-  for (const Index ranks : {2, 4, 8}) {
-    for (Index rank = 0; rank < ranks; ++rank) {
-      const SequencePlacement placement(1600, ranks, rank);
-      Index pairs = 0;
-      for (Index row = 0; row < placement.mine(); ++row) pairs += placement.position(row) + 1;
-      const double share = static_cast<double>(pairs * ranks) / (1600.0 * 1601.0 / 2);
-      CHECK(share == Approx(1).margin(0.01));
+TEST_CASE("Pairs of a query and a key are counted as the mask lets them be seen", "[distributed]") {
+  const SequencePlacement first(9, 2, 0), second(9, 2, 1);  // rows 0, 1, 2, 7, 8 and 3 to 6
+  CHECK(first.visible_pairs(diffattn::CausalMask{}) == 1 + 2 + 3 + 8 + 9);
+  CHECK(second.visible_pairs(diffattn::CausalMask{}) == 4 + 5 + 6 + 7);
+  CHECK(first.visible_pairs(diffattn::FullMask{}) == 5 * 9);
+  CHECK(first.visible_pairs(diffattn::SlidingWindowMask{2}) == 1 + 2 + 2 + 2 + 2);
+  CHECK(second.visible_pairs(diffattn::PaddingMask{4}) == 4 * 4);
+}
+
+namespace {
+
+/// How much more than the idlest the busiest rank has to do, as a share.
+template <typename Mask>
+double imbalance(Index rows, Index ranks, const Mask& mask) {
+  Index most = 0, least = std::numeric_limits<Index>::max();
+  for (Index rank = 0; rank < ranks; ++rank) {
+    const Index pairs = SequencePlacement(rows, ranks, rank).visible_pairs(mask);
+    most = std::max(most, pairs);
+    least = std::min(least, pairs);
+  }
+  return static_cast<double>(most - least) / static_cast<double>(most);
+}
+
+}  // namespace
+
+TEST_CASE("Ranks have the same work", "[distributed]") {
+  CHECK(imbalance(16384, 2, diffattn::CausalMask{}) == 0);
+  for (const Index ranks : {2, 3, 4, 8}) {
+    for (const Index rows : {1600, 1601, 1607, 16384}) {
+      INFO(rows << " rows on " << ranks << " ranks");
+      CHECK(imbalance(rows, ranks, diffattn::CausalMask{}) <= 0.01);
+      CHECK(imbalance(rows, ranks, diffattn::FullMask{}) <= 0.01);
     }
+    // The first rows see less than a window: of a long sequence that is little.
+    CHECK(imbalance(16384, ranks, diffattn::SlidingWindowMask{64}) <= 0.05);
   }
 }
 

@@ -35,12 +35,20 @@ TEST_CASE("The shipped model writes the same text in bfloat16 as in float", "[hu
                                                    arithmetic_prompt("And the LORD said unto ")};
   const auto expected = wide.generate(prompts[0], {.max_new_tokens = 110});
   CHECK(narrow.generate(prompts[0], {.max_new_tokens = 110}) == expected);
+  CHECK(expected.size() >= 100);
   CHECK(narrow.generate(prompts, {.max_new_tokens = 60}) == wide.generate(prompts, {.max_new_tokens = 60}));
 
   const diffattn::Matrix<float> logits = wide.logits(expected);
   const float difference = (narrow.logits(expected) - logits).norm() / logits.norm();
   CHECK(difference < 0.01f);
   CHECK(difference > 1e-5f);  // it has rounded something
+  const auto unpacked =
+      DiffLlama<float>::load(folder / "model", {.arithmetic = Arithmetic::bfloat16, .packed_weights = false});
+  CHECK(unpacked.logits(expected) == narrow.logits(expected));
+  const auto packed = [](const auto& model) { return model.decoder().blocks[0].feed_forward.up_proj.weight.packed(); };
+  CHECK((packed(narrow) != nullptr) == diffattn::simd::kUsesPairs);
+  CHECK(packed(unpacked) == nullptr);
+  CHECK(packed(wide) == nullptr);
   auto cache = narrow.make_cache<Eigen::bfloat16>();
   CHECK((narrow.logits(expected, cache) - logits).norm() / logits.norm() < 0.02f);
 }

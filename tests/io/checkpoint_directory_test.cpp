@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -339,6 +340,29 @@ TEST_CASE("Processes that save to one directory, and are killed, while another l
 }
 
 #endif
+
+TEST_CASE("Opening a directory waits for a save that is between two of its files") {
+  const files::Scratch folder;
+  const auto path = folder / "model";
+  checkpoints::save(path, 1);
+  const std::string before = diffattn::detail::read_text(path / "config.json");
+  checkpoints::save(path, 2);
+  const std::string after = diffattn::detail::read_text(path / "config.json");
+  files::write(path / "config.json", before);
+  std::optional<diffattn::detail::DirectoryLock> saving(path);
+  std::thread saver([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    files::write(path / "config.json", after);
+    saving.reset();
+  });
+  int found = -1;
+  try {
+    found = checkpoints::load(path);
+  } catch (const std::exception&) {
+  }
+  saver.join();
+  CHECK(found == 2);
+}
 
 TEST_CASE("Threads that save to one directory leave the model of one of them") {
   const files::Scratch folder;

@@ -1,5 +1,8 @@
 #include <cstdint>
 #include <diffattn/io/checkpoint.hpp>
+#include <diffattn/kernels/bias.hpp>
+#include <diffattn/layers/multihead_diff_attention.hpp>
+#include <diffattn/models/decoder.hpp>
 #include <diffattn/training/adamw.hpp>
 #include <diffattn/training/batch_sampler.hpp>
 #include <filesystem>
@@ -195,4 +198,54 @@ TEST_CASE("Without memory, neither saving nor loading changes anything", "[train
       },
       failures);
   CHECK(failed >= (support::fails_allocations() ? 30U : 0U));
+}
+
+namespace {
+
+/// A decoder whose layers share a learned bias, a model of one's own: its table is a parameter like any other.
+struct BiasedDecoder {
+  using Model = diffattn::Decoder<float, diffattn::MultiheadDiffAttention<float>>;
+  Model decoder{{.vocab_size = 6, .num_layers = 2, .hidden_dim = 8, .attention = {.embed_dim = 8, .num_heads = 2}}};
+  Matrix<float> table = Matrix<float>::Zero(2, 7);
+
+  template <typename Self, typename Visitor>
+  static void visit(Self& self, Visitor& visitor) {
+    diffattn::visit_part("decoder", self.decoder, visitor);
+    visitor("table", self.table);
+  }
+
+  /// Steps towards `target`, the logits of these tokens.
+  void learn(const Matrix<float>& target, AdamW<float>& adamw, int steps) {
+    const std::vector<int> tokens = {1, 4, 2, 0, 5, 3, 1};
+    auto gradient = diffattn::zeros_like(*this);
+    Model::Tape tape;
+    for (int step = 0; step < steps; ++step) {
+      diffattn::set_zero(gradient);
+      const auto mask = with_bias(diffattn::CausalMask{}, diffattn::RelativeBias(table));
+      const Matrix<float> dlogits = decoder.logits(tokens, mask, {7}, tape) - target;
+      decoder.backward(dlogits, tape, gradient.decoder, gradient.table);
+      adamw.step(*this, gradient);
+    }
+  }
+};
+
+}  // namespace
+
+TEST_CASE("A learned bias beside a decoder goes through AdamW and a checkpoint", "[io][checkpoint]") {
+  const Matrix<float> target = 3 * Matrix<float>::Identity(7, 6);
+  const files::Scratch scratch;
+  const std::filesystem::path file = scratch / "run.safetensors";
+  BiasedDecoder model, resumed;
+  AdamW<float> adamw(model, {.learning_rate = 0.01}), loaded(resumed, {.learning_rate = 0.01});
+  model.learn(target, adamw, 5);
+  save_checkpoint(model, adamw, file);
+  const Matrix<float> at_save = model.table;
+  CHECK((at_save.leftCols(4).array() != 0).all());
+  model.learn(target, adamw, 3);
+  load_checkpoint(resumed, loaded, file);
+  CHECK(resumed.table == at_save);
+  resumed.learn(target, loaded, 3);
+  CHECK(resumed.table == model.table);
+  CHECK(resumed.decoder.embedding == model.decoder.embedding);
+  CHECK_FALSE(resumed.table == at_save);
 }

@@ -66,6 +66,8 @@ TEST_CASE("A row of biases is what each pair has", "[kernels][bias]") {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   check_bias_rows(AlibiBias{0.37});
   check_bias_rows(AlibiBias(std::vector<double>{0.1, -3}));
+  check_bias_rows(AlibiBias{1.0 / 3}, 1, 3, 3000);
+  check_bias_rows(AlibiBias{1e-37});
   check_bias_rows(AlibiBias{1e37});  // more than a float holds, from some distance on
   check_bias_rows(AlibiBias{1e308});
   check_bias_rows(AlibiBias{kInfinity});

@@ -1,7 +1,10 @@
 // Bitwise the same result from any executor and any number of threads, and a workspace that stops growing.
 
 #include "diffattn/core/parallel_threads.hpp"
+#include "diffattn/kernels/decode.hpp"
+#include "kernels/backward.hpp"
 #include "kernels/operands.hpp"
+#include "kernels/pages.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/scalars.hpp"
@@ -107,4 +110,68 @@ TEST_CASE("diff_attention holds a panel and packed operands, and no map") {
   Matrix<float> out(n, 4);
   DiffAttention{}.into(out, x, CausalMask{}, workspace);
   CHECK(workspace.capacity() < sizeof(float) * static_cast<std::size_t>(n) * 200);  // a map has n·n
+}
+
+TEST_CASE("A thousand times the same bits of every kernel, on 1, 2, 3, 4 and 8 threads", "[kernels][.]") {
+  Rng rng = make_rng();
+  // Few rows against many keys, a small problem, row blocks with a rest, and row blocks in several pieces of keys.
+  struct Case {
+    Operands<float> x;
+    Matrix<float> dout, standard, differential;
+    Gradients<float> standard_gradients, differential_gradients;
+  };
+  std::vector<Case> cases;
+  for (const Shape& shape :
+       {Shape{1, 1500, 8, 16}, Shape{12, 15, 20, 20}, Shape{150, 170, 9, 21}, Shape{60, 600, 5, 7}}) {
+    Case one{random_operands<float>(shape, rng), random_matrix<float>(shape.n_q, shape.dv, rng), {}, {}, {}, {}};
+    one.standard = Attention{}(one.x, CausalMask{});
+    one.differential = DiffAttentionPerRow{}(one.x, CausalMask{});
+    one.standard_gradients = AttentionBackward{}(one.x, one.dout, CausalMask{});
+    one.differential_gradients = DiffAttentionBackward{}(one.x, one.dout, CausalMask{});
+    cases.push_back(std::move(one));
+  }
+  // Two heads behind a cache, of one row and of enough for row blocks.
+  const auto k = random_matrix<float>(700, 2 * 2 * 8, rng), v = random_matrix<float>(700, 2 * 16, rng);
+  const Pages<float> pages(k, v, 2, 2, rng);
+  const auto decode = [&](const Matrix<float>& q, Matrix<float>& out, Workspace& workspace, AnyExecutor& executor) {
+    diffattn::decode_diff_attention_into(out, q, pages.packed, 0.4f, diffattn::Heads{2, 2}, CausalMask{}, {}, workspace,
+                                         executor);
+  };
+  const Matrix<float> one_row = random_matrix<float>(1, 2 * 2 * 8, rng),
+                      rows = random_matrix<float>(70, 2 * 2 * 8, rng);
+  Matrix<float> one_decoded(1, 32), rows_decoded(70, 32), decoded;
+  {
+    diffattn::Serial serial;
+    AnyExecutor executor(serial);
+    Workspace workspace;
+    decode(one_row, one_decoded, workspace, executor);
+    decode(rows, rows_decoded, workspace, executor);
+  }
+  for (const Index threads : {1, 2, 3, 4, 8}) {
+    diffattn::ThreadPool pool(threads);
+    AnyExecutor executor(pool);
+    Workspace workspace;
+    for (int round = 0; round < 1000; ++round) {
+      INFO(threads << " threads, round " << round);
+      for (const Case& one : cases) {
+        Matrix<float> out(one.x.n_q(), one.x.v.cols());
+        Attention{}.into(out, one.x, CausalMask{}, workspace, executor);
+        REQUIRE(identical(out, one.standard));
+        DiffAttentionPerRow{}.into(out, one.x, CausalMask{}, workspace, executor);
+        REQUIRE(identical(out, one.differential));
+        const auto standard = AttentionBackward{}(one.x, one.dout, CausalMask{}, {}, executor);
+        const auto differential = DiffAttentionBackward{}(one.x, one.dout, CausalMask{}, {}, executor);
+        for (std::size_t i = 0; i < standard.size(); ++i) {
+          REQUIRE(identical(standard[i], one.standard_gradients[i]));
+          REQUIRE(identical(differential[i], one.differential_gradients[i]));
+        }
+      }
+      decoded.resize(1, 32);
+      decode(one_row, decoded, workspace, executor);
+      REQUIRE(identical(decoded, one_decoded));
+      decoded.resize(70, 32);
+      decode(rows, decoded, workspace, executor);
+      REQUIRE(identical(decoded, rows_decoded));
+    }
+  }
 }

@@ -4,6 +4,7 @@
 #include "diffattn/layers/arithmetic.hpp"
 
 #include <cmath>
+#include <diffattn/kernels/diff_attention.hpp>
 #include <diffattn/layers/linear.hpp>
 #include <diffattn/layers/multihead_diff_attention.hpp>
 #include <string>
@@ -83,6 +84,78 @@ TEST_CASE("A layer in bfloat16 is near the one in float, at once, behind a cache
   };
   CHECK(in_pieces(diffattn::KvCache<float>()) < 0.02);
   CHECK(in_pieces(diffattn::KvCache<Eigen::bfloat16>()) < 0.02);
+}
+
+TEST_CASE("A layer in bfloat16 attends in it: q, k and v are rounded once, at once or behind a cache", "[layers]") {
+  const NarrowLayer layer = arithmetic_layer(Arithmetic::bfloat16);
+  auto rng = make_rng();
+  const Matrix<float> x = random_matrix<float>(40, 48, rng);
+  const diffattn::CausalMask causal;
+  NarrowLayer::Tape tape;
+  const Matrix<float> y = layer.forward(x, causal, tape);
+  CHECK(layer.forward(x) == y);
+  const float lambda = layer.lambda_value();
+  const auto narrow = [](const Matrix<float>& values) { return Narrow(values.cast<Eigen::bfloat16>()); };
+  Matrix<float> attended(40, tape.attended.cols());
+  diffattn::multihead_diff_attention_into(attended, narrow(tape.q), narrow(tape.k), narrow(tape.v), lambda,
+                                          layer.heads(), causal);
+  CHECK(tape.attended == attended);
+  diffattn::multihead_diff_attention_into(attended, tape.q, tape.k, tape.v, lambda, layer.heads(), causal);
+  const double rounded = arithmetic_difference(tape.attended, attended);
+  CHECK(rounded > 1e-4);
+
+  // Behind a cache the sums have another order, which W_O's rounding may show in a few places.
+  diffattn::KvCache<float> wide_cache;
+  diffattn::KvCache<Eigen::bfloat16> cache;
+  CHECK(arithmetic_difference(layer.forward(x, wide_cache), y) < rounded / 4);
+  CHECK(arithmetic_difference(layer.forward(x.topRows(20), cache), y.topRows(20)) < rounded / 4);
+  CHECK(arithmetic_difference(layer.forward(x.bottomRows(20), cache), y.bottomRows(20)) < rounded / 4);
+  // Sequences one behind the other, of which one is short enough to be attended to in float.
+  const Matrix<float> stacked = layer.forward(x, causal, {36, 4});
+  CHECK(stacked.topRows(36) == layer.forward(x.topRows(36)));
+  CHECK(arithmetic_difference(stacked.bottomRows(4), layer.forward(x.bottomRows(4))) < rounded / 4);
+
+  // Cross-attention, and what its memory's cache has.
+  diffattn::KvCache<Eigen::bfloat16> memory;
+  layer.write_memory(x.topRows(30), memory);
+  const Matrix<float> cross = layer.forward_cross(x, x.topRows(30), diffattn::FullMask{}, tape);
+  diffattn::multihead_diff_attention_into(attended, narrow(tape.q), narrow(tape.k), narrow(tape.v), lambda,
+                                          layer.heads(), diffattn::FullMask{});
+  CHECK(tape.attended == attended);
+  CHECK(layer.forward_cross(x, x.topRows(30)) == cross);
+  CHECK(arithmetic_difference(layer.forward_cross(x, memory), cross) < rounded / 4);
+}
+
+TEST_CASE("Packed weights change no bit, are shared by copies and go with the values", "[layers][linear]") {
+  NarrowLayer layer = arithmetic_layer(Arithmetic::bfloat16);
+  auto rng = make_rng();
+  const Matrix<float> x = random_matrix<float>(40, 48, rng), y = layer.forward(x);
+  const std::size_t bytes = layer.q_proj.weight.memory_bytes();
+  diffattn::pack_weights(layer);
+  CHECK(layer.forward(x) == y);
+  CHECK(layer.forward(x.topRows(3)) == arithmetic_layer(Arithmetic::bfloat16).forward(x.topRows(3)));
+  FrozenMatrix& weight = layer.q_proj.weight;
+  const NarrowLayer copy = layer;
+  CHECK(copy.q_proj.weight.packed() == weight.packed());
+  CHECK((weight.packed() != nullptr) == diffattn::simd::kUsesPairs);
+  CHECK((weight.memory_bytes() >= 2 * bytes) == diffattn::simd::kUsesPairs);
+  weight.pack();  // a second time does nothing
+  CHECK(copy.q_proj.weight.packed() == weight.packed());
+
+  // Other values: what was packed of the old ones must not be read.
+  weight = FrozenMatrix(Narrow(Narrow::Zero(weight.rows(), weight.cols())));
+  CHECK(weight.packed() == nullptr);
+  CHECK(arithmetic_difference(layer.forward(x), y) > 0.01);
+  const Matrix<float> without = layer.forward(x);
+  weight.pack();
+  CHECK(layer.forward(x) == without);
+  CHECK(copy.forward(x) == y);
+  FrozenMatrix wide(Matrix<float>(Matrix<float>::Ones(2, 3)));
+  wide.pack();
+  CHECK(wide.packed() == nullptr);
+  FrozenMatrix empty(2, 3);
+  CHECK_THAT(thrown_by<std::invalid_argument>([&] { empty.pack(); }),
+             Catch::Matchers::ContainsSubstring("has no values yet"));
 }
 
 TEST_CASE("Arithmetic::bfloat16 is refused where weights are not bfloat16, naming both types", "[layers][linear]") {

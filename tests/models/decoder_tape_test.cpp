@@ -1,6 +1,7 @@
 // The gradients of whole decoders, for all three kinds of attention.
 
 #include <diffattn/core/parallel_threads.hpp>
+#include <diffattn/kernels/bias.hpp>
 #include <diffattn/layers/multihead_attention.hpp>
 #include <diffattn/layers/multihead_diff_attention.hpp>
 #include <diffattn/layers/multihead_diff_attention_v2.hpp>
@@ -255,4 +256,32 @@ TEST_CASE("A tape or gradient that does not fit is refused before any work", "[m
 
   CHECK_THROWS_AS(model.logits(std::vector<int>{1, 7}, Lengths{2}, tape), std::invalid_argument);
   CHECK_THROWS_AS(model.logits(tokens, Lengths{2}, tape), diffattn::ShapeError);
+}
+
+TEST_CASE("A bias that all layers of a decoder share is learned", "[models][decoder_tape]") {
+  using Attention = MultiheadDiffAttention<double>;
+  auto rng = support::make_rng();
+  Decoder<double, Attention> model(config<Attention>(8, true)), grad = zeros_like(model), again = grad;
+  randomize(model, rng);
+  Matrix<double> table = support::random_matrix<double>(2, 5, rng), dbias = support::random_matrix<double>(2, 5, rng);
+  const Matrix<double> before = dbias, dlogits = support::random_matrix<double>(9, 7, rng);
+  const std::vector<int> tokens = random_tokens(9, rng);
+  const Lengths lengths = {5, 1, 3};
+  const auto mask = with_bias(diffattn::CausalMask{}, diffattn::RelativeBias(table));
+  typename decltype(model)::Tape tape;
+  const auto loss = [&] { return model.logits(tokens, mask, lengths, tape).cwiseProduct(dlogits).sum(); };
+  loss();
+  model.backward(dlogits, tape, grad, dbias);
+  CHECK(excess(dbias - before, support::numerical_gradient(table, loss, 1e-4)) <= 0);
+  CHECK_FALSE((dbias - before).leftCols(3).isZero(1e-3));
+  CHECK((dbias - before).rightCols(2).isZero(0));  // no query of a causal mask reads them
+
+  loss();
+  model.backward(dlogits, tape, again);
+  CHECK(named_parameters_of(grad) == named_parameters_of(again));
+  Matrix<double> narrow = table.leftCols(3);
+  CHECK_THROWS_AS(model.backward(dlogits, tape, grad, narrow), diffattn::ShapeError);
+  model.logits(tokens, lengths, tape);
+  CHECK_THROWS_AS(model.backward(dlogits, tape, grad, dbias), std::invalid_argument);
+  CHECK(named_parameters_of(grad) == named_parameters_of(again));  // nothing was added
 }

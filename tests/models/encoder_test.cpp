@@ -173,6 +173,27 @@ TEMPLATE_TEST_CASE("An encoder is what plain loops say", "[models][encoder]", di
   }
 }
 
+TEMPLATE_TEST_CASE("An encoder of one token, and of odd widths", "[models][encoder]",
+                   diffattn::MultiheadDiffAttention<double>, diffattn::MultiheadDiffAttentionV2<double>,
+                   diffattn::MultiheadAttention<double>) {
+  using namespace encoder_test;
+  auto rng = support::make_rng();
+  for (const Choice& choice : kChoices) {
+    auto config = config_of<TestType>(choice);
+    config.num_layers = 1;
+    config.hidden_dim = 7;
+    config.attention = {.embed_dim = 15, .num_heads = 3, .num_kv_heads = 1, .head_dim = 5};
+    Encoder<double, TestType> encoder(config);
+    encoders::randomize(encoder, rng);
+    for (const Index n : {1, 2, 19}) {
+      INFO("activation " << int(choice.activation) << ", " << int(choice.placement) << ", " << n << " tokens");
+      const Matrix<double> x = random_matrix<double>(n, 15, rng);
+      const Long exact = plain_encoder(encoder, x.cast<long double>(), FullMask{});
+      CHECK((encoder.forward(x).template cast<long double>() - exact).norm() <= 1e-12L * exact.norm());
+    }
+  }
+}
+
 TEST_CASE("An encoder in float is near the truth", "[models][encoder]") {
   using namespace encoder_test;
   using Attention = MultiheadDiffAttention<float>;

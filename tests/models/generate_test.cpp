@@ -149,3 +149,32 @@ TEST_CASE("Options that cannot be are refused by name, and the cache is as befor
   CHECK_THROWS_AS(generate(model(), Tokens{1}, options, cache), std::runtime_error);
   CHECK(cache.position() == 0);
 }
+
+TEST_CASE("A thousand times the same text and the same logits behind it, on 1, 2, 3, 4 and 8 threads",
+          "[models][generate][.]") {
+  const Tokens prompt = {3, 1, 4, 1, 5, 9, 2, 6};
+  const std::vector<Tokens> prompts = {prompt, {7}, {2, 2, 5}};
+  const GenerateOptions options = {.max_new_tokens = 12, .temperature = 1.5, .seed = 5};
+  DecoderCache<float> behind = model().make_cache();
+  const Tokens expected = generate(model(), prompt, options, behind);
+  const std::vector<Tokens> all_expected = generate(model(), prompts, options);
+  const Tokens last = {expected.back()};
+  diffattn::Matrix<float> logits(1, 23), again(1, 23);
+  const auto logits_behind = [&](diffattn::Matrix<float>& to, DecoderCache<float>& cache, auto& executor) {
+    diffattn::Workspace workspace;
+    model().logits_into(to, last, cache, diffattn::CausalMask{}, workspace, executor);
+  };
+  diffattn::Serial serial;
+  logits_behind(logits, behind, serial);
+  for (const Index threads : {1, 2, 3, 4, 8}) {
+    diffattn::ThreadPool pool(threads);
+    for (int round = 0; round < 1000; ++round) {
+      INFO(threads << " threads, round " << round);
+      DecoderCache<float> cache = model().make_cache();
+      REQUIRE(generate(model(), prompt, options, cache, pool) == expected);
+      logits_behind(again, cache, pool);
+      REQUIRE(again == logits);
+      REQUIRE(generate(model(), prompts, options, pool) == all_expected);
+    }
+  }
+}

@@ -50,6 +50,13 @@ TEST_CASE("A bfloat16 product is x Wᵀ + b for every shape and layout", "[produ
     diffattn::detail::multiply_bfloat16(std::span<const Bfloat16Output>(outputs), x_laid.read(), workspace, serial);
     const support::Matrix<Eigen::bfloat16> wt = w.transpose(), second_t = second.transpose();
     CHECK(y.matrix() == support::plain_product(x, wt, bias));
+    // The same from weights that were packed before.
+    const auto packed = diffattn::detail::packed_weight(view_of(w));
+    Laid<float> again(support::Matrix<float>::Zero(n, out), layout);
+    const Bfloat16Output of_packed{again.view(), view_of(w), bias.data(), packed.get()};
+    diffattn::detail::multiply_bfloat16(std::span<const Bfloat16Output>(&of_packed, 1), x_laid.read(), workspace,
+                                        serial);
+    CHECK(again.matrix() == y.matrix());
     CHECK(y2.matrix() == support::plain_product(x, second_t));
     CHECK(y.surroundings_untouched());
     CHECK(y2.surroundings_untouched());
@@ -81,6 +88,23 @@ TEST_CASE("A bfloat16 product rounds x once, and nothing else", "[product]") {
     const support::Matrix<double> unrounded = x.cast<double>() * wide.transpose();
     CHECK_FALSE(((unrounded - exact).array().abs() <= (in + 2) * unit * magnitude.array()).all());
   }
+}
+
+TEST_CASE("Weights that were packed once are what is multiplied, whatever the threads", "[product]") {
+  support::Rng rng = support::make_rng();
+  const support::Matrix<float> x = support::random_matrix<float>(90, 700, rng);
+  Narrow w = support::random_matrix<float>(300, 700, rng).cast<Eigen::bfloat16>();
+  const auto packed = diffattn::detail::packed_weight(view_of(w));
+  CHECK((packed != nullptr) == diffattn::simd::kUsesPairs);
+  CHECK((diffattn::detail::packed_weight_bytes(300, 700) >= sizeof(float) * 300 * 350) == (packed != nullptr));
+  support::Backwards backwards;
+  const auto y = bfloat16_product(x, w, support::AnyExecutor(backwards));
+  if (packed != nullptr) w.setZero();  // so that nothing else can be read
+  support::Matrix<float> of_packed(90, 300);
+  Workspace workspace;
+  const Bfloat16Output output{writable_view_of(of_packed), view_of(w), nullptr, packed.get()};
+  diffattn::detail::multiply_bfloat16(std::span<const Bfloat16Output>(&output, 1), view_of(x), workspace, backwards);
+  CHECK(of_packed == y);
 }
 
 TEST_CASE("Infinities and NaN go through a bfloat16 product into their rows alone", "[product]") {

@@ -13,7 +13,7 @@ namespace lab {
 struct NeedleOptions : Options {
   RecallConfig recall;
   std::vector<Index> unseen_contexts = {1024, 2048};  ///< that a model is tested on, too
-  Index test_sequences = 40;                    ///< of each context
+  Index test_sequences = 40;                          ///< of each context
 
   /// What the experiments have in common.
   NeedleOptions();

@@ -64,6 +64,17 @@ void check_before(E& executor, [[maybe_unused]] const char* where, const Check& 
   }
 }
 
+/// f(), in which attention meets other ranks `exchanges` times, if ranks share a sequence or a cache: what one of them
+/// throws in it, for want of memory, say, is then an error on all.
+template <typename E, typename F>
+void with_others(E& executor, [[maybe_unused]] const char* where, [[maybe_unused]] Index exchanges, const F& f) {
+  if constexpr (spreads_sequences<E>) {
+    executor.with_others(where, exchanges, f);
+  } else {
+    f();
+  }
+}
+
 }  // namespace detail
 
 /// The default executor: runs every task on the calling thread, in order.

@@ -8,9 +8,9 @@
 //   simd_vectors.hpp   the compilers' own vectors with -DDIFFATTN_PACKET_BYTES=16, 32 or 64: packets as wide as those
 //                      of another target, on any CPU, with the alignment of every packet checked; slow, for tests
 //
-// Both offer Packet, kLanes, kRegisters, load, loadu, store, storeu, broadcast, add, sub, mul, fma, max, first,
-// barrier, reduce_max, reduce_add and transpose. What is the same for both stands here. All translation units of a
-// program must be compiled with the same packets.
+// Both offer Packet, kLanes, kRegisters, load, loadu, store, storeu, broadcast, add, sub, mul, fma, kFusesMultiplyAdd,
+// max, first, barrier, reduce_max, reduce_add and transpose. What is the same for both stands here. All translation
+// units of a program must be compiled with the same packets.
 
 #include <Eigen/Core>
 

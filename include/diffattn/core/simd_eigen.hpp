@@ -66,6 +66,12 @@ template <typename P>
 EIGEN_ALWAYS_INLINE P fma(const P& a, const P& b, const P& c) {
   return Eigen::internal::pmadd(a, b, c);
 }
+/// Whether fma() rounds once.
+#if defined(EIGEN_VECTORIZE_FMA) || defined(__ARM_FEATURE_FMA)
+inline constexpr bool kFusesMultiplyAdd = true;
+#else
+inline constexpr bool kFusesMultiplyAdd = false;
+#endif
 /// The larger of the two; `a` where either is NaN (NaN on targets whose instruction says so).
 template <typename P>
 EIGEN_ALWAYS_INLINE P max(const P& a, const P& b) {

@@ -96,6 +96,8 @@ template <typename P>
 EIGEN_ALWAYS_INLINE P fma(const P& a, const P& b, const P& c) {
   return a * b + c;
 }
+/// Whether fma() rounds once, whatever the compiler does.
+inline constexpr bool kFusesMultiplyAdd = false;
 /// The larger of the two; `a` where either is NaN.
 template <typename P>
 EIGEN_ALWAYS_INLINE P max(const P& a, const P& b) {

@@ -142,7 +142,7 @@ namespace detail {
 /// The workspace of calls that are given none. Each thread keeps one, since for a small problem an allocation would
 /// take longer than the work. A call that leaves more than kMostKept bytes in it frees them when it ends. A call made
 /// after the thread's workspace has been destroyed, from the destructor of a static object for example, has a workspace
-/// of its own.
+/// of its own; so has every call under MinGW.
 class ThreadWorkspace {
  public:
   static constexpr std::size_t kMostKept = 1 << 20;
@@ -159,6 +159,10 @@ class ThreadWorkspace {
   operator Workspace&() { return kept_ != nullptr ? *kept_ : own_; }
 
  private:
+#ifdef __MINGW32__
+  // MinGW frees the memory of a thread's variables before it destroys them, so that none may own anything.
+  static Workspace* of_this_thread() { return nullptr; }
+#else
   struct Kept {
     ~Kept() { gone_ = true; }
     Workspace workspace;
@@ -172,6 +176,7 @@ class ThreadWorkspace {
 
   // A bool has no destructor, so it can be read until the thread ends.
   inline static constinit thread_local bool gone_ = false;
+#endif
 
   Workspace* kept_ = of_this_thread();
   Workspace own_;

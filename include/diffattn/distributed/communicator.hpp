@@ -22,7 +22,9 @@
 // Errors   std::invalid_argument, before anything is sent, for spans and counts that do not fit each other on this
 //          rank: then the other ranks wait, with MPI for ever. check_on_all (collective_check.hpp) makes an error of one
 //          rank an error on all.
-// Memory   all_reduce keeps scratch of about the size of its values. A repeated call does not touch the heap.
+// Memory   all_reduce keeps scratch of about the size of its values, which reserve(bytes) finds before: a rank that
+//          lacks it in the middle of a call leaves the others waiting. A repeated call does not touch the heap, nor does
+//          one of up to kGatheredBytes.
 
 #include <concepts>
 #include <cstddef>

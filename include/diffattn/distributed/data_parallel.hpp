@@ -15,7 +15,7 @@
 // Order    every number is added up in the order of the ranks, so that the same ranks give the same bits, and the same
 //          ones on each rank: models that begin equal stay equal. Against one rank sums are rounded differently.
 // Errors   std::invalid_argument on every rank, before anything is changed, if their parameters differ in name or shape.
-//          Only a rank that finds no memory for the communicator's scratch fails by itself.
+//          So is a lack of memory on one of them.
 // Bytes    about 2 · (size − 1) / size numbers a parameter and rank, in buckets: small parameters travel together.
 // Memory   a bucket of at most kBucket numbers here, and as much in the communicator, or as the largest parameter has.
 
@@ -48,10 +48,15 @@ class ParameterBucket {
   void add(Scalar* values, Index count) {
     parameters_.push_back({values, static_cast<std::size_t>(count)});
     if (count < kBucket) bucket_size_ = std::min(bucket_size_ + count, kBucket);
+    largest_ = std::max(largest_, count);
   }
 
-  /// Finds all memory that is needed.
-  void allocate() { bucket_.reserve(static_cast<std::size_t>(bucket_size_)); }
+  /// Finds all memory that is needed, here and in the communicator.
+  template <Communicator C>
+  void allocate(C& communicator) {
+    bucket_.reserve(static_cast<std::size_t>(bucket_size_));
+    reserve_in(communicator, std::max(bucket_size_, largest_) * static_cast<Index>(sizeof(Scalar)));
+  }
 
   /// Replaces every number by the sum over the ranks of factor times it.
   template <Communicator C>
@@ -91,14 +96,15 @@ class ParameterBucket {
   std::vector<std::span<Scalar>> parameters_;
   std::vector<Scalar> bucket_;
   Index bucket_size_ = 0;
+  Index largest_ = 0;
 };
 
 /// Both kinds of gradients that this library computes.
 class GradientBuckets {
  public:
   /// Finds all parameters, and the memory for them.
-  template <typename Model>
-  void add_all(Model& gradient) {
+  template <Communicator C, typename Model>
+  void add_all(C& communicator, Model& gradient) {
     visit_parameters(gradient, [&](std::string_view /*name*/, auto& parameter) {
       using Scalar = typename std::decay_t<decltype(parameter)>::Scalar;
       static_assert(std::is_same_v<Scalar, float> || std::is_same_v<Scalar, double>,
@@ -109,8 +115,8 @@ class GradientBuckets {
         doubles_.add(parameter.data(), parameter.size());
       }
     });
-    floats_.allocate();
-    doubles_.allocate();
+    floats_.allocate(communicator);
+    doubles_.allocate(communicator);
   }
 
   template <Communicator C>
@@ -183,7 +189,7 @@ void sum_gradients(C& communicator, Model& gradient) {
   detail::GradientBuckets buckets;
   check_on_all(communicator, "sum_gradients", [&](Agreed& agreed) {
     detail::agree_on_parameters(gradient, agreed);
-    buckets.add_all(gradient);
+    buckets.add_all(communicator, gradient);
   });
   buckets.sum(communicator, 1);
 }
@@ -198,7 +204,7 @@ void average_gradients(C& communicator, Model& gradient, Index weight = 1) {
   check_on_all(communicator, "average_gradients", [&](Agreed& agreed) {
     if (weight < 0) detail::throw_invalid({"average_gradients: a weight must be 0 or more, got ", weight});
     detail::agree_on_parameters(gradient, agreed);
-    buckets.add_all(gradient);
+    buckets.add_all(communicator, gradient);
   });
   Index all = weight;
   communicator.all_reduce(std::span<Index>(&all, 1));

@@ -49,6 +49,10 @@ class MpiCommunicator : public detail::CollectiveCalls<MpiCommunicator> {
     check(MPI_Comm_set_errhandler(own_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
     check(MPI_Comm_rank(own_, &rank_), "MPI_Comm_rank");
     check(MPI_Comm_size(own_, &size_), "MPI_Comm_size");
+    reserve(0);
+    const auto ranks = static_cast<std::size_t>(size_);
+    for (auto* of_ranks : {&send_starts_, &receive_starts_, &send_sizes_}) of_ranks->reserve(ranks);
+    for (auto* of_ranks : {&counts_, &displacements_}) of_ranks->reserve(ranks);
   }
 
   MpiCommunicator(const MpiCommunicator&) = delete;

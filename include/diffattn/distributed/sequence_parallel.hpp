@@ -10,11 +10,12 @@
 //   layer.forward_into(y, x, CausalMask{}, tape, workspace, ranks);
 //   layer.backward_into(dx, dy, tape, grad, workspace, ranks);
 //   decoder.logits_into(logits, tokens, {ranks.placement().mine()}, tape, workspace, ranks);   // and backward
+//   layer.forward_into(y, x, cache, mask, workspace, ranks);       // or decoder.logits_into(logits, tokens, cache, mask, …)
 //   Matrix<float> whole_y = ranks.gather(y);
 //
 // What takes it: attention_into, multihead_attention_into, diff_attention_into, multihead_diff_attention_into and
-// multihead_…_backward_into with views of gradients, layers and decoders for one sequence, without a cache. A kernel
-// that cannot does not compile with it.
+// multihead_…_backward_into with views of gradients, layers and decoders for one sequence; what cannot does not compile.
+// An empty cache keeps keys and values of this rank's rows; CacheParallel goes on behind it (cache_parallel.hpp).
 //
 // Exchanged  forward: keys and values of one key head (or key_heads_at_a_time) after another are gathered on every rank,
 //            so that queries meet all keys at the cost of one machine, 4·d a pair of rows. Backward: they are gathered
@@ -22,16 +23,14 @@
 //            each other rank (key maps·d + dv)·G numbers for each of its rows forward, and twice that backward.
 // Gradients  of what all ranks have alike, λ as a number, a learned bias's table, a layer's parameters, are those of
 //            this rank's rows: their sums over the ranks are the gradients (data_parallel.hpp).
-// Order      sums over ranks run in the order of the ranks: the same number of ranks gives the same bits. Another one
-//            adds in another order.
-// Errors     collective: what is wrong on one rank, a shape, something that a mask throws, is thrown on all
+// Order      sums over ranks run in the order of the ranks: the same number of ranks gives the same bits.
+// Errors     collective: what is wrong on one rank, a shape, a mask that throws, memory, is thrown on all
 //            (collective_check.hpp), and so is std::invalid_argument where they disagree on sizes, λ as a number, scale
 //            or a mask of this library. More ranks than rows are refused.
-// Memory     a rank's share of all operands, and keys and values of one key head of all rows, from `workspace`;
-//            backward their gradients, too, and half as much to receive.
+// Memory     a rank's share of all operands, and keys and values of one key head of all rows; backward 2.5 times those.
 
-#include <cmath>
-#include <span>
+#include <exception>
+#include <optional>
 #include <type_traits>
 
 #include "diffattn/core/error.hpp"
@@ -40,6 +39,7 @@
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/distributed/collective_check.hpp"
 #include "diffattn/distributed/communicator.hpp"
+#include "diffattn/distributed/detail/error_text.hpp"
 #include "diffattn/distributed/detail/gathered_heads.hpp"
 #include "diffattn/distributed/detail/placed_mask.hpp"
 #include "diffattn/distributed/detail/spread_call.hpp"
@@ -90,7 +90,22 @@ class SequenceParallel {
   /// Collective: check() or check(agreed), whose error on one rank is one on all.
   template <typename Check>
   void check(const char* where, Check&& check) const {
+    thrown_on_all_ = true;
     check_on_all(communicator_, where, check);
+    thrown_on_all_ = false;
+  }
+
+  /// Collective: f(), in which all that is collective begins with a check(). What one rank throws in between, the others
+  /// throw in their next check(), at the latest in one at the end, which an inner call leaves to the outer one.
+  template <typename F>
+  void with_others(const char* where, Index /*exchanges*/, F&& f) {
+    if (is_inner_) return f();
+    thrown_on_all_ = false;
+    is_inner_ = true;
+    const std::exception_ptr error = detail::error_of(f);
+    is_inner_ = false;
+    if (error != nullptr && thrown_on_all_) std::rethrow_exception(error);
+    check(where, [&] { detail::rethrow_if_any(error); });
   }
 
   /// How many rows the whole sequence has, for a call with this rank's. Throws ShapeError unless it has those of one
@@ -107,16 +122,20 @@ class SequenceParallel {
   template <typename X>
   Matrix<typename X::Scalar> gather(const Eigen::MatrixBase<X>& mine) const {
     using Scalar = typename X::Scalar;
+    Workspace workspace;
+    Matrix<Scalar> rows, result;
+    std::optional<detail::GatheredHeads<Scalar>> all;
     check("SequenceParallel", [&](Agreed& agreed) {
       detail::check_shape("SequenceParallel", "the rows of this rank", mine, placement_.mine(), mine.cols());
       agreed.add("columns", mine.cols());
+      rows = mine;
+      result.resize(placement_.rows(), mine.cols());
+      all.emplace(placement_, mine.cols(), 0, workspace);
     });
-    Workspace workspace;
-    detail::GatheredHeads<Scalar> all(placement_, mine.cols(), 0, workspace);
-    const Matrix<Scalar> rows = mine;
     const auto view = detail::view_of(rows);
-    all.gather(communicator_, detail::columns_of(view, 0, mine.cols()), detail::columns_of(view, 0, 0));
-    return detail::columns_of(all.keys(), 0, mine.cols());
+    all->gather(communicator_, detail::columns_of(view, 0, rows.cols()), detail::columns_of(view, 0, 0));
+    result = detail::columns_of(all->keys(), 0, rows.cols());
+    return result;
   }
 
  private:
@@ -133,6 +152,7 @@ class SequenceParallel {
         detail::throw_invalid({"SequenceParallel: key_heads_at_a_time must be 1 or more, got ", key_heads});
       }
       SequencePlacement(rows, communicator.size(), communicator.rank());
+      detail::reserve_in(communicator, 0);
     });
     return SequencePlacement(rows, communicator.size(), communicator.rank());
   }
@@ -141,6 +161,8 @@ class SequenceParallel {
   E& executor_;
   SequencePlacement placement_;
   Index key_heads_;
+  bool is_inner_ = false;               // within with_others()
+  mutable bool thrown_on_all_ = false;  // by the last check()
 };
 
 template <Communicator C>
@@ -198,11 +220,12 @@ void diff_attention_into(const Eigen::MatrixBase<Out>& out, const Eigen::MatrixB
                          SequenceParallel<C, E>& ranks) {
   using Scalar = typename Q1::Scalar;
   const auto frame = workspace.frame();
-  MatrixMap<Scalar> q(workspace.take<Scalar>(2 * q1.size()), q1.rows(), 2 * q1.cols());
-  MatrixMap<Scalar> k(workspace.take<Scalar>(2 * k1.size()), k1.rows(), 2 * k1.cols());
+  MatrixMap<Scalar> q(nullptr, 0, 0), k(nullptr, 0, 0);
   ranks.check("diff_attention", [&] {
     detail::check_shape("diff_attention", "q2", q2, q1.rows(), q1.cols());
     detail::check_shape("diff_attention", "k2", k2, k1.rows(), k1.cols());
+    new (&q) MatrixMap<Scalar>(workspace.take<Scalar>(2 * q1.size()), q1.rows(), 2 * q1.cols());
+    new (&k) MatrixMap<Scalar>(workspace.take<Scalar>(2 * k1.size()), k1.rows(), 2 * k1.cols());
     q << q1, q2;
     k << k1, k2;
   });
@@ -224,7 +247,7 @@ void multihead_attention_backward_into(const AttentionGradientViews<typename Q::
   const detail::Readable<V> v_read(v.derived());
   const detail::Readable<G> g_read(dout.derived());
   detail::SpreadCall<Scalar, Mask, SequenceParallel<C, E>> call(ranks, heads, 1, mask, workspace);
-  call.check(kName, q_read, k_read, v_read, "dout", g_read, Scalar(0), options);
+  call.check(kName, q_read, k_read, v_read, "dout", g_read, Scalar(0), options, detail::Direction::backward);
   call.for_each_group_back(
       detail::view_of(k_read), detail::view_of(v_read), gradients.dk, gradients.dv, [&](const auto& group) {
         AttentionGradientViews<Scalar> of_group{group.queries(gradients.dq), group.dkeys(), group.dvalues()};
@@ -252,7 +275,7 @@ void multihead_diff_attention_backward_into(const DiffAttentionGradientViews<typ
   const detail::Readable<V> v_read(v.derived());
   const detail::Readable<G> g_read(dout.derived());
   detail::SpreadCall<Scalar, Mask, SequenceParallel<C, E>> call(ranks, heads, 2, mask, workspace);
-  call.check(kName, q_read, k_read, v_read, "dout", g_read, lambda, options);
+  call.check(kName, q_read, k_read, v_read, "dout", g_read, lambda, options, detail::Direction::backward);
   constexpr bool kNumber = detail::is_scalar_lambda<Lambda>;
   if constexpr (kNumber) gradients.dlambda(0, 0) = 0;
   call.for_each_group_back(

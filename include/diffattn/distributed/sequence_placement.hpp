@@ -6,6 +6,7 @@
 //
 //   const SequencePlacement placement(n, communicator.size(), communicator.rank());
 //   Matrix<float> mine = placement.rows_of(x);        // of a matrix with a row for each token: those of this rank
+//   placement.visible_pairs(CausalMask{});            // what this rank has to do, in pairs of a query and a key
 //
 // The rows of a rank keep the order of the sequence.
 
@@ -14,6 +15,7 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/kernels/mask.hpp"
 
 namespace diffattn::inline v0_1 {
 
@@ -65,6 +67,13 @@ class SequencePlacement {
     return row < early ? first_of_piece(piece_of(rank_, 0)) + row : first_of_piece(piece_of(rank_, 1)) + row - early;
   }
 
+  /// The rank that has the row which stands at `position`, from 0 to rows() − 1. O(ranks()).
+  Index rank_of(Index position) const {
+    Index piece = 0;
+    while (first_of_piece(piece + 1) <= position) ++piece;
+    return std::min(piece, pieces() - 1 - piece);
+  }
+
   /// f(first, count, position) for both pieces of this rank: its rows [first, first + count) stand at `position` and
   /// behind it in the sequence.
   template <typename F>
@@ -75,6 +84,18 @@ class SequencePlacement {
       f(first, count, first_of_piece(piece));
       first += count;
     }
+  }
+
+  /// How many pairs of a query and a key attention under `mask` computes on this rank: its work, which is to be the same
+  /// on all ranks. O(mine()).
+  template <AttentionMask Mask>
+  Index visible_pairs(const Mask& mask) const {
+    Index pairs = 0;
+    for (Index row = 0; row < mine(); ++row) {
+      const KeyRange seen = mask.visible_keys(position(row), rows_, rows_);
+      pairs += std::max<Index>(std::min(seen.end, rows_) - std::max<Index>(seen.begin, 0), 0);
+    }
+    return pairs;
   }
 
   /// The rows of this rank, mine() x x.cols(), of an x that has all of them. Throws ShapeError.

@@ -43,7 +43,7 @@ class ThreadCommunicator : public detail::CollectiveCalls<ThreadCommunicator> {
   template <typename F>
   friend void run_ranks(Index size, F&& f);
 
-  ThreadCommunicator(detail::ThreadRanks& ranks, Index rank) : ranks_(ranks), rank_(rank) {}
+  ThreadCommunicator(detail::ThreadRanks& ranks, Index rank) : ranks_(ranks), rank_(rank) { reserve(0); }
 
   void gather_bytes(const std::byte* mine, std::byte* all, std::span<const Index> sizes) {
     ranks_.meet(rank_, {.name = "all_gather", .send = mine, .receive_sizes = sizes}, [&](auto& calls) {
@@ -80,8 +80,8 @@ void run_ranks(Index size, F&& f) {
   if (size < 1) detail::throw_invalid({"run_ranks: expected at least one rank, got ", size});
   detail::ThreadRanks ranks(size);
   const auto run_rank = [&](Index rank) {
-    ThreadCommunicator communicator(ranks, rank);
     try {
+      ThreadCommunicator communicator(ranks, rank);
       f(communicator);
       ranks.leave(rank);
     } catch (...) {

@@ -15,12 +15,12 @@
 //          (diffllama_config.hpp, diffllama_checkpoint.hpp): F64, F32, F16 and BF16; a tied or free head; biases; any
 //          number of key and value heads that divides the query heads.
 // Weights  stay as the file has them, 16 bits included, and are multiplied in Scalar, or those of bfloat16 in bfloat16.
-//          They are mapped, not copied, but
-//          for q, k and v (about a tenth of a model), whose heads are put into our order (diffllama_layout.hpp), and
-//          for what is not aligned. The model keeps the files alive.
+//          They are mapped, not copied, but for q, k and v (about a tenth of a model), whose heads are put into our
+//          order (diffllama_layout.hpp), and for what is not aligned; where a CPU multiplies bfloat16, and is asked to,
+//          those of the layers are kept packed besides, unless DiffLlamaOptions say no. The model keeps the files alive.
 // Errors   FormatError naming the file and the field or tensors that do not fit (diffllama_checkpoint.hpp), before
-//          anything is read. std::invalid_argument for an arithmetic that the weights are not for, a token id outside the vocabulary and for a sequence longer than
-//          DiffLlamaConfig::max_tokens.
+//          anything is read. std::invalid_argument for an arithmetic that the weights are not for, a token id outside
+//          the vocabulary and for a sequence longer than DiffLlamaConfig::max_tokens.
 // Const functions may be called from several threads, each with a workspace and a cache of its own.
 
 #include <algorithm>
@@ -60,6 +60,7 @@ namespace diffattn::inline v0_1 {
 /// How a DiffLlama is run.
 struct DiffLlamaOptions {
   Arithmetic arithmetic = Arithmetic::scalar;  ///< Arithmetic::bfloat16: weights of BF16 alone, with Scalar = float
+  bool packed_weights = true;  ///< with Arithmetic::bfloat16: keep those of the layers packed, too (2 bytes a number)
 };
 
 template <typename Scalar>
@@ -78,6 +79,9 @@ class DiffLlama : public LanguageModel<DiffLlama<Scalar>, Scalar> {
     DiffLlama model(checkpoint, options);
     if (options.arithmetic == Arithmetic::bfloat16) model.check_bfloat16(checkpoint);
     model.read(checkpoint);
+    if (options.arithmetic == Arithmetic::bfloat16 && options.packed_weights) {
+      for (auto& block : model.decoder_.blocks) pack_weights(block);
+    }
     return model;
   }
 

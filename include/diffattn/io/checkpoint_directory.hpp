@@ -258,7 +258,9 @@ inline CheckpointFiles open_checkpoint_directory(const std::filesystem::path& di
   check_has_safetensors(directory);
   const std::filesystem::path path = directory / "config.json";
   std::string last_config, last_id;
+  std::optional<DirectoryLock> lock;  // from the second look on
   for (bool first = true;; first = false) {
+    if (!first && !lock) lock.emplace(directory);
     std::error_code error;
     const bool missing = !std::filesystem::exists(path, error);
     std::string config = missing ? "" : read_text(path);
@@ -271,7 +273,8 @@ inline CheckpointFiles open_checkpoint_directory(const std::filesystem::path& di
     if (!missing && (id.empty() || !config_id || *config_id == id))
       fitting = config;  // no JSON: its reader says so better
     if (!fitting && !id.empty()) fitting = unfinished_config(path, id);
-    // Somebody may have saved between the two reads, in which case a second look shows other files.
+    // Somebody may be saving, whose files are all there once we have the lock, or have saved between the two reads. A
+    // third look then shows the same as the second.
     const bool same = !first && config == last_config && id == last_id;
     if (!fitting && same) {
       if (missing) {

@@ -18,8 +18,10 @@
 // which says that it does not look at `head` when there are n_q queries (mask.hpp).
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -31,6 +33,59 @@
 #include "diffattn/kernels/learned_bias.hpp"
 
 namespace diffattn::inline v0_1 {
+
+namespace detail {
+
+/// row[i] = distance(first + i) for whole packets of `count` numbers, made of |first|, |first + 1|, …. Returns how many.
+template <typename Number, typename T, typename Set>
+EIGEN_ALWAYS_INLINE Index fill_ramp(T* row, Index first, Index count, Set&& set) {
+  constexpr Index kLanes = simd::kLanes<Number>;
+  alignas(simd::kMostAlignment) static constexpr auto kFromZero = [] {
+    std::array<Number, static_cast<std::size_t>(kLanes)> lanes{};
+    for (std::size_t lane = 0; lane < lanes.size(); ++lane) lanes[lane] = static_cast<Number>(lane);
+    return lanes;
+  }();
+  const auto step = simd::broadcast(static_cast<Number>(kLanes)), zero = simd::broadcast(Number(0));
+  auto at = simd::add(simd::load(kFromZero.data()), simd::broadcast(static_cast<Number>(first)));
+  Index i = 0;
+  const auto set_some = [&] {
+    set(row + i, simd::max(at, simd::sub(zero, at)));
+    at = simd::add(at, step);
+    i += kLanes;
+  };
+  while (i + 4 * kLanes <= count) {
+#pragma GCC unroll 4
+    for (int packet = 0; packet < 4; ++packet) set_some();
+  }
+  while (i + kLanes <= count) set_some();
+  return i;
+}
+
+/// row[i] = slope · |first + i|, as the product of two doubles.
+template <typename T>
+Index fill_ramp_of_doubles(T* row, Index first, Index count, double slope) {
+  const auto slopes = simd::broadcast(slope);
+  return fill_ramp<double>(row, first, count,
+                           [&](T* to, const auto& distance) { simd::store_as(to, simd::mul(slopes, distance)); });
+}
+
+/// The same in half the instructions, from the two halves of the slope: but for a rounding of a rounding, which is rare,
+/// the fused sum is what the product of doubles rounds to.
+inline Index fill_ramp_of_floats(float* row, Index first, Index count, double slope) {
+  const float high = static_cast<float>(slope);
+  const auto upper = simd::broadcast(high), lower = simd::broadcast(static_cast<float>(slope - double(high)));
+  return fill_ramp<float>(row, first, count, [&](float* to, const auto& distance) {
+    simd::storeu(to, simd::fma(distance, upper, simd::mul(distance, lower)));
+  });
+}
+
+/// Whether they are enough for slope · distance, `farthest` at most.
+inline bool floats_hold_ramp(double slope, double farthest) {
+  constexpr double kWhole = 16777216, kSmallest = 1e-30, kLargest = 1e30;
+  return farthest < kWhole && std::abs(slope) >= kSmallest && std::abs(slope) <= kLargest;
+}
+
+}  // namespace detail
 
 /// Attention with linear biases (Press et al., arXiv 2108.12409): -slope * distance to the query's own position, before
 /// it and behind it alike. Costs a copy of its slopes wherever it is copied.
@@ -54,29 +109,19 @@ class AlibiBias {
   /// The biases of a row of keys (bias_row.hpp).
   template <typename T>
   void fill(T* row, const BiasRow& of) const {
-    constexpr Index kLanes = simd::kLanes<double>;
     const double slope_here = -slope(of.head);
     const Index first = of.first_key - (of.query - of.n_q + of.n_k);  // ahead of the query by so much
-    Index i = 0;
-    // Where T can hold all of them. The products are those of the call operator.
-    if (std::abs(slope_here) * static_cast<double>(std::max(-first, first + of.count)) <= kLargest<T>) {
-      alignas(simd::kMostAlignment) double lanes[kLanes];
-      for (Index lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<double>(first + lane);
-      const auto slopes = simd::broadcast(slope_here), step = simd::broadcast(static_cast<double>(kLanes));
-      auto key = simd::load(lanes);
-      const auto set_some = [&] {
-        const auto distance = simd::max(key, simd::sub(simd::broadcast(0.0), key));
-        simd::store_as(row + i, simd::mul(slopes, distance));
-        key = simd::add(key, step);
-        i += kLanes;
-      };
-      while (i + 4 * kLanes <= of.count) {
-#pragma GCC unroll 4
-        for (int packet = 0; packet < 4; ++packet) set_some();
+    const double farthest = static_cast<double>(std::max(-first, first + of.count));
+    Index filled = 0;
+    if constexpr (std::is_same_v<T, float> && simd::kFusesMultiplyAdd) {
+      if (detail::floats_hold_ramp(slope_here, farthest)) {
+        filled = detail::fill_ramp_of_floats(row, first, of.count, slope_here);
       }
-      while (i + kLanes <= of.count) set_some();
     }
-    for (; i < of.count; ++i) {
+    if (filled == 0 && std::abs(slope_here) * farthest <= kLargest<T>) {
+      filled = detail::fill_ramp_of_doubles(row, first, of.count, slope_here);
+    }
+    for (Index i = filled; i < of.count; ++i) {
       row[i] = detail::converted_bias<T>((*this)(of.head, of.query, of.first_key + i, of.n_q, of.n_k));
     }
   }
@@ -160,7 +205,13 @@ class MatrixBias {
   template <typename T>
   void fill(T* row, const BiasRow& of) const {
     const Index from = matrix_.rows == of.n_q ? of.query : of.head * of.n_q + of.query;
-    detail::convert_biases(row, matrix_.block(from, of.first_key, 1, of.count));
+    const StridedView<const Scalar> biases = matrix_.block(from, of.first_key, 1, of.count);
+    // Kernels come back for the keys behind these, after other rows.
+    constexpr Index kLine = 64 / static_cast<Index>(sizeof(Scalar));
+    if (biases.col_stride == 1) {
+      for (Index i = 0; i < of.count; i += kLine) simd::prefetch(biases.data, of.count + i);
+    }
+    detail::convert_biases(row, biases);
   }
 
   void check(const char* where, Index num_heads, Index n_q, Index n_k) const {

@@ -141,10 +141,12 @@ class AttentionLayer : public BatchedAttention<Variant> {
   template <typename Y, typename X, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
                     const SequenceLengths& lengths, Workspace& workspace, E&& executor = {}) const {
-    Passes::check_sequences(y, x, mask, lengths, executor);
-    const detail::Readable<X> x_read(x.derived());
-    Passes::attend_to_sequences(Passes::output_of(y), Passes::input_of(x_read), mask, lengths, nullptr, workspace,
-                                executor);
+    detail::with_others(executor, Variant::kName, 1, [&] {
+      Passes::check_sequences(y, x, mask, lengths, executor);
+      const detail::Readable<X> x_read(x.derived());
+      Passes::attend_to_sequences(Passes::output_of(y), Passes::input_of(x_read), mask, lengths, nullptr, workspace,
+                                  executor);
+    });
   }
 
   /// forward(x, cache) into y.
@@ -158,12 +160,21 @@ class AttentionLayer : public BatchedAttention<Variant> {
   template <typename Y, typename X, typename Storage, AttentionMask Mask, Executor E = Serial>
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, KvCache<Storage>& cache,
                     const Mask& mask, Workspace& workspace, E&& executor = {}) const {
-    Passes::check_tokens(y, x);
-    if (x.rows() == 0) return;
-    const Index all_tokens = Passes::position_of(executor, cache) + x.rows();
-    detail::check_mask(Variant::kName, mask, config_.num_heads, x.rows(), all_tokens);
-    const detail::Readable<X> x_read(x.derived());
-    Passes::attend_to_cache(Passes::output_of(y), Passes::input_of(x_read), cache, mask, workspace, executor);
+    detail::with_others(executor, Variant::kName, 1, [&] {
+      if constexpr (spreads_sequences<E> && !spreads_caches<E>) {
+        Passes::check_sequences(y, x, mask, {x.rows()}, executor);
+        Passes::check_prefill(cache);
+        const detail::Readable<X> x_read(x.derived());
+        Passes::prefill(Passes::output_of(y), Passes::input_of(x_read), cache, mask, workspace, executor);
+      } else {
+        Passes::check_tokens(y, x);
+        if (x.rows() == 0 && !spreads_caches<E>) return;
+        const Index all_tokens = Passes::position_of(executor, cache) + x.rows();
+        detail::check_mask(Variant::kName, mask, config_.num_heads, x.rows(), all_tokens);
+        const detail::Readable<X> x_read(x.derived());
+        Passes::attend_to_cache(Passes::output_of(y), Passes::input_of(x_read), cache, mask, workspace, executor);
+      }
+    });
   }
 
   /// forward(x, mask, tape) into y.
@@ -178,10 +189,12 @@ class AttentionLayer : public BatchedAttention<Variant> {
   void forward_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, const Mask& mask,
                     const SequenceLengths& lengths, Tape& tape, Workspace& workspace, E&& executor = {}) const {
     tape.filled = false;  // until forward has come to its end
-    Passes::check_sequences(y, x, mask, lengths, executor);
-    Passes::record(tape, x, mask, lengths);
-    Passes::attend_to_sequences(Passes::output_of(y), Passes::input_of(tape.x), mask, lengths, &tape, workspace,
-                                executor);
+    detail::with_others(executor, Variant::kName, 1, [&] {
+      Passes::check_sequences(y, x, mask, lengths, executor);
+      Passes::record(tape, x, mask, lengths);
+      Passes::attend_to_sequences(Passes::output_of(y), Passes::input_of(tape.x), mask, lengths, &tape, workspace,
+                                  executor);
+    });
     tape.filled = true;
   }
 
@@ -189,10 +202,12 @@ class AttentionLayer : public BatchedAttention<Variant> {
   template <typename DX, typename DY, Executor E = Serial>
   void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
                      AttentionLayer& grad, Workspace& workspace, E&& executor = {}) const {
-    Passes::check_backward(dx, dy, tape, grad, executor);
-    const detail::Readable<DY> dy_read(dy.derived());
-    Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, {}, workspace,
-                          executor);
+    detail::with_others(executor, Variant::kName, 1, [&] {
+      Passes::check_backward(dx, dy, tape, grad, executor);
+      const detail::Readable<DY> dy_read(dy.derived());
+      Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, {}, workspace,
+                            executor);
+    });
   }
 
   /// Throws what backward(dy, tape, grad, dbias) would say of this dbias.
@@ -206,11 +221,13 @@ class AttentionLayer : public BatchedAttention<Variant> {
   void backward_into(const Eigen::MatrixBase<DX>& dx, const Eigen::MatrixBase<DY>& dy, const Tape& tape,
                      AttentionLayer& grad, const Eigen::MatrixBase<DB>& dbias, Workspace& workspace,
                      E&& executor = {}) const {
-    Passes::check_backward(dx, dy, tape, grad, executor);
-    const auto to_bias = Passes::checked_bias_gradient(dbias, tape);
-    const detail::Readable<DY> dy_read(dy.derived());
-    Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, to_bias, workspace,
-                          executor);
+    detail::with_others(executor, Variant::kName, 1, [&] {
+      Passes::check_backward(dx, dy, tape, grad, executor);
+      const auto to_bias = Passes::checked_bias_gradient(dbias, tape);
+      const detail::Readable<DY> dy_read(dy.derived());
+      Passes::differentiate(Passes::output_of(dx), nullptr, Passes::input_of(dy_read), tape, grad, to_bias, workspace,
+                            executor);
+    });
   }
 };
 

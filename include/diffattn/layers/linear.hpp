@@ -6,7 +6,7 @@
 // FrozenMatrix, which is read-only and can be a mapped file. Whatever it holds, arithmetic is done in Scalar: 16-bit
 // weights are widened as they are read, so that decoding, which is bound by reading them, takes half the time. With
 // Arithmetic::bfloat16 and weights of bfloat16, x is rounded to it once, and CPUs that multiply it take half the time
-// for many rows, too (arithmetic.hpp).
+// for many rows, too (arithmetic.hpp); a FrozenMatrix can keep W as they read it: linear.weight.pack().
 //
 // Shapes   x (n x in) → y (n x out), n >= 0. Any strides; contiguous rows are fastest.
 // Errors   ShapeError before any work; std::invalid_argument for an arithmetic that the weight is not for.
@@ -20,6 +20,7 @@
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
+#include "diffattn/core/simd_pairs.hpp"
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/layers/arithmetic.hpp"
@@ -42,6 +43,13 @@ void visit_weight(const Weight& weight, F&& f) {
     f(view_of(weight));
   }
 }
+
+/// The packed copy that a weight keeps, or null.
+template <typename Weight>
+const simd::Pair* packed_of(const Weight& weight) {
+  if constexpr (std::is_same_v<Weight, FrozenMatrix>) return weight.packed();
+  return nullptr;
+}
 }  // namespace detail
 
 /// y (n x out) = x (n x in) · weight (out x in)ᵀ, shapes already checked: for a weight without a Linear of its own,
@@ -58,7 +66,7 @@ void linear_into(const Eigen::MatrixBase<Y>& y, const Eigen::MatrixBase<X>& x, c
     if constexpr (std::is_same_v<Scalar, float>) {  // by itself: clang looks at what does not depend on Stored
       if constexpr (detail::kMultipliesBfloat16<Scalar, Stored>) {
         if (arithmetic == Arithmetic::bfloat16) {
-          const detail::Bfloat16Output output{y_view, view, bias};
+          const detail::Bfloat16Output output{y_view, view, bias, detail::packed_of(weight)};
           return detail::multiply_bfloat16(std::span<const detail::Bfloat16Output>(&output, 1), x_view, workspace,
                                            executor);
         }

@@ -7,6 +7,7 @@
 #include <span>
 #include <type_traits>
 
+#include "diffattn/core/executor_view.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -42,7 +43,7 @@ std::array<bool, kCount> bfloat16_forward_all(const std::array<LinearOutput<floa
     visit_weight(linear.weight, [&]<typename Stored>(const StridedView<const Stored>& view) {
       check_arithmetic<float, Stored>("Linear", linear.arithmetic);
       if constexpr (kMultipliesBfloat16<float, Stored>) {
-        all[count++] = {writable_view_of(outputs[i].y), view, linear.bias_data()};
+        all[count++] = {writable_view_of(outputs[i].y), view, linear.bias_data(), packed_of(linear.weight)};
       }
     });
   }
@@ -67,7 +68,8 @@ void linear_forward_all(const std::array<LinearOutput<Scalar, Weight>, kCount>& 
           const auto& [linear, y] = outputs[i];
           thin[i] = {writable_view_of(y), view_of(linear.weight), linear.bias_data()};
         }
-        return multiply_thin(std::span<const ThinOutput<Scalar, Scalar>>(thin), x_view, workspace, executor);
+        ViewedExecutor<E> viewed(executor);
+        return multiply_thin(std::span<const ThinOutput<Scalar, Scalar>>(thin), x_view, workspace, viewed);
       }
       if (executor.concurrency() > 1) {
         std::array<Product<Scalar>, kCount> products;

@@ -63,8 +63,7 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
   using Stack::check_cache;
   using Stack::check_tokens;
   using Stack::config;
-  using Stack::embedding;
-  using Stack::head;
+  using Stack::embedding, Stack::head;
   // What language_model.hpp describes; below are the forms with a tape, and those that take everything.
   using Calls::logits, Calls::logits_into;
 
@@ -102,31 +101,39 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
     Workspace workspace;
     backward(dlogits, tape, grad, workspace);
   }
+  /// The same, and the gradient of the mask's learned bias (learned_bias.hpp), a sum over the layers, is added to dbias,
+  /// which has the shape of its table.
+  template <typename DB>
+  void backward(const Matrix<Scalar>& dlogits, Tape& tape, Decoder& grad, const Eigen::MatrixBase<DB>& dbias) const {
+    Workspace workspace;
+    backward(dlogits, tape, grad, dbias, workspace);
+  }
 
   /// logits(tokens, mask) into y (tokens x vocab_size).
   template <typename Y, typename Tokens, AttentionMask Mask, Executor E = Serial>
   void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, const Mask& mask, Workspace& workspace,
                    E&& executor = {}) const {
-    detail::check_before(executor, kName, [&] {
+    detail::with_others(executor, kName, Stack::num_layers(), [&] {
       detail::check_shape(kName, "logits", y, size_of(tokens), config().vocab_size);
-      if constexpr (spreads_sequences<E>) check_tokens(tokens);  // as hidden_into() does, on all ranks together
+      const auto frame = workspace.frame();
+      auto x = Stack::rows(size_of(tokens), workspace);
+      hidden_into(x, tokens, mask, workspace, executor);
+      head_into(y, x, workspace, executor);
     });
-    const auto frame = workspace.frame();
-    auto x = Stack::rows(size_of(tokens), workspace);
-    hidden_into(x, tokens, mask, workspace, executor);
-    head_into(y, x, workspace, executor);
   }
 
   /// logits(tokens, cache, mask) into y.
   template <typename Y, typename Tokens, typename Storage, AttentionMask Mask, Executor E = Serial>
   void logits_into(const Eigen::MatrixBase<Y>& y, const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask,
                    Workspace& workspace, E&& executor = {}) const {
-    detail::check_shape(kName, "logits", y, size_of(tokens), config().vocab_size);
-    const auto frame = workspace.frame();
-    auto x = Stack::rows(size_of(tokens), workspace);
     detail::CacheTransaction transaction(cache);
-    hidden_into(x, tokens, cache, mask, workspace, executor);
-    head_into(y, x, workspace, executor);
+    detail::with_others(executor, kName, Stack::num_layers(), [&] {
+      detail::check_shape(kName, "logits", y, size_of(tokens), config().vocab_size);
+      const auto frame = workspace.frame();
+      auto x = Stack::rows(size_of(tokens), workspace);
+      hidden_into(x, tokens, cache, mask, workspace, executor);
+      head_into(y, x, workspace, executor);
+    });
     transaction.keep();
   }
 
@@ -195,9 +202,11 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
       detail::check_lengths(kName, lengths, n);
       check_tokens(tokens);
     });
-    tape.begin(tokens, lengths, blocks.size(), embedding.cols());
-    Stack::run_on_tape(mask, tape, workspace, executor);
-    head_into(y, tape.hidden, workspace, executor);
+    detail::with_others(executor, kName, Stack::num_layers(), [&] {
+      tape.begin(tokens, lengths, blocks.size(), embedding.cols());
+      Stack::run_on_tape(mask, tape, workspace, executor);
+      head_into(y, tape.hidden, workspace, executor);
+    });
     tape.filled = true;
   }
 
@@ -205,20 +214,12 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
   template <typename DY, Executor E = Serial>
   void backward(const Eigen::MatrixBase<DY>& dlogits, Tape& tape, Decoder& grad, Workspace& workspace,
                 E&& executor = {}) const {
-    detail::check_before(executor, kName, [&] {
-      tape.check(kName, blocks.size(), embedding.cols());
-      detail::check_shape(kName, "dlogits", dlogits, tape.hidden.rows(), config().vocab_size);
-      detail::check_gradient(kName, *this, grad);
-    });
-    const auto frame = workspace.frame();
-    auto dx = Stack::rows(dlogits.rows(), workspace);
-    if (head) {
-      head->backward_into(dx, dlogits, tape.hidden, grad.head.value(), workspace, executor);
-    } else {
-      linear_backward_into<Scalar>(dx, grad.embedding, dlogits, tape.hidden, embedding, Store::overwrite, workspace,
-                                   executor);
-    }
-    Stack::run_back(dx, tape, grad, workspace, executor);
+    go_back(dlogits, tape, grad, workspace, executor);
+  }
+  template <typename DY, typename DB, Executor E = Serial>
+  void backward(const Eigen::MatrixBase<DY>& dlogits, Tape& tape, Decoder& grad, const Eigen::MatrixBase<DB>& dbias,
+                Workspace& workspace, E&& executor = {}) const {
+    go_back(dlogits, tape, grad, workspace, executor, dbias);
   }
 
   /// x (tokens x embed_dim): the embeddings of the tokens.
@@ -250,12 +251,14 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
   template <typename Tokens, typename Storage, AttentionMask Mask, Executor E = Serial>
   void hidden_into(MatrixMap<Scalar>& x, const Tokens& tokens, DecoderCache<Storage>& cache, const Mask& mask,
                    Workspace& workspace, E&& executor = {}) const {
-    detail::check_shape(kName, "x", x, size_of(tokens), embedding.cols());
-    check_tokens(tokens);
-    check_cache(cache, x.rows());
     detail::CacheTransaction transaction(cache);
-    Stack::embed(x, std::data(tokens));
-    Stack::run_cached(x, cache, mask, workspace, executor);
+    detail::with_others(executor, kName, Stack::num_layers(), [&] {
+      detail::check_shape(kName, "x", x, size_of(tokens), embedding.cols());
+      check_tokens(tokens);
+      check_cache(cache, x.rows());
+      Stack::embed(x, std::data(tokens));
+      Stack::run_cached(x, cache, mask, workspace, executor);
+    });
     transaction.keep();
   }
 
@@ -267,6 +270,30 @@ class Decoder : public DecoderStack<Scalar, Attention>, public LanguageModel<Dec
     detail::check_shape(kName, "logits", y, x.rows(), embedding.rows());
     if (head) return head->forward_into(y, x, workspace, executor);
     linear_into<Scalar>(y, x, embedding, workspace, executor, nullptr, config().arithmetic);
+  }
+
+ private:
+  /// backward, with a dbias or without.
+  template <typename DY, Executor E, typename... DBias>
+  void go_back(const Eigen::MatrixBase<DY>& dlogits, Tape& tape, Decoder& grad, Workspace& workspace, E& executor,
+               const DBias&... dbias) const {
+    detail::check_before(executor, kName, [&] {
+      tape.check(kName, blocks.size(), embedding.cols());
+      detail::check_shape(kName, "dlogits", dlogits, tape.hidden.rows(), config().vocab_size);
+      detail::check_gradient(kName, *this, grad);
+      (blocks.front().attention.check_bias_gradient(dbias, tape.blocks.front().attention), ...);
+    });
+    detail::with_others(executor, kName, Stack::num_layers(), [&] {
+      const auto frame = workspace.frame();
+      auto dx = Stack::rows(dlogits.rows(), workspace);
+      if (head) {
+        head->backward_into(dx, dlogits, tape.hidden, grad.head.value(), workspace, executor);
+      } else {
+        linear_backward_into<Scalar>(dx, grad.embedding, dlogits, tape.hidden, embedding, Store::overwrite, workspace,
+                                     executor);
+      }
+      Stack::run_back(dx, tape, grad, workspace, executor, dbias...);
+    });
   }
 };
 

@@ -164,16 +164,17 @@ class DecoderStack {
   }
 
   /// dx (n x embed_dim), the gradient of the tape's `hidden`, goes back through norm, blocks and embedding, whose
-  /// gradients are added to those of `grad`.
-  template <Executor E>
-  void run_back(MatrixMap<Scalar>& dx, Tape& tape, DecoderStack& grad, Workspace& workspace, E& executor) const {
+  /// gradients are added to those of `grad`; that of a learned bias to dbias, if there is one.
+  template <Executor E, typename... DBias>
+  void run_back(MatrixMap<Scalar>& dx, Tape& tape, DecoderStack& grad, Workspace& workspace, E& executor,
+                const DBias&... dbias) const {
     norm.backward_rows(dx.data(), dx.data(), tape.inputs.back().data(), dx.rows(), grad.norm, Scalar(1),
                        Store::overwrite, workspace, executor);
     for (std::size_t layer = blocks.size(); layer-- > 0;) {
       // The output goes where the next block's input was, which it is, bit for bit.
       if (tape.recompute) run_on_tape(layer, CausalMask{}, tape, workspace, executor);
       blocks[layer].backward_in_place(dx, tape.inputs[layer], tape.block(layer), grad.blocks[layer], workspace,
-                                      executor);
+                                      executor, dbias...);
     }
     for (Index i = 0; i < dx.rows(); ++i) {
       grad.embedding.row(tape.tokens[static_cast<std::size_t>(i)]) += dx.row(i);

@@ -149,7 +149,7 @@ std::vector<std::vector<Index>> generate(const Decoder<Scalar, Attention>& model
     const auto& prompt = std::data(prompts)[at];
     const auto size = static_cast<Index>(std::size(prompt));
     TokenSampler::check(options_of(at), where);
-    detail::most_tokens(where, options_of(at), size, *batch[at]);
+    detail::most_tokens(where, options_of(at), size, *batch[at], batch[at]->position());
     model.check_tokens(prompt, where);
     model.check_cache(*batch[at], size, where);
   });

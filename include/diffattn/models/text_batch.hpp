@@ -15,6 +15,7 @@
 
 #include "diffattn/core/error.hpp"
 #include "diffattn/core/matrix.hpp"
+#include "diffattn/core/parallel.hpp"
 #include "diffattn/core/sizes.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/models/decoder_cache.hpp"
@@ -23,11 +24,11 @@
 
 namespace diffattn::inline v0_1::detail {
 
-/// How many tokens prompt and text may have together. Throws, naming `where`, unless the options can be and the prompt
-/// has its place.
+/// How many tokens prompt and text may have together behind `position` tokens in `cache`, which others may share. Throws,
+/// naming `where`, unless the options can be and the prompt has its place.
 template <typename Storage>
 std::size_t most_tokens(const char* where, const GenerateOptions& options, Index prompt_size,
-                        const DecoderCache<Storage>& cache) {
+                        const DecoderCache<Storage>& cache, Index position) {
   if (options.max_new_tokens < 0) {
     throw_invalid({where, ": max_new_tokens must be at least 0, got ", options.max_new_tokens});
   }
@@ -35,10 +36,10 @@ std::size_t most_tokens(const char* where, const GenerateOptions& options, Index
   if (options.max_length) check_positive(where, "max_length", *options.max_length);
   if (prompt_size == 0) throw_invalid({where, ": the prompt is empty"});
   Index room = std::numeric_limits<Index>::max();
-  if (options.max_length) room = *options.max_length - cache.position();
+  if (options.max_length) room = *options.max_length - position;
   if (prompt_size > room) throw_invalid({where, ": the prompt has ", prompt_size, " tokens, there is room for ", room});
   // A prompt that is too long for the cache itself, the decoder refuses.
-  if (const Index most = cache.options().max_tokens; most != 0) room = std::min(room, most - cache.position());
+  if (const Index most = cache.options().max_tokens; most != 0) room = std::min(room, most - position);
   return static_cast<std::size_t>(prompt_size + std::min(options.max_new_tokens, room - prompt_size));
 }
 
@@ -51,12 +52,16 @@ class Text {
   /// Throws for options that cannot be, and for a prompt that has no place.
   template <typename Tokens>
   Text(const Tokens& prompt, const GenerateOptions& how, DecoderCache<Storage>& behind)
+      : Text(prompt, how, behind, behind.position()) {}
+  /// The same where the cache has some of the `position` tokens before.
+  template <typename Tokens>
+  Text(const Tokens& prompt, const GenerateOptions& how, DecoderCache<Storage>& behind, Index position)
       : options(how),
         cache(behind),
         sampler(how),
         tokens(std::data(prompt), std::data(prompt) + std::size(prompt)),
         prompt_size_(tokens.size()),
-        most_(most_tokens("generate", how, static_cast<Index>(prompt_size_), behind)),
+        most_(most_tokens("generate", how, static_cast<Index>(prompt_size_), behind, position)),
         transaction_(behind, Transaction::Calls::several) {}
 
   bool has_room() const { return tokens.size() < most_; }
@@ -90,6 +95,8 @@ class Text {
 /// Writes all texts to their ends. Whatever is thrown, all caches are as before.
 template <typename Scalar, typename Model, typename Storage, typename Mask, typename E>
 void write_texts(const Model& model, std::deque<Text<Storage>>& texts, const Mask& mask, E& executor) {
+  static_assert(!spreads_sequences<E>,
+                "diffattn: over ranks, include diffattn/distributed/generate_over_ranks.hpp; one text at a time");
   Workspace workspace;
   Matrix<Scalar> logits(static_cast<Index>(texts.size()), model.config().vocab_size);
   std::vector<Text<Storage>*> going;

@@ -4,16 +4,20 @@
 //
 //   multiply_bfloat16(outputs, x, workspace, executor)   y (n x out), x (n x in) float, w (out x in) bfloat16, bias out
 //                                                        values or null, for every output
+//   packed_weight(w)                                     w, packed once and for good; null where that is of no use
 //
-// Where the CPU multiplies pairs of bfloat16 (core/simd_pairs.hpp) both are packed as pairs, x once for all outputs,
-// and a tile does two products a step. Up to 4 rows are bound by reading W: those, and all rows elsewhere, are a rounded
-// copy of x multiplied in float, which makes the same products.
+// Where the CPU multiplies pairs of bfloat16 (core/simd_pairs.hpp) both are packed as pairs, x once for all outputs, W
+// strip by strip on the way unless it has been packed before, and a tile does two products a step. Up to 4 rows are bound
+// by reading W: those, and all rows elsewhere, are a rounded copy of x multiplied in float, which makes the same products.
 //
 // Operands  any strides of x and y; contiguous rows of W. y must not overlap x or W.
 // Memory    a packed or rounded copy of x, and what packed_product.hpp and thin_product.hpp say, from `workspace`.
 // Cost      half the time of float for many rows, with the instruction; the time of reading W for a few.
 
 #include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <new>
 #include <span>
 
 #include "diffattn/core/matrix.hpp"
@@ -21,14 +25,39 @@
 #include "diffattn/core/simd_pairs.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/product/matmul.hpp"
+#include "diffattn/product/packed.hpp"
 #include "diffattn/product/packed_pairs.hpp"
 #include "diffattn/product/packed_product.hpp"
+#include "diffattn/product/register_tile.hpp"
 #include "diffattn/product/thin_product.hpp"
 
 namespace diffattn::inline v0_1::detail {
 
 /// One of the products of an x.
-using Bfloat16Output = ThinOutput<float, Eigen::bfloat16>;
+struct Bfloat16Output {
+  StridedView<float> y;                  ///< n x out
+  StridedView<const Eigen::bfloat16> w;  ///< out x in, contiguous rows
+  const float* bias = nullptr;           ///< out values, or null
+  const simd::Pair* packed = nullptr;    ///< w as packed_weight() has packed it, or null
+};
+
+/// What packed_weight() takes, in bytes; 0 where it is of no use.
+inline std::size_t packed_weight_bytes(Index rows, Index cols) {
+  if (!simd::kUsesPairs) return 0;
+  return static_cast<std::size_t>(packed_strips_size<float>(rows, steps_of<simd::Pair>(cols))) * sizeof(simd::Pair);
+}
+
+/// w (out x in) as multiply_bfloat16 reads it: pairs, strip by strip, in memory of its own. Null where they are not
+/// multiplied. Throws std::bad_alloc.
+inline std::shared_ptr<const simd::Pair> packed_weight(const StridedView<const Eigen::bfloat16>& w) {
+  const std::size_t bytes = packed_weight_bytes(w.rows, w.cols);
+  if (bytes == 0) return nullptr;
+  constexpr std::align_val_t kAligned{64};
+  const std::shared_ptr<simd::Pair> pairs(static_cast<simd::Pair*>(::operator new(bytes, kAligned)),
+                                          [](simd::Pair* p) { ::operator delete(p, kAligned); });
+  pack_transposed(pairs.get(), w, 0, w.rows);
+  return pairs;
+}
 
 /// x, rounded to bfloat16 and widened again, in memory of the workspace's open frame.
 template <Executor E>
@@ -51,7 +80,8 @@ void multiply_bfloat16(std::span<const Bfloat16Output> outputs, const StridedVie
   if constexpr (simd::kUsesPairs) {
     if (x.rows > RowByRowProduct<float, Eigen::bfloat16>::kMostRows) {
       const auto product_of = [&](const Bfloat16Output& output) {
-        return Product<float, Eigen::bfloat16, simd::Pair>{output.y, x, output.w.transposed(), output.bias};
+        return Product<float, Eigen::bfloat16, simd::Pair>{
+            output.y, x, output.w.transposed(), output.bias, Store::overwrite, output.packed};
       };
       const PackedRows<simd::Pair> packed = packed_left(product_of(outputs[0]), workspace, executor);
       for (const Bfloat16Output& output : outputs) {
@@ -61,7 +91,7 @@ void multiply_bfloat16(std::span<const Bfloat16Output> outputs, const StridedVie
     }
   }
   const StridedView<const float> rounded = rounded_copy(x, workspace, executor);
-  for (const auto& [y, w, bias] : outputs) matmul_transposed(y, rounded, w, bias, workspace, executor);
+  for (const auto& [y, w, bias, packed] : outputs) matmul_transposed(y, rounded, w, bias, workspace, executor);
 }
 
 }  // namespace diffattn::inline v0_1::detail

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <span>
 
+#include "diffattn/core/executor_view.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -132,21 +133,26 @@ class RowByRowProduct {
 template <typename Scalar, typename Stored, Executor E>
 void matmul_transposed(const StridedView<Scalar>& y, const StridedView<const Scalar>& x,
                        const StridedView<const Stored>& w, const Scalar* bias, Workspace& workspace, E& executor) {
-  const Index n = x.rows, outputs = w.rows;
-  const bool contiguous = x.col_stride == 1 && w.col_stride == 1 && y.col_stride == 1;
-  if (n > RowByRowProduct<Scalar, Stored>::kMostRows || !contiguous) {
-    if (ThinProduct<Scalar, Stored>::fits(x, w)) {
-      const ThinOutput<Scalar, Stored> output{y, w, bias};
-      return multiply_thin(std::span<const ThinOutput<Scalar, Stored>>(&output, 1), x, workspace, executor);
+  if constexpr (is_viewed<E>) {
+    const Index n = x.rows, outputs = w.rows;
+    const bool contiguous = x.col_stride == 1 && w.col_stride == 1 && y.col_stride == 1;
+    if (n > RowByRowProduct<Scalar, Stored>::kMostRows || !contiguous) {
+      if (ThinProduct<Scalar, Stored>::fits(x, w)) {
+        const ThinOutput<Scalar, Stored> output{y, w, bias};
+        return multiply_thin(std::span<const ThinOutput<Scalar, Stored>>(&output, 1), x, workspace, executor);
+      }
+      return multiply(y, x, w.transposed(), bias, Store::overwrite, workspace, executor);
     }
-    return multiply(y, x, w.transposed(), bias, Store::overwrite, workspace, executor);
+    if (n == 0) return;
+    constexpr Index kTaskOutputs = 64;  // enough to be worth a task, few enough to share out evenly
+    executor.run(divide_up(outputs, kTaskOutputs), [&](Index task, Index /*worker*/) {
+      const Index first = task * kTaskOutputs;
+      RowByRowProduct<Scalar, Stored>::run(y, x, w, bias, first, std::min(kTaskOutputs, outputs - first));
+    });
+  } else {
+    ViewedExecutor<E> viewed(executor);
+    matmul_transposed(y, x, w, bias, workspace, viewed);
   }
-  if (n == 0) return;
-  constexpr Index kTaskOutputs = 64;  // enough to be worth a task, few enough to share out evenly
-  executor.run(divide_up(outputs, kTaskOutputs), [&](Index task, Index /*worker*/) {
-    const Index first = task * kTaskOutputs;
-    RowByRowProduct<Scalar, Stored>::run(y, x, w, bias, first, std::min(kTaskOutputs, outputs - first));
-  });
 }
 
 }  // namespace diffattn::inline v0_1::detail

@@ -16,6 +16,9 @@
 // and stays in the first-level cache, so that b is read once for each block of rows, whatever its type and strides.
 // What comes next, of a and of b, is asked for from memory while the present strip is multiplied.
 //
+// b of pairs may have been packed before (packed_b), for all calls that it is there for: then its strips are read where
+// they are, with the same result, bit for bit.
+//
 // A product takes two runs of the executor: one packs all of a, one multiplies. Several at once: product_tasks.hpp.
 //
 // Each sum is made of chains of kChain multiply-adds along depth, added up in order, and every block of depth is a
@@ -86,6 +89,7 @@ struct Product {
   StridedView<const T> b;
   const Scalar* bias = nullptr;
   Store store = Store::overwrite;
+  const Operand* packed_b = nullptr;  ///< all of b, a transpose, as pack_transposed() packs it; or null
 
   /// Steps of depth that are packed together.
   Index block_depth() const {
@@ -119,21 +123,54 @@ struct ProductScratch {
   SumOf<Operand>* sums;
 };
 
+/// b of a product in strips of up to kCols columns from `col` on, `steps` of depth from `k` on.
+template <typename Scalar, typename T, typename Operand>
+struct RightStrips {
+  static constexpr bool kMayBePacked = kStepDepth<Operand> == 2;
+  const Product<Scalar, T, Operand>& product;
+  Operand* scratch;  // for one
+
+  StridedView<const T> view(Index k, Index col, Index steps, Index cols) const {
+    constexpr Index kStep = kStepDepth<Operand>;
+    return product.b.block(k * kStep, col, std::min(steps * kStep, product.b.rows - k * kStep), cols);
+  }
+  const Operand* where_packed(Index k, Index col) const {
+    return product.packed_b + col * product.steps() + k * Tile<Scalar>::kCols;
+  }
+  /// A strip, packed.
+  const Operand* packed(Index k, Index col, Index steps, Index cols) const {
+    if constexpr (kMayBePacked) {
+      if (product.packed_b != nullptr) return where_packed(k, col);
+    }
+    pack_strip(scratch, view(k, col, steps, cols));
+    return scratch;
+  }
+  /// What will be read of one that comes later.
+  PrefetchedRows ahead(Index k, Index col, Index steps, Index cols) const {
+    if constexpr (kMayBePacked) {
+      constexpr Index kCols = Tile<Scalar>::kCols;
+      if (product.packed_b != nullptr) {
+        return PrefetchedRows(StridedView<const Operand>{where_packed(k, col), steps, kCols, kCols});
+      }
+    }
+    const auto next = view(k, col, steps, cols);
+    return PrefetchedRows(next.col_stride == 1 ? next : next.transposed());
+  }
+};
+
 /// Computes rows x cols of y from (row, col) on, the first of which are row `packed_row` of what is packed.
 template <typename Scalar, typename T, typename Operand>
 void multiply_block(const Product<Scalar, T, Operand>& product, Index row, Index col, Index rows, Index cols,
                     const PackedRows<Operand>& packed_rows, Index packed_row, const ProductScratch<Operand>& scratch) {
-  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols, kStep = kStepDepth<Operand>;
+  constexpr Index kRows = Tile<Scalar>::kRows, kCols = Tile<Scalar>::kCols;
   const Index depth = product.steps(), block_depth = product.block_depth();
   const Index groups = divide_up(rows, kRows), num_strips = divide_up(cols, kCols);
   const bool ahead = product.reads_ahead();
   const auto packed_at = [&](Index k) {
     return packed_rows.data + packed_rows.padded_rows * k + packed_row * std::min(block_depth, depth - k);
   };
-  const auto strip_at = [&](Index k, Index s) {
-    return product.b.block(k * kStep, col + s * kCols, std::min(block_depth * kStep, product.b.rows - k * kStep),
-                           std::min(kCols, cols - s * kCols));
-  };
+  const RightStrips<Scalar, T, Operand> right{product, scratch.strip};
+  const auto cols_of = [&](Index s) { return std::min(kCols, cols - s * kCols); };
 
   for (Index k = 0; k == 0 || k < depth; k += block_depth) {
     const Index steps = std::min(block_depth, depth - k), next_k = k + steps;
@@ -144,23 +181,22 @@ void multiply_block(const Product<Scalar, T, Operand>& product, Index row, Index
       next_rows = PrefetchedRows(StridedView<const Operand>{packed_at(next_k), size / kRows, kRows, kRows});
     }
     for (Index s = 0; s < num_strips; ++s) {
-      const auto present = strip_at(k, s);
-      pack_strip(scratch.strip, present);
+      const Index strip_col = col + s * kCols, present = cols_of(s);
+      const Operand* const strip = right.packed(k, strip_col, steps, present);
       PrefetchedRows next_strip;
-      if (ahead && (s + 1 < num_strips || next_k < depth)) {
-        const auto next = s + 1 < num_strips ? strip_at(k, s + 1) : strip_at(next_k, 0);
-        next_strip = PrefetchedRows(next.col_stride == 1 ? next : next.transposed());
+      if (ahead && s + 1 < num_strips) next_strip = right.ahead(k, strip_col + kCols, steps, cols_of(s + 1));
+      if (ahead && s + 1 == num_strips && next_k < depth) {
+        next_strip = right.ahead(next_k, col, std::min(block_depth, depth - next_k), cols_of(0));
       }
       for (Index g = 0; g < groups; ++g) {
         next_strip.advance(g + 1, groups);
         next_rows.advance(s * groups + g + 1, num_strips * groups);
         Scalar* const tile = scratch.sums + (s * groups + g) * kRows * kCols;
         const LeftOperand<Operand> left{packed + g * kRows * steps, 1, kRows};
-        add_product(tile, kCols, k != 0, left, scratch.strip, steps, rows - g * kRows, present.cols);
+        add_product(tile, kCols, k != 0, left, strip, steps, rows - g * kRows, present);
         if (next_k < depth) continue;
-        const Index first = row + g * kRows, first_col = col + s * kCols;
-        store_tile(product.y.block(first, first_col, std::min(kRows, rows - g * kRows), present.cols), tile,
-                   product.bias == nullptr ? nullptr : product.bias + first_col, product.store);
+        store_tile(product.y.block(row + g * kRows, strip_col, std::min(kRows, rows - g * kRows), present), tile,
+                   product.bias == nullptr ? nullptr : product.bias + strip_col, product.store);
       }
     }
   }

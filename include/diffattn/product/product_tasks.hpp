@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <span>
 
+#include "diffattn/core/executor_view.hpp"
 #include "diffattn/core/matrix.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
@@ -98,9 +99,14 @@ class ProductTasks {
 /// Several products, none of which reads what another writes, in the order given where they add to the same y.
 template <typename Scalar, typename T, Executor E>
 void multiply_all(std::span<const Product<Scalar, T>> products, Workspace& workspace, E& executor) {
-  const ProductTasks<Scalar, T> tasks(products, executor.concurrency());
-  if (tasks.pays()) return tasks.run(workspace, executor);
-  for (const Product<Scalar, T>& product : products) multiply(product, workspace, executor);
+  if constexpr (is_viewed<E>) {
+    const ProductTasks<Scalar, T> tasks(products, executor.concurrency());
+    if (tasks.pays()) return tasks.run(workspace, executor);
+    for (const Product<Scalar, T>& product : products) multiply(product, workspace, executor);
+  } else {
+    ViewedExecutor<E> viewed(executor);
+    multiply_all(products, workspace, viewed);
+  }
 }
 
 /// One product.

@@ -7,6 +7,7 @@
 #include "distributed/collective_check_cases.hpp"
 #include "distributed/communicator_cases.hpp"
 #include "distributed/data_parallel_cases.hpp"
+#include "distributed/prefill_cases.hpp"
 
 namespace {
 
@@ -79,6 +80,7 @@ void all_cases() {
   collective_check_cases::all_of_them(world);
   data_parallel_cases::all_of_them(world);
   data_parallel_cases::sums_every_parameter(world);
+  prefill_cases::all_of_them(world);
   communicators_stay_the_users();
   groups(world);
   long_messages_go_in_pieces();

@@ -23,6 +23,10 @@ class CachedPositions {
       runs_.push_back({size(), position, count});
     }
   }
+  /// Finds memory for one more run: the next append() does not fail.
+  void reserve_run() {
+    if (runs_.size() == runs_.capacity()) runs_.reserve(2 * runs_.size() + 2);
+  }
   /// Forgets the keys at `position` and behind it.
   void truncate(Index position) {
     while (!runs_.empty() && runs_.back().position >= position) runs_.pop_back();

@@ -32,6 +32,12 @@ inline Index sum_of_counts(const char* where, std::span<const Index> counts) {
   return sum;
 }
 
+/// reserve(bytes) of a communicator that has it.
+template <typename C>
+void reserve_in(C& communicator, [[maybe_unused]] Index bytes) {
+  if constexpr (requires { communicator.reserve(bytes); }) communicator.reserve(bytes);
+}
+
 /// Derived has rank(), size() and, on bytes, gather_bytes(mine, all, sizes), exchange_bytes(send, send_sizes, receive,
 /// receive_sizes) and broadcast_bytes(values, size, root). `mine` may already lie in its place in `all`.
 template <typename Derived>
@@ -39,6 +45,14 @@ class CollectiveCalls {
  public:
   /// Values up to so many bytes are reduced by gathering all of them: one step instead of two.
   static constexpr Index kGatheredBytes = 512;
+
+  /// Finds what all_reduce of up to `bytes` bytes needs, and any other call: none of them touches the heap then.
+  void reserve(Index bytes) {
+    scratch<std::byte>(ranks() * kGatheredBytes + bytes + ranks() * kLargestType);
+    for (auto* counts : {&send_sizes_, &receive_sizes_, &counts_, &piece_counts_}) {
+      counts->reserve(static_cast<std::size_t>(ranks()));
+    }
+  }
 
   /// Replaces `values`, of the same size on every rank, by their sum over the ranks in the order of ranks, or by the
   /// largest of them.
@@ -179,6 +193,8 @@ class CollectiveCalls {
     reduce<T>(parts, piece, how);
     all_gather(piece, values, piece_counts_);
   }
+
+  static constexpr Index kLargestType = 64;  // of a value, in bytes: pieces are rounded up to whole ones
 
   std::uint64_t bytes_sent_ = 0;
   std::vector<Index> send_sizes_, receive_sizes_, counts_, piece_counts_;

@@ -14,6 +14,20 @@
 
 namespace diffattn::inline v0_1::detail {
 
+/// What f() throws, or null.
+template <typename F>
+std::exception_ptr error_of(const F& f) {
+  try {
+    f();
+  } catch (...) {
+    return std::current_exception();
+  }
+  return nullptr;
+}
+inline void rethrow_if_any(const std::exception_ptr& error) {
+  if (error != nullptr) std::rethrow_exception(error);
+}
+
 /// What an exception says.
 inline std::string text_of(const std::exception_ptr& error) {
   try {

@@ -59,6 +59,11 @@ class GatheredHeads {
     }
   }
 
+  /// What add_up() takes of the workspace, in a frame of the caller's.
+  void find_memory(Workspace& workspace) const {
+    room_for_parts(placement_.size_of_piece(placement_.piece_of(placement_.rank(), 0)), workspace);
+  }
+
   /// Collective: what all ranks have here for this rank's rows is added up in their order, into dk and dv. What is here
   /// is lost.
   template <typename C>
@@ -67,7 +72,7 @@ class GatheredHeads {
     for (Index half = 0; half < 2; ++half) {
       const auto frame = workspace.frame();
       const Index count = placement_.size_of_piece(placement_.piece_of(placement_.rank(), half));
-      auto* const from_all = workspace.take<Scalar>(placement_.ranks() * count * width_);
+      Scalar* const from_all = room_for_parts(count, workspace);
       if (half == 1) to_rank_order();
       std::fill_n(mine_, placement_.ranks(), count * width_);
       communicator.all_to_all(half_of(half), counts(half), span_of(from_all, placement_.ranks() * count),
@@ -82,6 +87,11 @@ class GatheredHeads {
   }
 
  private:
+  /// For what every rank has for `count` rows of this one.
+  Scalar* room_for_parts(Index count, Workspace& workspace) const {
+    return workspace.take<Scalar>(placement_.ranks() * count * width_);
+  }
+
   static void add(Columns<Scalar>& to, Index row, const Columns<Scalar>& part, bool first) {
     auto rows = to.middleRows(row, part.rows());
     if (first) {

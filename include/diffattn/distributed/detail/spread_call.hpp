@@ -4,6 +4,7 @@
 // after another, gathered, with the query heads that read them.
 
 #include <algorithm>
+#include <cstddef>
 #include <type_traits>
 
 #include "diffattn/core/error.hpp"
@@ -66,6 +67,9 @@ struct SpreadGroup {
   }
 };
 
+/// Which way a call goes.
+enum class Direction { forward, backward };
+
 template <typename Scalar, typename Mask, typename Ranks>
 class SpreadCall {
  public:
@@ -75,7 +79,7 @@ class SpreadCall {
   /// Collective: throws on all ranks what is wrong on one, and where they disagree. `result`: out, or its gradient.
   template <typename Q, typename K, typename V, typename R, typename Lambda>
   void check(const char* where, const Q& q, const K& k, const V& v, const char* result_name, const R& result,
-             const Lambda& lambda, const AttentionOptions& options) {
+             const Lambda& lambda, const AttentionOptions& options, Direction direction = Direction::forward) {
     ranks_.check(where, [&](Agreed& agreed) {
       heads_ = checked_heads(where, heads_, query_maps_);
       const Index mine = ranks_.placement().mine(), kv_heads = heads_.num_kv_heads;
@@ -101,6 +105,7 @@ class SpreadCall {
       agreed.add("how many maps of keys there are", key_maps_);
       agreed.add("the scale", scale_of<Scalar>(options, d_));
       add_mask(agreed, mask_);
+      find_memory(direction);
     });
   }
 
@@ -119,6 +124,28 @@ class SpreadCall {
   }
 
  private:
+  /// What run() takes of the workspace between one check and the next, once: a rank that has no room for it is heard.
+  void find_memory(Direction direction) {
+    {
+      const auto frame = workspace_.frame();
+      take_groups_memory(direction);
+    }
+    static_cast<void>(workspace_.take<std::byte>(0));  // an empty workspace puts its blocks together when asked next
+  }
+  void take_groups_memory(Direction direction) {
+    hold_workspace();
+    const Index count = std::min(ranks_.key_heads_at_a_time(), heads_.num_kv_heads);
+    const Index key_cols = count * key_maps_ * d_, value_cols = count * dv_;
+    const SequencePlacement& placement = ranks_.placement();
+    GatheredHeads<Scalar>(placement, key_cols, value_cols, workspace_);
+    if (direction == Direction::forward) return;
+    GatheredHeads<Scalar> gradients(placement, key_cols, value_cols, workspace_);
+    gradients.find_memory(workspace_);
+  }
+
+  /// While something is taken, a workspace does not move what it has.
+  void hold_workspace() { static_cast<void>(workspace_.take<std::byte>(1)); }
+
   static Index width_of(const char* where, const char* name, Index cols, Index parts) {
     if (cols < 1 || cols % parts != 0) {
       throw_shape({where, ": the columns of ", name, " must be a positive multiple of ", parts, ", got ", cols});
@@ -133,6 +160,8 @@ class SpreadCall {
     const SequencePlacement& placement = ranks_.placement();
     const Index kv_heads = heads_.num_kv_heads, sharers = heads_.num_heads / kv_heads;
     const Index packed = heads_.query_heads(query_maps_) / kv_heads;  // of a key head
+    const auto held = workspace_.frame();
+    hold_workspace();
     for (Index first = 0; first < kv_heads; first += ranks_.key_heads_at_a_time()) {
       const auto frame = workspace_.frame();
       const Index count = std::min(ranks_.key_heads_at_a_time(), kv_heads - first);

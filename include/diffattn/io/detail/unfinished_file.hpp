@@ -64,10 +64,11 @@ inline constexpr const char* kUnfinishedSuffix = ".unfinished";
 /// The name of an unfinished file, another one with every call. `process` tells processes apart.
 inline std::filesystem::path unfinished_name(const std::filesystem::path& target, const std::string& process) {
   static std::atomic<std::uint64_t> next{0};
-  constexpr std::size_t kLongestName = 200;  // with what is added, file systems take 255 bytes
-  std::string name = target.filename().string();
-  if (name.size() > kLongestName) name = "long-name";
-  return target.parent_path() / (name + "." + process + "-" + std::to_string(next++) + kUnfinishedSuffix);
+  constexpr std::size_t kLongestName = 200;        // with what is added, file systems take 255 bytes
+  std::filesystem::path name = target.filename();  // as it is: Windows' letters do not all survive being a string
+  if (name.native().size() > kLongestName) name = "long-name";
+  name += "." + process + "-" + std::to_string(next++) + kUnfinishedSuffix;
+  return target.parent_path() / name;
 }
 
 #ifndef _WIN32
@@ -219,10 +220,10 @@ class UnfinishedFile {
   void keep() { kept_ = true; }
 
   /// The target is the finished file, and stays so through a loss of power. Does not allocate unless it throws. Where
-  /// another writer is in the middle of the same, Windows denies access for that moment.
+  /// another writer is in the middle of the same, or reads the target, Windows denies access for that moment.
   void replace_target() {
     using namespace windows;
-    const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+    const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(5);
     for (;;) {
       if (MoveFileExW(unfinished_.c_str(), target_.c_str(), kReplaceExisting | kWriteThrough) != 0) break;
       const unsigned long error = GetLastError();

@@ -7,7 +7,7 @@
 //   RowSoftmax            a group of rows, one chunk of keys at a time, whose largest score is not known yet (blocks)
 //   normaliser            1 / sum, or λ / sum; 0 for a row that sees no key
 //   combine_maps          P1 − λ·P2, from weights and what makes probabilities of them
-//   round_weights         the same in bfloat16, where the values are
+//   round_weights         weights in bfloat16, where the values are; combine_rounded: P1 − λ·P2 in it
 //
 // The base of a row in RowSoftmax is a score it has seen: the largest of its first chunk, and it moves only when a
 // later score passes it by more than kHeadroom, which is rare, so that next to nothing is ever rescaled and weights
@@ -102,6 +102,25 @@ EIGEN_ALWAYS_INLINE void round_weights(simd::Pair* to, const float* from, Index 
 EIGEN_ALWAYS_INLINE void round_weights(float* to, const float* from, Index begin, Index end) {
   for (Index c = begin; c < end; c += simd::kLanes<float>) {
     simd::store(to + c, simd::round_to_bfloat16(simd::load(from + c)));
+  }
+}
+
+/// combine_maps() and then round_weights(), in one pass.
+template <typename Packed>
+EIGEN_ALWAYS_INLINE void combine_rounded(Packed* to, const float* a, float a_factor, const float* b, float b_factor,
+                                         Index begin, Index end) {
+  constexpr Index kLanes = simd::kLanes<float>;
+  const auto of_a = simd::broadcast(a_factor), of_b = simd::broadcast(b_factor);
+  const auto combined = [&](Index c) { return simd::fma(simd::load(a + c), of_a, simd::mul(simd::load(b + c), of_b)); };
+  if constexpr (kStepDepth<Packed> == 1) {
+    for (Index c = begin; c < end; c += kLanes) simd::store(to + c, simd::round_to_bfloat16(combined(c)));
+  } else {
+    Index c = begin;
+#pragma GCC unroll 4
+    for (; c + kLanes < end; c += 2 * kLanes) {
+      simd::store_pairs(to + c / 2, simd::pairs_of_neighbours(combined(c), combined(c + kLanes)));
+    }
+    if (c < end) simd::store_pairs(to + c / 2, simd::pairs_of_neighbours(combined(c), simd::broadcast(0.0f)));
   }
 }
 

@@ -70,6 +70,14 @@ class AttentionArguments : public AttentionGradients<Variant> {
     check_mask_of_each(mask, lengths, memory_lengths);
   }
 
+  /// Of a cache for rows of a sequence that ranks share: that it holds nothing yet.
+  template <typename Storage>
+  void check_prefill(const KvCache<Storage>& cache) const {
+    if (cache.empty()) return;
+    throw_invalid({Variant::kName, ": a sequence whose rows ranks share goes into an empty cache, got one that has ",
+                   cache.position(), " tokens; did you mean CacheParallel, for what follows?"});
+  }
+
   /// Of a cache that is to hold a memory: that it has no window, which would take some of it away.
   template <typename Storage>
   void check_memory_cache(const KvCache<Storage>& cache) const {

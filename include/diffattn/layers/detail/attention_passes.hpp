@@ -6,7 +6,8 @@
 //
 //   x → project → turn (rotary) → attend → finish → y
 //
-// With a memory, x → project_queries and memory → project_memory stand in the place of project.
+// With a memory, x → project_queries and memory → project_memory stand in the place of project. In bfloat16
+// (arithmetic.hpp), attend rounds q, k and v once, behind turn.
 
 #include <array>
 #include <optional>
@@ -18,8 +19,10 @@
 #include "diffattn/kernels/attention.hpp"
 #include "diffattn/kernels/diff_attention.hpp"
 #include "diffattn/kernels/options.hpp"
+#include "diffattn/layers/arithmetic.hpp"
 #include "diffattn/layers/attention_variant.hpp"
 #include "diffattn/layers/detail/attention_tape.hpp"
+#include "diffattn/layers/detail/rounded_rows.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/linear.hpp"
 #include "diffattn/layers/linear_group.hpp"
@@ -67,6 +70,16 @@ class AttentionPasses : public Variant {
     shape_ = {config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, parameter_count(*this)};
     (this->*Variant::kOutput).arithmetic = arithmetic_of(config);
   }
+
+  /// Whether attention of so many queries, with an executor of this type, multiplies in bfloat16. A few read keys and
+  /// values once, which takes the same time in float; and there are no parts of attention in bfloat16, which ranks that
+  /// share a sequence or a cache exchange.
+  template <typename E>
+  bool attends_in_bfloat16(Index queries) const {
+    return may_attend_in_bfloat16<E> && arithmetic_of(config_) == Arithmetic::bfloat16 && queries > kFewRows;
+  }
+  template <typename E>
+  static constexpr bool may_attend_in_bfloat16 = may_multiply_bfloat16<Scalar, WeightMatrix> && !spreads_sequences<E>;
 
   static constexpr bool kTokenLambda = Variant::kLambda == LambdaSource::token;
   static_assert((Variant::kQueryMaps == 1) == (Variant::kLambda == LambdaSource::none),
@@ -200,17 +213,37 @@ class AttentionPasses : public Variant {
               const SequenceLengths& key_lengths, bool keep_attended, Workspace& workspace, E& executor) const {
     for_each_sequence(lengths, key_lengths, workspace, executor, [&](SequenceRows rows, auto& share, auto& own) {
       turn(parts, rows, 0, own);
-      const auto of = [&](Rows& part) { return rows_of(part, rows.first, rows.count); };
-      const auto of_keys = [&](Rows& part) { return rows_of(part, rows.first_key, rows.num_keys); };
-      const auto q = of(parts.q), k = of_keys(parts.k), v = of_keys(parts.v), attended = of(parts.attended);
-      if constexpr (Variant::kLambda == LambdaSource::none) {
-        multihead_attention_into(attended, q, k, v, heads(), mask, AttentionOptions{}, share, own);
-      } else {
-        multihead_diff_attention_into(attended, q, k, v, lambda_of_rows(parts.lambda, rows.first, rows.count), heads(),
-                                      mask, AttentionOptions{}, share, own);
-      }
+      attend_rows(parts, rows, mask, share, own);
     });
     finish(y, parts.attended, keep_attended, workspace, executor);
+  }
+
+  /// From queries and keys that have been turned to parts.attended, of one sequence.
+  template <typename Mask, typename E>
+  void attend_rows(Parts& parts, const SequenceRows& rows, const Mask& mask, Workspace& workspace, E& executor) const {
+    const auto of_keys = [&](Rows& part) { return rows_of(part, rows.first_key, rows.num_keys); };
+    const auto q = rows_of(parts.q, rows.first, rows.count), k = of_keys(parts.k), v = of_keys(parts.v);
+    if constexpr (may_attend_in_bfloat16<E>) {
+      if (attends_in_bfloat16<E>(rows.count)) {
+        const auto frame = workspace.frame();
+        return attend_heads(parts, rows, rounded_rows(q, workspace, executor), rounded_rows(k, workspace, executor),
+                            rounded_rows(v, workspace, executor), mask, workspace, executor);
+      }
+    }
+    attend_heads(parts, rows, q, k, v, mask, workspace, executor);
+  }
+
+  /// The same, of operands that are multiplied as they are.
+  template <typename Operand, typename Mask, typename E>
+  void attend_heads(Parts& parts, const SequenceRows& rows, const MatrixMap<Operand>& q, const MatrixMap<Operand>& k,
+                    const MatrixMap<Operand>& v, const Mask& mask, Workspace& workspace, E& executor) const {
+    const auto attended = rows_of(parts.attended, rows.first, rows.count);
+    if constexpr (Variant::kLambda == LambdaSource::none) {
+      multihead_attention_into(attended, q, k, v, heads(), mask, AttentionOptions{}, workspace, executor);
+    } else {
+      multihead_diff_attention_into(attended, q, k, v, lambda_of_rows(parts.lambda, rows.first, rows.count), heads(),
+                                    mask, AttentionOptions{}, workspace, executor);
+    }
   }
 
   Config config_;

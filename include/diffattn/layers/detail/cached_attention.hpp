@@ -12,6 +12,7 @@
 #include "diffattn/kernels/options.hpp"
 #include "diffattn/layers/attention_variant.hpp"
 #include "diffattn/layers/detail/attention_passes.hpp"
+#include "diffattn/layers/detail/rounded_rows.hpp"
 #include "diffattn/layers/detail/sequences.hpp"
 #include "diffattn/layers/kv_cache.hpp"
 
@@ -49,6 +50,32 @@ class CachedAttention : public AttentionPasses<Variant> {
     }
     this->finish(y, parts.attended, false, workspace, executor);
     cache.commit(kept);
+  }
+
+  /// y = layer(x) for this rank's rows of a sequence that ranks share, whose keys and values the cache, which is empty,
+  /// keeps. All attend to what a cache would give them: as it is stored, and what its window leaves.
+  template <typename Storage, typename Mask, typename E>
+  void prefill(const Output& y, const Input& x, KvCache<Storage>& cache, const Mask& mask, Workspace& workspace,
+               E& executor) const {
+    const SequenceRows all{0, 0, x.rows(), 0, x.rows()};
+    prepare(cache, x.rows());
+    const auto frame = workspace.frame();
+    Parts parts = this->room_for(x.rows(), x.rows(), nullptr, workspace);
+    this->project(x, parts, workspace, executor);
+    this->turn(parts, all, 0, executor);
+    cache.write(view_of(parts.k), view_of(parts.v), executor);
+    if constexpr (!std::is_same_v<Storage, Scalar>) {
+      for (auto* part : {&parts.k, &parts.v}) *part = part->template cast<Storage>().template cast<Scalar>();
+    }
+    if constexpr (std::is_same_v<Mask, CausalMask>) {
+      this->attend_rows(parts, all, cache.window_mask(), workspace, executor);  // the same, and compiled once
+    } else if (cache.options().window) {
+      this->attend_rows(parts, all, both(mask, cache.window_mask()), workspace, executor);
+    } else {
+      this->attend_rows(parts, all, mask, workspace, executor);
+    }
+    this->finish(y, parts.attended, false, workspace, executor);
+    cache.commit(x.rows());
   }
 
   /// How many of n tokens this cache keeps, and where the first of them stands: all of them and behind those it has,
@@ -107,16 +134,36 @@ class CachedAttention : public AttentionPasses<Variant> {
                                    Variant::value_dim(config), tokens);
   }
 
-  /// Fills parts.attended from what the cache holds and the tokens that have been written behind it.
+  /// Fills parts.attended from what the cache holds and the tokens that have been written behind it. In bfloat16 the
+  /// pages must hold it; or all keys and values are those of x, as in the first chunk of a text.
   template <typename Storage, typename Mask, typename E>
   void decode(Parts& parts, const KvCache<Storage>& cache, Index written, const Mask& mask, Workspace& workspace,
               E& executor) const {
+    const Index n = parts.q.rows();
+    if constexpr (Passes::template may_attend_in_bfloat16<E>) {
+      if (this->template attends_in_bfloat16<E>(n)) {
+        if constexpr (std::is_same_v<Storage, Eigen::bfloat16>) {
+          const auto frame = workspace.frame();
+          return decode_heads(parts, rounded_rows(parts.q, workspace, executor), cache, written, mask, workspace,
+                              executor);
+        } else if (cache.empty()) {
+          return this->attend_rows(parts, {0, 0, n, 0, n}, mask, workspace, executor);
+        }
+      }
+    }
+    decode_heads(parts, parts.q, cache, written, mask, workspace, executor);
+  }
+
+ private:
+  /// The same, with queries that are multiplied as they are.
+  template <typename Queries, typename Storage, typename Mask, typename E>
+  void decode_heads(Parts& parts, const Queries& q, const KvCache<Storage>& cache, Index written, const Mask& mask,
+                    Workspace& workspace, E& executor) const {
     const auto pages = cache.packed(written);
     if constexpr (Variant::kLambda == LambdaSource::none) {
-      decode_attention_into(parts.attended, parts.q, pages, this->heads(), mask, AttentionOptions{}, workspace,
-                            executor);
+      decode_attention_into(parts.attended, q, pages, this->heads(), mask, AttentionOptions{}, workspace, executor);
     } else {
-      decode_diff_attention_into(parts.attended, parts.q, pages, this->lambda_of_rows(parts.lambda, 0, parts.q.rows()),
+      decode_diff_attention_into(parts.attended, q, pages, this->lambda_of_rows(parts.lambda, 0, q.rows()),
                                  this->heads(), mask, AttentionOptions{}, workspace, executor);
     }
   }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <new>
 
+#include "diffattn/core/executor_view.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/backward/backward_block.hpp"
@@ -32,13 +33,11 @@ void write_zero_gradients(const HeadGradients<Scalar, kMaps>& grad) {
   if (kMaps == 2) std::fill_n(grad.d2, grad.heads.num_heads * grad.dout.rows, Scalar(0));
 }
 
-/// The gradients of all heads, and D of the second map where grad.d2 points.
-template <typename Scalar, Index kMaps, typename Mask, Executor E>
-void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradients<Scalar, kMaps>& grad,
-                        const Mask& mask_of_call, Workspace& workspace, E& executor) {
-  check_keys_are_here<E>();
+/// run_heads_backward with its mask and its executor as they are viewed.
+template <typename Scalar, Index kMaps, typename Mask, typename E>
+void run_viewed_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradients<Scalar, kMaps>& grad,
+                               const Mask& mask, Workspace& workspace, E& executor) {
   using Block = BackwardBlock<Scalar, kMaps>;
-  const ViewedMaskOfBackward<Scalar, Mask> mask(mask_of_call);
   const Index n_q = in.n_q(), n_k = in.n_k(), kv_heads = in.heads.num_kv_heads, workers = executor.concurrency();
   if (n_q == 0 || n_k == 0) return write_zero_gradients(grad);
 
@@ -86,6 +85,16 @@ void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradien
       }
     }
   }
+}
+
+/// The gradients of all heads, and D of the second map where grad.d2 points.
+template <typename Scalar, Index kMaps, typename Mask, Executor E>
+void run_heads_backward(const HeadOperands<Scalar, kMaps>& in, const HeadGradients<Scalar, kMaps>& grad,
+                        const Mask& mask, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
+  const ViewedMaskOfBackward<Scalar, Mask> seen(mask);
+  ViewedExecutor<E> viewed(executor);
+  run_viewed_heads_backward(in, grad, seen, workspace, viewed);
 }
 
 }  // namespace diffattn::inline v0_1::detail

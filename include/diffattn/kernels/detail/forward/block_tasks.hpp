@@ -49,7 +49,7 @@ class BlockTasks {
   void take_scratch(const PackedHead<Packed>& shape, Index max_keys, Workspace& workspace, Index workers) {
     scratch_ = workspace.take<Block>(workers);
     for (Index worker = 0; worker < workers; ++worker) {
-      new (scratch_ + worker) Block(workspace, shape, max_keys, std::min(in_.n_q(), kBlockRows));
+      new (scratch_ + worker) Block(workspace, shape, max_keys, std::min(in_.n_q(), kBlockRows), HasBias<Mask>);
     }
   }
 

@@ -10,6 +10,7 @@
 #include <span>
 #include <type_traits>
 
+#include "diffattn/core/executor_view.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/few_rows/few_rows_packed.hpp"
@@ -137,29 +138,42 @@ Operands row_of(Operands in, Index row) {
   return in;
 }
 
-/// Attention of all heads against a cache; `in` has no keys and values. Block: StandardBlock or DifferentialBlock.
-/// exchange: as FewRows has it, for calls that it takes.
-template <typename Block, typename Storage, typename Mask, Executor E, typename Exchange = std::nullptr_t>
-void run_cached_heads(const typename Block::Operands& in, const KeyValuePages<Storage>& cache, const Mask& mask,
-                      Workspace& workspace, E& executor, const Exchange& exchange = nullptr) {
-  check_keys_are_here<E>();
+/// run_cached_heads with its mask and its executor as they are viewed.
+template <typename Block, typename Storage, typename Mask, typename E, typename Exchange>
+void run_viewed_cached_heads(const typename Block::Operands& in, const KeyValuePages<Storage>& cache, const Mask& mask,
+                             Workspace& workspace, E& executor, const Exchange& exchange) {
   using Operands = typename Block::Operands;
   if (in.n_q() == 0) return;
   const Index n_k = cache.lead() + cache.n_k;
-  const ViewedMask<typename Operands::Scalar, Mask> seen(mask);
-  using Seen = std::remove_cvref_t<decltype(seen)>;
   if (in.n_q() <= kFewRows || cache.n_k == 0) {
     const PackedSource<Storage> source{cache};
-    return FewRows<Operands, Seen, PackedSource<Storage>>::run(in, source, n_k, seen, workspace, executor, exchange);
+    return FewRows<Operands, Mask, PackedSource<Storage>>::run(in, source, n_k, mask, workspace, executor, exchange);
   }
   const auto frame = workspace.frame();
-  BlockTasks<Block, Seen> tasks(in, seen, n_k);
+  BlockTasks<Block, Mask> tasks(in, mask, n_k);
   HeadOfPages<PackedOf<typename Operands::Element>, Storage, Operands::kMaps> pages(cache, in.dv, workspace);
   tasks.take_scratch(pages[0], std::max(tasks.most_keys(), cache.room(kChunk)), workspace, executor.concurrency());
   for (Index head = 0; head < in.heads.num_kv_heads; ++head) {
     pages.select(head, executor);
     tasks.run(head, 1, pages, executor);
   }
+}
+
+/// Attention of all heads against a cache; `in` has no keys and values. Block: StandardBlock or DifferentialBlock.
+/// exchange: as FewRows has it, for calls that it takes.
+template <typename Block, typename Storage, typename Mask, Executor E, typename Exchange = std::nullptr_t>
+void run_cached_heads(const typename Block::Operands& in, const KeyValuePages<Storage>& cache, const Mask& mask,
+                      Workspace& workspace, E& executor, const Exchange& exchange = nullptr) {
+  check_keys_are_here<E>();
+  const ViewedMask<typename Block::Operands::Scalar, Mask> seen(mask);
+  ViewedExecutor<E> viewed(executor);
+  run_viewed_cached_heads<Block>(in, cache, seen, workspace, viewed, exchange);
+}
+
+/// Several such calls of a few rows, which are shared out together.
+template <typename Operands, typename Mask, typename Storage, typename E>
+void run_viewed_cached_rows(std::span<FewRows<Operands, Mask, PackedSource<Storage>>> calls, E& executor) {
+  FewRows<Operands, Mask, PackedSource<Storage>>::run(calls, executor);
 }
 
 /// One query against each of several caches: row i of `in`, which has no keys and values, against caches[i] under
@@ -187,7 +201,8 @@ void run_cached_rows(const Operands& in, std::span<const KeyValuePages<Storage>>
         *new (rows + i) Row{row_of(in, i), {cache}, {masks[static_cast<std::size_t>(i)], cache.origin(), cache.lead()}};
     std::construct_at(calls + i, row.in, row.source, cache.lead() + cache.n_k, row.seen, workspace);
   }
-  Call::run(std::span<Call>(calls, static_cast<std::size_t>(n)), executor);
+  ViewedExecutor<E> viewed(executor);
+  run_viewed_cached_rows(std::span<Call>(calls, static_cast<std::size_t>(n)), viewed);
 }
 
 }  // namespace diffattn::inline v0_1::detail

@@ -33,8 +33,9 @@ class DifferentialBlock {
 
  public:
   /// Takes the scratch of one worker, for blocks of up to max_rows. No block will see more than max_keys keys, counted
-  /// from the start of the chunk that the first is in.
-  DifferentialBlock(Workspace& workspace, const PackedHead<Packed>& shape, Index max_keys, Index max_rows = kBlockRows)
+  /// from the start of the chunk that the first is in. has_bias: whether a mask may have one.
+  DifferentialBlock(Workspace& workspace, const PackedHead<Packed>& shape, Index max_keys, Index max_rows = kBlockRows,
+                    bool has_bias = false)
       : groups_(divide_up(max_rows, kRows)),
         group_sums_(kRows * round_up(shape.dv, kCols)),
         sums_(workspace.take<Scalar>(groups_ * group_sums_)) {
@@ -48,6 +49,7 @@ class DifferentialBlock {
       softmax_[map] = workspace.take<RowSoftmax<Scalar>>(groups_);
     }
     factors_ = workspace.take<Scalar>(2 * groups_ * kPaddedRows);
+    if (has_bias) biases_ = workspace.take<Scalar>(kTile);
   }
 
   /// Computes `rows` of the result, of `heads` heads that share their second map. head: the keys and values that they
@@ -74,10 +76,20 @@ class DifferentialBlock {
     const auto group = [&](Index g) { return rows.rows(g * kRows, kRows); };
     RowsAhead<2> rows_ahead(in, rows, (maps + 1) * groups);
     for_each_chunk(rows.keys_of_any(), [&](const BlockChunk& chunk) {
-      for (Index map = 0; map < maps; ++map) {
+      const auto score_group = [&](Index map, Index g) {
+        rows_ahead.fetch_some();
+        score(head, group(g), map, map + 1 == maps, g, chunk, scale, exp2);
+      };
+      if constexpr (HasBias<Mask>) {
+        // A bias is the same for both maps.
         for (Index g = 0; g < groups; ++g) {
-          rows_ahead.fetch_some();
-          score(head, group(g), map, map + 1 == maps, g, chunk, scale, exp2);
+          const KeyRange columns = columns_of(group(g), chunk);
+          if (columns.begin < columns.end) fill_biases(biases_, kChunk, group(g), chunk.first_key, columns);
+          for (Index map = 0; map < maps; ++map) score_group(map, g);
+        }
+      } else {
+        for (Index map = 0; map < maps; ++map) {
+          for (Index g = 0; g < groups; ++g) score_group(map, g);
         }
       }
     });
@@ -91,6 +103,11 @@ class DifferentialBlock {
     for (Index g = 0; g < groups; ++g) write(in, group(g), g);
   }
 
+  template <typename Mask>
+  static KeyRange columns_of(const RowRange<Mask>& rows, const BlockChunk& chunk) {
+    return chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
+  }
+
   Index slot(Index chunk, Index map, Index g) const { return (chunk * groups_ + g) * 2 + map; }
   Scalar* panel(Index chunk, Index map, Index g) const { return panel_ + slot(chunk, map, g) * kTile; }
 
@@ -99,18 +116,20 @@ class DifferentialBlock {
   template <typename Mask>
   void score(const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index map, bool last_map, Index g,
              const BlockChunk& chunk, const ScoreScale<Scalar>& scale, const ScaledExp2<Scalar>& exp2) {
-    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
+    const KeyRange columns = columns_of(rows, chunk);
     if (columns.begin >= columns.end) return;
     Scalar* const weights = panel(chunk.number, map, g);
-    // The keys of the map after this one come next, then the first's of the next chunk.
+    // The keys of the map after this one come next, then the first's of the next chunk; where groups take both maps in
+    // turns, those of both of the next chunk.
     ChunkAhead<Packed> ahead{nullptr, g, groups_, weights, kTile};
     if (head.fetch_ahead()) {
-      if (!last_map) ahead.chunk = head.chunk_keys(map + 1, chunk.first_key);
-      if (last_map && !chunk.last) ahead.chunk = head.chunk_keys(0, chunk.first_key + kChunk);
+      const bool next_map = !HasBias<Mask> && !last_map;
+      if (next_map) ahead.chunk = head.chunk_keys(map + 1, chunk.first_key);
+      if (!next_map && !chunk.last) ahead.chunk = head.chunk_keys(last_map ? 0 : map, chunk.first_key + kChunk);
     }
     const LeftOperand<Packed> q = query_group(q_[map], g, head.d);
-    score_chunk(scores_, q, head.chunk_keys(map, chunk.first_key), head.d, rows, chunk.first_key, columns, scale,
-                ahead);
+    score_chunk(scores_, q, head.chunk_keys(map, chunk.first_key), head.d, rows, chunk.first_key, columns, scale, ahead,
+                HasBias<Mask> ? biases_ : nullptr);
     RowSoftmax<Scalar>& softmax = softmax_[map][g];
     Scalar growth[kRows];
     softmax.add_chunk(weights, scores_, kChunk, rows.count, columns.begin, columns.end, exp2, growth);
@@ -132,22 +151,26 @@ class DifferentialBlock {
 
   Scalar* factors(Index map, Index g) { return factors_ + (map * groups_ + g) * kPaddedRows; }
 
-  /// Combines both maps of one group and chunk, in the place of the first, and multiplies by V.
+  /// Combines both maps of one group and chunk, in the place of the first or where they are rounded, and multiplies by
+  /// V.
   template <typename Mask>
   void add_values(const PackedHead<Packed>& head, const RowRange<Mask>& rows, Index g, const BlockChunk& chunk,
                   const ScaledExp2<Scalar>& exp2) {
-    const KeyRange columns = chunk_columns<Scalar>(rows.keys_of_any(), chunk.first_key);
+    const KeyRange columns = columns_of(rows, chunk);
     if (columns.begin >= columns.end) return;
     alignas(64) Scalar factor[2][kPaddedRows];
     for (Index map = 0; map < 2; ++map) set_chunk_factors(factor[map], map, g, chunk.number, exp2);
 
     Scalar* const p1 = panel(chunk.number, 0, g);
     const Scalar* const p2 = panel(chunk.number, 1, g);
-    // Where they are to be rounded, scores_ is nearer than the panel.
-    Scalar* const combined = is_narrow<Element> ? scores_ : p1;
     for (Index r = 0; r < rows.count; ++r) {
-      combine_maps(combined + r * kChunk, p1 + r * kChunk, factor[0][r], p2 + r * kChunk, factor[1][r], columns.begin,
-                   columns.end);
+      const Index at = r * kChunk;
+      if constexpr (is_narrow<Element>) {
+        combine_rounded(rounded_ + r * steps_of<Packed>(kChunk), p1 + at, factor[0][r], p2 + at, factor[1][r],
+                        columns.begin, columns.end);
+      } else {
+        combine_maps(p1 + at, p1 + at, factor[0][r], p2 + at, factor[1][r], columns.begin, columns.end);
+      }
     }
     // Of the panel, what the next group reads; the first group's of the next chunk follow the last's of this one.
     ChunkAhead<Packed> ahead{nullptr, g, groups_};
@@ -157,7 +180,9 @@ class DifferentialBlock {
       ahead.panel = last_group ? panel(chunk.number + 1, 0, 0) : p1 + 2 * kTile;
       ahead.panel_size = 2 * kTile;
     }
-    const Packed* const weights = weights_of_values<Element>(rounded_, combined, rows.count, columns);
+    const Packed* weights;
+    if constexpr (is_narrow<Element>) weights = rounded_;
+    if constexpr (!is_narrow<Element>) weights = p1;
     add_weighted_values(sums_ + g * group_sums_, weights, head, rows, chunk.first_key, columns, ahead);
   }
 
@@ -185,6 +210,7 @@ class DifferentialBlock {
   Index group_sums_;                // values in the sums of one group
   Scalar* sums_;                    // [group][strip of dv][kRows][kCols]
   Scalar* scores_;                  // [kRows][kChunk]
+  Scalar* biases_ = nullptr;        // the same, of a group and chunk, where a mask may have some
   Packed* rounded_ = nullptr;       // [kRows][steps of kChunk], where the operands are narrow
   Scalar* panel_;                   // [chunk][group][map][kRows][kChunk]
   Scalar* chunk_base_;              // [chunk][group][map][kPaddedRows]: what a chunk's weights are relative to

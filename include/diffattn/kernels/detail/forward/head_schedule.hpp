@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "diffattn/core/executor_view.hpp"
 #include "diffattn/core/parallel.hpp"
 #include "diffattn/core/workspace.hpp"
 #include "diffattn/kernels/detail/few_rows/few_rows_in_place.hpp"
@@ -34,25 +35,31 @@ void run_blocks(const typename Block::Operands& in, const Mask& mask, Workspace&
   }
 }
 
-/// Attention of all heads, by whichever way is the fastest for its sizes. Block: StandardBlock or DifferentialBlock.
-template <typename Block, typename Mask, Executor E>
-void run_heads(const typename Block::Operands& in, const Mask& mask, Workspace& workspace, E& executor) {
-  check_keys_are_here<E>();
+/// run_heads with its mask and its executor as they are viewed.
+template <typename Block, typename Mask, typename E>
+void run_viewed_heads(const typename Block::Operands& in, const Mask& mask, Workspace& workspace, E& executor) {
   using Operands = typename Block::Operands;
   if (in.n_q() == 0) return;
   if (in.n_k() == 0) {
     for (const auto& statistics : in.statistics) statistics.clear();
     return write_constant(in.out, typename Operands::Result(0));
   }
-  const ViewedMask<typename Operands::Scalar, Mask> seen(mask);
-  using Seen = std::remove_cvref_t<decltype(seen)>;
-  using Small = SmallProblem<Operands, Seen>;
-  if (Small::suits(in)) return Small::run(in, seen, executor);
+  using Small = SmallProblem<Operands, Mask>;
+  if (Small::suits(in)) return Small::run(in, mask, executor);
   using InPlace = InPlaceSource<Operands>;
   if (InPlace::suits(in)) {
-    return FewRows<Operands, Seen, InPlace>::run(in, {}, in.n_k(), seen, workspace, executor);
+    return FewRows<Operands, Mask, InPlace>::run(in, {}, in.n_k(), mask, workspace, executor);
   }
-  run_blocks<Block>(in, seen, workspace, executor);
+  run_blocks<Block>(in, mask, workspace, executor);
+}
+
+/// Attention of all heads, by whichever way is the fastest for its sizes. Block: StandardBlock or DifferentialBlock.
+template <typename Block, typename Mask, Executor E>
+void run_heads(const typename Block::Operands& in, const Mask& mask, Workspace& workspace, E& executor) {
+  check_keys_are_here<E>();
+  const ViewedMask<typename Block::Operands::Scalar, Mask> seen(mask);
+  ViewedExecutor<E> viewed(executor);
+  run_viewed_heads<Block>(in, seen, workspace, viewed);
 }
 
 }  // namespace diffattn::inline v0_1::detail

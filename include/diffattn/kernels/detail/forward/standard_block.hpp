@@ -23,7 +23,8 @@ class StandardBlock {
 
  public:
   /// Takes the scratch of one worker, for blocks of up to max_rows.
-  StandardBlock(Workspace& workspace, const PackedHead<Packed>& shape, Index /*max_keys*/, Index max_rows = kBlockRows)
+  StandardBlock(Workspace& workspace, const PackedHead<Packed>& shape, Index /*max_keys*/, Index max_rows = kBlockRows,
+                bool /*has_bias*/ = false)
       : group_sums_(kRows * round_up(shape.dv, kCols)),
         q_(workspace.take<Packed>(round_up(max_rows, kRows) * steps_of<Packed>(shape.d))),
         weights_(workspace.take<Scalar>(kRows * kChunk)),
