@@ -5,7 +5,6 @@
 
 int main(int argc, char** argv) {
   lab::LanguageOptions options;
-  options.learning_rates = {3e-3, 1e-2};
   options.models = {"transformer",
                     "differential",
                     "v2",

@@ -36,7 +36,7 @@ struct LanguageOptions : Options {
 
   LanguageOptions() {
     models = {"transformer", "differential"};
-    learning_rates = {1e-3, 3e-3, 1e-2};
+    learning_rates = {3e-3, 1e-2};
     steps = 2000;
     head_dim = 8;
   }

@@ -17,7 +17,6 @@ NeedleOptions::NeedleOptions() {
   recall.tokens = 640;
   models = kModelNames;
   learning_rates = {3e-3, 6e-3};
-  seeds = {1, 2, 3, 4, 5};
   steps = 1000;
 }
 
