@@ -34,13 +34,14 @@ def scaling(rows, made):
                         + [name_of(model) for model in models] + ["Difference"], lines))
     made.note(parameters_of(last))
     best = best_rates(last, "model", "width", "layers")
+    others = [model for model in models if model != "transformer"]
     lines = []
     for size, of_size in sizes_of(best).items():
         each = [select(of_size, model=model) for model in models]
         lines.append([size] + [f"{Spread(one).text()} at {one[0]['learning_rate']}" if one else "–" for one in each]
-                     + [compared(of_size)[0], compared(of_size, ("transformer", "v2"))[0]])
+                     + [compared(of_size, ("transformer", model))[0] for model in others])
     made.table(markdown(["At the best rate of each"] + [name_of(model) for model in models]
-                        + ["Differential less Transformer", "DIFF V2 less Transformer"], lines))
+                        + [f"{name_of(model)} less Transformer" for model in others], lines))
     stability = [["Largest gradient norm behind the warm-up", "largest_gradient_norm", 2],
                  ["Largest rise of the training loss above its least", "largest_rise", 3]]
     lines = []
