@@ -2,7 +2,7 @@
 
 from measurements import Spread, best_rates, finals, mean_of, select, values_of
 from pictures import COLOURS, Panel, Series
-from tables import at_best_rate, by_model, compared, curve, markdown, models_of, name_of, parameters_of
+from tables import at_best_rate, by_model, compared, curve, markdown, models_of, name_of, of_maps, parameters_of
 
 
 def size_of(row):
@@ -92,15 +92,7 @@ ON_TEXT = {"share_of_self": "share of the byte itself", "share_of_neighbours": "
 def attention_on_text(rows, made):
     rows = at_best_rate(rows, made)
     for when, chosen in (("Before training", select(rows, step="0")), ("After training", finals(rows))):
-        lines = []
-        for layer in values_of(chosen, "layer"):
-            for measurement, title in ON_TEXT.items():
-                of_both = select(chosen, map="combined", layer=layer, measurement=measurement)
-                lines.append([f"layer {layer}: {title}"]
-                             + [Spread(select(of_both, model=model)).text() for model in models_of(chosen)]
-                             + [made.verdict(of_both)])
-        made.table(markdown([f"{when}, all of A"] + [name_of(model) for model in models_of(chosen)] + ["Difference"],
-                            lines))
+        made.table(of_maps(chosen, ON_TEXT, when, made.verdict))
     made.note(parameters_of(rows))
     support = select(finals(rows), measurement="effective_support")
     series = []

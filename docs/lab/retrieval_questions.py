@@ -2,7 +2,7 @@
 
 from measurements import Spread, finals, select, values_of
 from pictures import COLOURS, Panel, Series
-from tables import at_best_rate, by_model, compared, curve, markdown, models_of, name_of, parameters_of
+from tables import at_best_rate, by_model, compared, curve, markdown, models_of, name_of, of_maps, parameters_of
 
 
 def chance_of(rows):
@@ -46,15 +46,7 @@ def attention(rows, made):
     rows = at_best_rate(rows, made)
     long = longest(rows)
     for when, chosen in (("Before training", select(long, step="0")), ("After training", finals(long))):
-        lines = []
-        for layer in values_of(chosen, "layer"):
-            for measurement, title in ATTENTION.items():
-                of_both = select(chosen, map="combined", layer=layer, measurement=measurement)
-                lines.append([f"layer {layer}: {title}"]
-                             + [Spread(select(of_both, model=model)).text() for model in models_of(chosen)]
-                             + [made.verdict(of_both)])
-        made.table(markdown([f"{when}, all of A"] + [name_of(model) for model in models_of(chosen)] + ["Difference"],
-                            lines))
+        made.table(of_maps(chosen, ATTENTION, when, made.verdict))
     lines = []
     of_differential = select(finals(long), model="differential")
     for layer in values_of(of_differential, "layer"):

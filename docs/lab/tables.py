@@ -63,6 +63,17 @@ def by_model(rows, field, title, verdict, digits=3, label=str):
     return markdown([title] + [name_of(model) for model in models] + (["Difference"] if both else []), lines)
 
 
+def of_maps(rows, measurements, when, verdict):
+    """A line for each layer and measurement (name: title) of whole maps, a column for each model."""
+    lines = []
+    for layer in values_of(rows, "layer"):
+        for measurement, title in measurements.items():
+            of_line = select(rows, map="combined", layer=layer, measurement=measurement)
+            lines.append([f"layer {layer}: {title}"]
+                         + [Spread(select(of_line, model=model)).text() for model in models_of(rows)] + [verdict(of_line)])
+    return markdown([f"{when}, all of A"] + [name_of(model) for model in models_of(rows)] + ["Difference"], lines)
+
+
 def parameters_of(rows):
     """The parameter counts of the models, and how far apart they are."""
     counts = {model: sorted({int(float(row["parameters"])) for row in select(rows, model=model)})
