@@ -29,16 +29,7 @@ void measure(const lab::NeedlePoint& at) {
 
 int main(int argc, char** argv) {
   lab::NeedleOptions options;
-  options.models = {"transformer",
-                    "differential",
-                    "v2",
-                    "differential-raw",
-                    "differential-fixed",
-                    "differential-init-0.5",
-                    "differential-init-0.8",
-                    "differential-no-norm",
-                    "differential-no-scale",
-                    "differential-no-norm-no-scale"};
+  options.models = lab::kLambdaModels;
   return lab::needle_program("Question 5 of the lab: what λ does, and what becomes of recall without it.", "lambda",
                              options, argc, argv, measure);
 }

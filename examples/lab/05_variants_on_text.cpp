@@ -5,21 +5,10 @@
 
 int main(int argc, char** argv) {
   lab::LanguageOptions options;
-  options.models = {"transformer",
-                    "differential",
-                    "v2",
-                    "differential-raw",
-                    "differential-fixed",
-                    "differential-init-0.5",
-                    "differential-init-0.8",
-                    "differential-no-norm",
-                    "differential-no-scale",
-                    "differential-no-norm-no-scale",
-                    "transformer-norm",
-                    "transformer-wide",
-                    "transformer-sign",
-                    "transformer-wide-value",
-                    "transformer-wide-sign-norm"};
+  options.models = lab::kLambdaModels;
+  for (const char* control : {"norm", "wide", "sign", "wide-value", "wide-sign-norm"}) {
+    options.models.push_back(std::string("transformer-") + control);
+  }
   const auto experiment = [&] {
     options.shrink();
     const lab::Text text(options.text, options.length);

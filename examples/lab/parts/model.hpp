@@ -34,6 +34,17 @@ struct ModelSpec {
 
 /// The four that most questions compare.
 inline const std::vector<std::string> kModelNames = {"transformer", "differential", "v2", "grouped"};
+/// Those of question 5: differential attention whole, and with a part of it changed or left out.
+inline const std::vector<std::string> kLambdaModels = {"transformer",
+                                                       "differential",
+                                                       "v2",
+                                                       "differential-raw",
+                                                       "differential-fixed",
+                                                       "differential-init-0.5",
+                                                       "differential-init-0.8",
+                                                       "differential-no-norm",
+                                                       "differential-no-scale",
+                                                       "differential-no-norm-no-scale"};
 
 /// One step's loss before it, and the norm of its gradient before it was clipped to 1.
 struct StepResult {
